@@ -1,0 +1,2 @@
+//! (crate docs)
+#![no_std]

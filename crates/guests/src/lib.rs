@@ -1,0 +1,2 @@
+//! guests
+#![no_std]

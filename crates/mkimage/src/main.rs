@@ -1,0 +1,2 @@
+//! mkimage
+fn main() {}
