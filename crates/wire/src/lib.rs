@@ -1,2 +1,53 @@
-//! (crate docs)
+//! What the image and the host tool say to each other, and nothing else.
+//!
+//! Purpose: one definition of every byte that crosses the line between EL2 and the
+//! host, so that both ends are built from the same source. The picture of it all is
+//! `docs/wire-format.md`.
+//!
+//! - [`frame`]: `00 | COBS(header, payload, CRC-32C) | 00`, mixed with plain text.
+//! - [`message`]: requests, responses and events (postcard).
+//! - [`bitmap`]: a piece of a dirty bitmap as `{empty, full, raw, rle}`.
+//! - [`pages`]: guest memory as runs of equal words and literal words.
+//! - [`bundle`]: the guests a boot loader hands over.
+//!
+//! Invariants: nothing here panics, loops without bound or reads out of bounds on any
+//! input; frames, bitmaps and pages are encoded and decoded without allocation, since
+//! EL2 does so on its polling path. Messages that carry lists need `alloc`.
+//!
+//! Concurrency: everything is a value or a function of its arguments; there is no
+//! shared state.
 #![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod bitmap;
+pub mod bundle;
+pub mod checksum;
+pub mod frame;
+pub mod message;
+pub mod pages;
+
+/// Version of the messages, exchanged in `Hello`.
+pub const PROTOCOL: u16 = 1;
+
+/// Bytes in a page, the unit of every bitmap.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Longest payload the host may send. Small, because a UART's receive FIFO is.
+pub const REQUEST_PAYLOAD_MAX: usize = 256;
+
+/// Longest payload the target may send, whatever the host offers in `Hello`.
+pub const RESPONSE_PAYLOAD_MAX: usize = 16384;
+
+/// Shortest maximum the host may offer in `Hello`; every list fits page by page.
+pub const RESPONSE_PAYLOAD_MIN: usize = 512;
+
+/// Most console bytes in one `ConsoleWrite`.
+pub const CONSOLE_WRITE_MAX: usize = 128;
+
+/// Most pages one `BitmapRead` may ask for, which bounds EL2's work for it.
+pub const BITMAP_READ_PAGES_MAX: u32 = 32768;
+
+/// Most bytes one `ReadMemory` may ask for, which bounds EL2's work for it.
+pub const MEMORY_READ_MAX: u32 = 65536;

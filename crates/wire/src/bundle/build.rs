@@ -1,0 +1,182 @@
+//! Packing: the host's side of the bundle.
+
+use super::manifest::{Blob, Boot, MachineOptions, Manifest, VmSpec};
+use super::{BLOB_ALIGN, Bundle, BundleError, FORMAT, HEADER_LEN, MAGIC};
+use crate::checksum::crc32c;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+/// A guest as its owner describes it, with its files' contents.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VmDraft {
+    /// Its name.
+    pub name: String,
+    /// Its vCPUs.
+    pub vcpus: u8,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Whether it starts with the machine.
+    pub autostart: bool,
+    /// What it starts.
+    pub boot: BootFiles,
+}
+
+/// What a guest starts, with contents in place of blobs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum BootFiles {
+    /// See [`Boot::Kernel`].
+    Kernel {
+        /// The image.
+        kernel: Vec<u8>,
+        /// Its initial RAM disk.
+        initrd: Option<Vec<u8>>,
+        /// Its command line.
+        cmdline: String,
+    },
+    /// See [`Boot::Firmware`].
+    Firmware {
+        /// The image.
+        image: Vec<u8>,
+    },
+}
+
+/// Collects guests and packs them.
+#[derive(Clone, Debug, Default)]
+pub struct Builder {
+    machine: MachineOptions,
+    vms: Vec<VmSpec>,
+    /// Distinct files with their CRC; guests that share a kernel share its bytes.
+    files: Vec<(u32, Vec<u8>)>,
+}
+
+impl Builder {
+    /// Starts without guests.
+    #[must_use]
+    pub fn new(machine: MachineOptions) -> Self {
+        Self {
+            machine,
+            vms: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+
+    /// Adds a guest; its id is the number of guests before it.
+    pub fn vm(&mut self, draft: VmDraft) {
+        let boot = match draft.boot {
+            BootFiles::Kernel {
+                kernel,
+                initrd,
+                cmdline,
+            } => {
+                let kernel = self.file(kernel);
+                let initrd = initrd.map(|bytes| self.file(bytes));
+                Boot::Kernel {
+                    kernel,
+                    initrd,
+                    cmdline,
+                }
+            }
+            BootFiles::Firmware { image } => Boot::Firmware {
+                image: self.file(image),
+            },
+        };
+        self.vms.push(VmSpec {
+            name: draft.name,
+            vcpus: draft.vcpus,
+            memory_bytes: draft.memory_bytes,
+            autostart: draft.autostart,
+            boot,
+        });
+    }
+
+    /// Keeps a file; until the layout is known, `offset` is its index.
+    fn file(&mut self, bytes: Vec<u8>) -> Blob {
+        let crc = crc32c(&bytes);
+        let len = bytes.len() as u64;
+        let known = self
+            .files
+            .iter()
+            .position(|(c, other)| *c == crc && *other == bytes);
+        let index = known.unwrap_or_else(|| {
+            self.files.push((crc, bytes));
+            self.files.len() - 1
+        });
+        Blob {
+            offset: index as u64,
+            len,
+            crc32c: crc,
+        }
+    }
+
+    /// Packs everything, and parses the result as the image will.
+    ///
+    /// # Errors
+    /// What the image would say to it.
+    pub fn finish(self) -> Result<Vec<u8>, BundleError> {
+        // The manifest's length depends on the offsets it holds (varints), and they on it.
+        // Each turn can only grow it, to at most a few bytes more per blob, so this ends.
+        let mut manifest_len = 0;
+        let (manifest, offsets, total) = loop {
+            let (manifest, offsets, total) = self.lay_out(manifest_len);
+            let bytes = postcard::to_allocvec(&manifest).map_err(|_| BundleError::Manifest)?;
+            if bytes.len() <= manifest_len {
+                break (bytes, offsets, total);
+            }
+            manifest_len = bytes.len();
+        };
+        let mut out = Vec::new();
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&FORMAT.to_le_bytes());
+        let len = u32::try_from(manifest.len()).map_err(|_| BundleError::Manifest)?;
+        out.extend_from_slice(&len.to_le_bytes());
+        out.extend_from_slice(&total.to_le_bytes());
+        out.extend_from_slice(&crc32c(&manifest).to_le_bytes());
+        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&manifest);
+        for ((_, file), offset) in self.files.iter().zip(offsets) {
+            out.resize(
+                usize::try_from(offset).map_err(|_| BundleError::Manifest)?,
+                0,
+            );
+            out.extend_from_slice(file);
+        }
+        Bundle::parse(&out)?;
+        Ok(out)
+    }
+
+    /// Gives every blob its offset behind a manifest of `manifest_len` bytes.
+    fn lay_out(&self, manifest_len: usize) -> (Manifest, Vec<u64>, u64) {
+        let mut at = (HEADER_LEN + manifest_len) as u64;
+        let mut offsets = Vec::new();
+        for (_, file) in &self.files {
+            at = at.next_multiple_of(BLOB_ALIGN);
+            offsets.push(at);
+            at += file.len() as u64;
+        }
+        let place = |blob: &mut Blob| {
+            let index = usize::try_from(blob.offset).ok();
+            blob.offset = index
+                .and_then(|index| offsets.get(index))
+                .copied()
+                .unwrap_or(0);
+        };
+        let mut vms = self.vms.clone();
+        for vm in &mut vms {
+            match &mut vm.boot {
+                Boot::Kernel { kernel, initrd, .. } => {
+                    place(kernel);
+                    initrd.iter_mut().for_each(place);
+                }
+                Boot::Firmware { image } => place(image),
+            }
+        }
+        (
+            Manifest {
+                machine: self.machine,
+                vms,
+            },
+            offsets,
+            at,
+        )
+    }
+}
