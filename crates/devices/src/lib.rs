@@ -41,6 +41,9 @@ pub const MAX_VCPUS: usize = 16;
 pub struct VcpuIndex(u8);
 
 impl VcpuIndex {
+    /// The boot vCPU, which every guest has.
+    pub const ZERO: Self = Self(0);
+
     /// Makes an index; `None` from [`MAX_VCPUS`] on.
     pub const fn new(index: usize) -> Option<Self> {
         if index < MAX_VCPUS {

@@ -195,12 +195,17 @@ impl Pl011 {
 
     /// Gives how many bytes [`Pl011::push_rx`] would take now.
     pub fn rx_room(&self) -> usize {
-        self.depth().saturating_sub(usize::from(self.state.fifo_len))
+        self.depth()
+            .saturating_sub(usize::from(self.state.fifo_len))
     }
 
     /// Gives the interrupt line (UARTINTR: any of MIS).
     pub fn irq_level(&self) -> Level {
-        if self.state.raw & self.state.mask != 0 { Level::High } else { Level::Low }
+        if self.state.raw & self.state.mask != 0 {
+            Level::High
+        } else {
+            Level::Low
+        }
     }
 
     /// Puts it into its reset state; waiting input is lost.
@@ -224,7 +229,11 @@ impl Pl011 {
 
     /// With FEN clear the FIFO is a one-byte register.
     fn depth(&self) -> usize {
-        if self.state.line_control & LCR_H_FEN != 0 { FIFO_DEPTH } else { 1 }
+        if self.state.line_control & LCR_H_FEN != 0 {
+            FIFO_DEPTH
+        } else {
+            1
+        }
     }
 
     /// The fill that raises RXRIS (RXIFLSEL, DDI 0183 3.3.9; reserved values act as seven eighths).

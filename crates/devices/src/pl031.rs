@@ -124,7 +124,11 @@ impl Pl031 {
 
     /// Gives the interrupt line.
     pub fn irq_level(&self) -> Level {
-        if self.state.raw & self.state.mask != 0 { Level::High } else { Level::Low }
+        if self.state.raw & self.state.mask != 0 {
+            Level::High
+        } else {
+            Level::Low
+        }
     }
 
     /// Gives all it remembers.

@@ -203,7 +203,12 @@ fn reset2(reset_type: u64) -> Call {
 
 /// Answers PSCI_FEATURES: flags (all clear) for what is there.
 fn features(function: u32) -> u64 {
-    const WIDE: [u32; 4] = [id::CPU_SUSPEND, id::CPU_ON, id::AFFINITY_INFO, id::SYSTEM_RESET2];
+    const WIDE: [u32; 4] = [
+        id::CPU_SUSPEND,
+        id::CPU_ON,
+        id::AFFINITY_INFO,
+        id::SYSTEM_RESET2,
+    ];
     let narrow = function & !id::WIDE;
     let known = match narrow {
         _ if function & id::WIDE != 0 => WIDE.contains(&narrow),
@@ -220,7 +225,11 @@ fn features(function: u32) -> u64 {
         | id::SMCCC_VERSION => true,
         _ => false,
     };
-    if known { 0 } else { Status::NotSupported.register() }
+    if known {
+        0
+    } else {
+        Status::NotSupported.register()
+    }
 }
 
 /// Answers SMCCC_ARCH_FEATURES.

@@ -1,6 +1,92 @@
 //! The guest's interrupt controller, a GICv3.
+//!
+//! # Purpose
+//!
+//! Distributor, redistributors and SGIs of a guest with up to 16 vCPUs, 16 SGIs, 16 PPIs and 128
+//! SPIs, delivered through the list registers of the hardware's virtual CPU interface. As on QEMU's
+//! `virt`: one security state (GICD_CTLR.DS = 1), affinity routing always on (ARE = 1), no LPIs,
+//! no extended ranges, five priority bits. The CPU interface itself (ICC_*) is the hardware's; only SGI writes trap.
+//!
+//! The caller's part:
+//!
+//! 1. MMIO goes to [`Vgic::mmio_read`] and [`Vgic::mmio_write`], trapped SGI writes to [`Vgic::sgi`], lines to
+//!    [`Vgic::set_spi_level`], [`Vgic::raise_ppi`] and [`Vgic::lower_ppi`].
+//! 2. Whoever is in the returned [`Kick`] is made to leave the guest (or made runnable, if it waits).
+//! 3. Before a vCPU enters the guest, if [`Vgic::needs_sync`], [`Vgic::sync`] with its list registers. The same after a
+//!    maintenance interrupt, once software lines have been sampled.
+//!
+//! List registers are plain values: a vCPU that is switched out takes them along, and `sync` works on the saved ones
+//! just as well, so an interrupt for a vCPU that does not run needs no running vCPU.
+//!
+//! # Invariants
+//!
+//! - Whatever the guest writes, nothing panics, and undefined accesses read as zero and write nothing.
+//! - An interrupt is in at most one list register of the guest.
+//! - After a sync every list register holds something, or nothing more is deliverable to this vCPU; and no list register
+//!   holds a pending interrupt that is less urgent than one left out. If one was left out, the underflow interrupt is on.
+//! - Active interrupts never leave their list register but by the guest's doing (or [`Vgic::withdraw`]).
+//!
+//! # Concurrency
+//!
+//! Every method may be called from any CPU at any time; `sync` and `withdraw` of a vCPU only by the CPU that
+//! has its list registers at the time. Lock order, each held for a bounded time, none across a call out but those of
+//! [`ListRegisters`]: **a vCPU's private lock, then the SPI lock**; never two private locks.
+//!
+//! *No interrupt is lost.* A sender (1) makes the state visible: in the target's mail word by one `fetch_or`, which is all
+//! an SGI takes, or under a lock and then a flag in the mail word; (2) kicks. The receiver, once kicked, (3) swaps the
+//! mail word for zero and (4) looks at the state. Mail operations are sequentially consistent, so (3) either sees the mail of (1), and with it the
+//! state, or comes before it; then the kick is still to come, and brings the receiver to (3) again. For this the
+//! caller's kick must not overtake (1): DSB ISHST before the physical SGI. A vCPU about to wait says so first
+//! and asks [`Vgic::has_deliverable`] second, while a sender mails first and looks for waiters second: one of them sees the other.
+//!
+//! # Limits
+//!
+//! - A guest that has more interrupts active than there are list registers gets no other until one ends; real guests nest by
+//!   priority, and seldom more than two deep.
+//! - Deactivation by ICC_DIR_EL1 on a PE other than the one that took an SPI is not seen.
+//! - GICR_WAKER is stored and holds back no interrupt, as on KVM: some guests never write it.
+//!
+//! Specification: IHI 0069 (GICv3), chapters 4 (interrupt states), 11 (list registers), 12 (registers).
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use alloc::boxed::Box;
+use spin::Mutex;
 
 use crate::{AccessSize, Level, VcpuIndex};
+
+mod distributor;
+mod list_register;
+mod private;
+mod redistributor;
+mod sgi;
+mod shared;
+mod state;
+mod sync;
+#[cfg(test)]
+mod tests;
+mod word;
+
+use private::Private;
+use shared::Shared;
+pub use state::{RestoreError, VgicState, WordState};
+
+/// SPIs, in words of 32.
+const SPI_WORDS: usize = 4;
+/// Number of SPIs.
+const SPIS: usize = SPI_WORDS * 32;
+/// Intids are 0 to 159: 16 SGIs, 16 PPIs, 128 SPIs.
+pub const INTIDS: u32 = 32 + SPIS as u32;
+
+/// GICD_CTLR.EnableGrp0.
+const ENABLE_GROUP0: u32 = 1 << 0;
+/// GICD_CTLR.EnableGrp1.
+const ENABLE_GROUP1: u32 = 1 << 1;
+
+/// Mail: something private changed; the low 32 bits are private interrupts that became pending.
+const MAIL_PRIVATE: u64 = 1 << 32;
+/// Mail: something about SPIs changed.
+const MAIL_SHARED: u64 = 1 << 33;
 
 /// A private peripheral interrupt, 16 to 31.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -9,7 +95,11 @@ pub struct Ppi(u8);
 impl Ppi {
     /// Makes one from its intid; `None` outside 16 to 31.
     pub const fn new(intid: u32) -> Option<Self> {
-        if intid >= 16 && intid < 32 { Some(Self(intid as u8)) } else { None }
+        if intid >= 16 && intid < 32 {
+            Some(Self(intid as u8))
+        } else {
+            None
+        }
     }
 
     pub(crate) const fn literal(intid: u8) -> Self {
@@ -21,6 +111,10 @@ impl Ppi {
     pub const fn intid(self) -> u32 {
         self.0 as u32
     }
+
+    const fn bit(self) -> u32 {
+        1 << self.0
+    }
 }
 
 /// A shared peripheral interrupt, 32 to [`INTIDS`] - 1.
@@ -30,7 +124,11 @@ pub struct Spi(u8);
 impl Spi {
     /// Makes one from its intid (not its SPI number, which is 32 less); `None` outside 32 to 159.
     pub const fn new(intid: u32) -> Option<Self> {
-        if intid >= 32 && intid < INTIDS { Some(Self(intid as u8)) } else { None }
+        if intid >= 32 && intid < INTIDS {
+            Some(Self(intid as u8))
+        } else {
+            None
+        }
     }
 
     pub(crate) const fn literal(intid: u8) -> Self {
@@ -43,9 +141,6 @@ impl Spi {
         self.0 as u32
     }
 }
-
-/// Intids are 0 to 159: 16 SGIs, 16 PPIs, 128 SPIs.
-pub const INTIDS: u32 = 160;
 
 /// Which of the controller's register frames an access goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +192,9 @@ impl Kick {
 
     /// Goes through them in order.
     pub fn iter(self) -> impl Iterator<Item = VcpuIndex> {
-        (0..crate::MAX_VCPUS).filter_map(VcpuIndex::new).filter(move |vcpu| self.contains(*vcpu))
+        (0..crate::MAX_VCPUS)
+            .filter_map(VcpuIndex::new)
+            .filter(move |vcpu| self.contains(*vcpu))
     }
 }
 
@@ -144,86 +241,186 @@ pub trait ListRegisters {
     fn deactivate(&mut self, pintid: u16);
 }
 
+/// One vCPU's part. On lines of its own: senders write `mail` while the owner works on the rest of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Bank {
+    mail: AtomicU64,
+    private: Mutex<Private>,
+}
+
 /// A guest's GICv3.
 #[derive(Debug)]
 pub struct Vgic {
-    vcpus: usize,
+    /// One a vCPU.
+    banks: Box<[Bank]>,
+    /// GICD_CTLR's group enables.
+    groups: AtomicU32,
+    shared: Mutex<Shared>,
 }
 
 impl Vgic {
     /// Makes the controller of a guest with this many vCPUs (held to 1 to [`crate::MAX_VCPUS`]), reset.
     pub fn new(vcpus: usize) -> Self {
-        Self { vcpus }
+        let vcpus = vcpus.clamp(1, crate::MAX_VCPUS);
+        let bank = |_| Bank {
+            mail: AtomicU64::new(0),
+            private: Mutex::new(Private::new()),
+        };
+        Self {
+            banks: (0..vcpus).map(bank).collect(),
+            groups: AtomicU32::new(0),
+            shared: Mutex::new(Shared::new(vcpus)),
+        }
+    }
+
+    /// Gives the number of vCPUs.
+    pub fn vcpus(&self) -> usize {
+        self.banks.len()
     }
 
     /// Reads a register.
+    ///
+    /// ISPENDR and ISACTIVER of interrupts in list registers show what the last sync saw; whoever holds them is made to
+    /// need a sync, so that a guest that reads again gets the truth. [`Vgic::refresh`] gets it at once.
+    #[inline]
     pub fn mmio_read(&self, vcpu: VcpuIndex, frame: Frame, offset: u64, size: AccessSize) -> u64 {
-        let _ = (vcpu, frame, offset, size, self.vcpus);
-        0
+        // Which vCPU reads makes no difference: with affinity routing nothing is banked in the distributor.
+        let _ = vcpu;
+        if offset & (size.bytes() - 1) != 0 {
+            return 0;
+        }
+        match frame {
+            Frame::Distributor => self.read_distributor(offset, size),
+            Frame::Redistributor(owner) => self.read_redistributor(owner, offset, size),
+        }
     }
 
     /// Writes a register.
-    pub fn mmio_write(&self, vcpu: VcpuIndex, frame: Frame, offset: u64, size: AccessSize, value: u64) -> Kick {
-        let _ = (vcpu, frame, offset, size, value);
-        Kick::NONE
+    #[inline]
+    pub fn mmio_write(
+        &self,
+        vcpu: VcpuIndex,
+        frame: Frame,
+        offset: u64,
+        size: AccessSize,
+        value: u64,
+    ) -> Kick {
+        let _ = vcpu;
+        if offset & (size.bytes() - 1) != 0 {
+            return Kick::NONE;
+        }
+        let kick = match frame {
+            Frame::Distributor => self.write_distributor(offset, size, value),
+            Frame::Redistributor(owner) => self.write_redistributor(owner, offset, size, value),
+        };
+        self.post(kick, MAIL_PRIVATE | MAIL_SHARED);
+        kick
     }
 
-    /// Names the vCPUs whose list registers hold state that a read of this register reports: all
-    /// but ISPENDR, ICPENDR, ISACTIVER and ICACTIVER give nobody. Sync the caller's own and kick the others
-    /// before [`Vgic::mmio_read`]; without it the read gives what the last sync saw.
+    /// Names the vCPUs whose list registers hold state that a read of this register reports; nobody for
+    /// all but ISPENDR, ICPENDR, ISACTIVER and ICACTIVER. For an exact value sync the caller's own and wait for the
+    /// others to be synced before [`Vgic::mmio_read`].
     pub fn refresh(&self, frame: Frame, offset: u64) -> Kick {
-        let _ = (frame, offset);
-        Kick::NONE
-    }
-
-    /// Sends the SGI a guest asked for by writing `value` to `register`.
-    pub fn sgi(&self, from: VcpuIndex, value: u64, register: SgiRegister) -> Kick {
-        let _ = (from, value, register);
-        Kick::NONE
+        let kick = match frame {
+            Frame::Distributor => self.refresh_distributor(offset),
+            Frame::Redistributor(owner) => self.refresh_redistributor(owner, offset),
+        };
+        self.post(kick, MAIL_PRIVATE | MAIL_SHARED);
+        kick
     }
 
     /// Sets the line of a shared interrupt.
     pub fn set_spi_level(&self, spi: Spi, level: Level) -> Kick {
-        let _ = (spi, level);
-        Kick::NONE
+        let number = (spi.intid() - 32) as usize;
+        let (word, bit) = (number / 32, 1 << (number % 32));
+        let groups = self.groups();
+        let mut shared = self.shared.lock();
+        let Some(state) = shared.words.get_mut(word) else {
+            return Kick::NONE;
+        };
+        match level {
+            Level::High => state.raise(bit),
+            Level::Low => state.lower(bit),
+        }
+        let kick = shared.kicks(word, bit, groups);
+        drop(shared);
+        self.post(kick, MAIL_SHARED);
+        kick
     }
 
-    /// Raises a private interrupt: the line is high.
+    /// Raises a private interrupt: its line is high, or its physical interrupt was taken and not deactivated.
     pub fn raise_ppi(&self, vcpu: VcpuIndex, ppi: Ppi, link: Link) -> Kick {
-        let _ = (vcpu, ppi, link);
-        Kick::NONE
+        self.change_private(vcpu, |private| match link {
+            Link::Software => private.word.raise(ppi.bit()),
+            Link::Hardware(pintid) => private.raise_hardware(ppi, pintid),
+        })
     }
 
-    /// Takes a private interrupt back: the line is low. A hardware-linked one that the guest has not taken yet is deactivated in the next sync.
+    /// Takes a private interrupt back: its line is low. A hardware-linked one that the guest has not taken is deactivated by the next sync.
     pub fn lower_ppi(&self, vcpu: VcpuIndex, ppi: Ppi) -> Kick {
-        let _ = (vcpu, ppi);
-        Kick::NONE
+        self.change_private(vcpu, |private| private.word.lower(ppi.bit()))
     }
 
     /// Says whether [`Vgic::sync`] has something new for this vCPU. One load.
+    #[inline]
     pub fn needs_sync(&self, vcpu: VcpuIndex) -> bool {
-        let _ = vcpu;
-        false
+        self.bank(vcpu)
+            .is_some_and(|bank| bank.mail.load(Ordering::SeqCst) != 0)
     }
 
-    /// Folds what the guest did with its list registers and fills them. Only the vCPU's owner calls it. Gives other vCPUs to kick.
-    pub fn sync(&self, vcpu: VcpuIndex, registers: &mut impl ListRegisters) -> Kick {
-        let _ = (vcpu, registers.count());
-        Kick::NONE
+    /// Puts the controller into its reset state; lines stay as they are, they are the devices'.
+    ///
+    /// No vCPU runs meanwhile, and none keeps its list registers: the caller withdraws or clears them first.
+    pub fn reset(&self) {
+        self.groups.store(0, Ordering::SeqCst);
+        for bank in &self.banks {
+            let mut private = bank.private.lock();
+            bank.mail.store(0, Ordering::SeqCst);
+            private.reset();
+        }
+        self.shared.lock().reset();
     }
 
-    /// Takes everything out of the list registers (all are zero after), as before [`Vgic::save`] or when the vCPU is turned off.
-    pub fn withdraw(&self, vcpu: VcpuIndex, registers: &mut impl ListRegisters) -> Kick {
-        let _ = (vcpu, registers.count());
-        Kick::NONE
+    fn bank(&self, vcpu: VcpuIndex) -> Option<&Bank> {
+        self.banks.get(vcpu.index())
     }
 
-    /// Says whether an interrupt is pending that would end the vCPU's WFI. Exact after a [`Vgic::sync`], otherwise it may say yes in vain.
-    pub fn has_deliverable(&self, vcpu: VcpuIndex) -> bool {
-        let _ = vcpu;
-        false
+    fn groups(&self) -> u32 {
+        self.groups.load(Ordering::SeqCst)
     }
 
-    /// Puts the controller into its reset state. No vCPU runs, and the owner clears all list registers (or withdraws them first).
-    pub fn reset(&self) {}
+    /// Everybody.
+    fn all(&self) -> Kick {
+        Kick((1 << self.banks.len()) - 1)
+    }
+
+    /// Mails `flags` to everybody in `kick`.
+    fn post(&self, kick: Kick, flags: u64) {
+        let mut left = kick.mask();
+        while left != 0 {
+            let index = left.trailing_zeros() as usize;
+            left &= left - 1;
+            if let Some(bank) = self.banks.get(index) {
+                bank.mail.fetch_or(flags, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Changes a vCPU's private part, and kicks it if that makes something to do.
+    fn change_private(&self, vcpu: VcpuIndex, change: impl FnOnce(&mut Private)) -> Kick {
+        let Some(bank) = self.bank(vcpu) else {
+            return Kick::NONE;
+        };
+        let mut private = bank.private.lock();
+        change(&mut private);
+        let work = private.word.work(private.word.deliverable(self.groups()));
+        drop(private);
+        if work == 0 {
+            return Kick::NONE;
+        }
+        let kick = Kick::one(vcpu);
+        self.post(kick, MAIL_PRIVATE);
+        kick
+    }
 }

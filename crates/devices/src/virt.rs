@@ -85,11 +85,17 @@ pub fn decode(ipa: u64) -> Option<Device> {
     }
     if let Some(offset) = within(GICR_BASE, GICR_STRIDE * crate::MAX_VCPUS as u64) {
         let vcpu = VcpuIndex::new((offset / GICR_STRIDE) as usize)?;
-        return Some(Device::Gic(Frame::Redistributor(vcpu), offset % GICR_STRIDE));
+        return Some(Device::Gic(
+            Frame::Redistributor(vcpu),
+            offset % GICR_STRIDE,
+        ));
     }
     if let Some(offset) = within(RTC_BASE, RTC_SIZE) {
         return Some(Device::Rtc(offset));
     }
     let offset = within(VIRTIO_BASE, VIRTIO_STRIDE * VIRTIO_COUNT)?;
-    Some(Device::Virtio(offset / VIRTIO_STRIDE, offset % VIRTIO_STRIDE))
+    Some(Device::Virtio(
+        offset / VIRTIO_STRIDE,
+        offset % VIRTIO_STRIDE,
+    ))
 }

@@ -1,0 +1,110 @@
+//! What belongs to one vCPU: its SGIs and PPIs, and what its list registers hold.
+//!
+//! # Invariants
+//!
+//! - `used` has the list registers that hold an interrupt as far as the last sync knows, `used_spi` those of them that
+//!   hold an SPI, `pending` those that were pending and not active; `held` says which interrupt.
+//!
+//! # Concurrency
+//!
+//! Behind the vCPU's private lock.
+
+use super::word::Word;
+use super::{Ppi, Underflow};
+
+/// SGIs are edge-triggered for good (GICR_ICFGR0 is read-only).
+pub(super) const SGI_EDGE: u32 = 0xffff;
+
+/// The most list registers there can be.
+pub(super) const MAX_LIST_REGISTERS: usize = 16;
+
+/// Whether deliverable interrupts were left out for want of list registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Supply {
+    /// No.
+    Enough,
+    /// Yes.
+    Short,
+}
+
+/// A vCPU's private part.
+#[derive(Debug)]
+pub(super) struct Private {
+    pub(super) word: Word,
+    /// Physical interrupt of each hardware-linked PPI, by intid - 16.
+    pintids: [u16; 16],
+    pub(super) used: u32,
+    pub(super) used_spi: u32,
+    pub(super) pending: u32,
+    held: [u8; MAX_LIST_REGISTERS],
+    pub(super) supply: Supply,
+    /// What UIE was last set to.
+    pub(super) underflow: Underflow,
+}
+
+impl Private {
+    /// Makes the reset state.
+    pub(super) const fn new() -> Self {
+        Self {
+            word: Word {
+                edge: SGI_EDGE,
+                ..Word::RESET
+            },
+            pintids: [0; 16],
+            used: 0,
+            used_spi: 0,
+            pending: 0,
+            held: [0; MAX_LIST_REGISTERS],
+            supply: Supply::Enough,
+            underflow: Underflow::Off,
+        }
+    }
+
+    /// Back to the reset state; lines stay, and so does UIE, which is not in this struct's power.
+    pub(super) fn reset(&mut self) {
+        let (line, underflow) = (self.word.line, self.underflow);
+        *self = Self::new();
+        self.word.line = line;
+        self.underflow = underflow;
+    }
+
+    /// Latches a hardware-linked PPI.
+    pub(super) fn raise_hardware(&mut self, ppi: Ppi, pintid: u16) {
+        if let Some(slot) = self.pintids.get_mut(usize::from(ppi.0) & 15) {
+            *slot = pintid;
+        }
+        self.word.latch |= ppi.bit();
+        self.word.hardware |= ppi.bit();
+        // Taken again before the last request to deactivate it was carried out: that request is void.
+        self.word.release &= !ppi.bit();
+    }
+
+    /// Gives the physical interrupt of a private one.
+    pub(super) fn pintid(&self, intid: u32) -> u16 {
+        self.pintids.get(intid as usize & 15).copied().unwrap_or(0)
+    }
+
+    /// Gives the interrupt list register `n` holds.
+    pub(super) fn held(&self, n: usize) -> u32 {
+        u32::from(self.held.get(n).copied().unwrap_or(0))
+    }
+
+    /// Takes note that list register `n` holds `intid`.
+    pub(super) fn hold(&mut self, n: usize, intid: u32) {
+        self.used |= 1 << n;
+        if intid >= 32 {
+            self.used_spi |= 1 << n;
+        }
+        if let Some(held) = self.held.get_mut(n) {
+            // Below 160.
+            *held = intid as u8;
+        }
+    }
+
+    /// Takes note that list register `n` is empty.
+    pub(super) fn let_go(&mut self, n: usize) {
+        self.used &= !(1 << n);
+        self.used_spi &= !(1 << n);
+        self.pending &= !(1 << n);
+    }
+}

@@ -1,0 +1,324 @@
+//! Moving interrupts between the controller and a vCPU's list registers.
+//!
+//! # Purpose
+//!
+//! [`Vgic::sync`] first folds: takes note of what the guest did with each list register in use, and corrects what the
+//! controller has since decided otherwise. Then it fills: the most urgent interrupt into a free list register,
+//! or over a less urgent one that the guest has not taken, until none is left or there is no room.
+//!
+//! # Invariants
+//!
+//! Work is bounded: the fold visits each list register once; the fill lists in order of urgency, so what it evicts
+//! is less urgent than all that follows, and each list register is written at most twice.
+//!
+//! # Concurrency
+//!
+//! The vCPU's private lock is held throughout, the SPI lock only if mail, list registers or a shortage say SPIs are concerned.
+//! So a lone SGI takes one uncontended lock, one swap, and looks at one word.
+
+use core::sync::atomic::{Ordering, fence};
+
+use spin::MutexGuard;
+
+use super::list_register::Lr;
+use super::private::{MAX_LIST_REGISTERS, Private, Supply};
+use super::shared::Shared;
+use super::word::{Physical, Word};
+use super::{Kick, ListRegisters, MAIL_SHARED, SPI_WORDS, Underflow, Vgic};
+use crate::VcpuIndex;
+
+/// SPIs that left this vCPU's list registers and may have to go to another.
+type Moved = [u32; SPI_WORDS];
+
+/// The next to be listed.
+struct Candidate {
+    rank: u16,
+    intid: u32,
+}
+
+/// What a vCPU's sync works on.
+struct Desk<'a> {
+    vcpu: VcpuIndex,
+    groups: u32,
+    private: &'a mut Private,
+    shared: Option<MutexGuard<'a, Shared>>,
+    moved: Moved,
+}
+
+impl Vgic {
+    /// Folds what the guest did with its list registers and fills them again. Gives other vCPUs to kick: those that SPIs moved to.
+    ///
+    /// Only the CPU that has the vCPU's list registers calls it.
+    pub fn sync(&self, vcpu: VcpuIndex, registers: &mut impl ListRegisters) -> Kick {
+        let Some(bank) = self.bank(vcpu) else {
+            return Kick::NONE;
+        };
+        let mut private = bank.private.lock();
+        let mail = bank.mail.swap(0, Ordering::SeqCst);
+        private.word.latch |= mail as u32;
+        let about_spis =
+            mail & MAIL_SHARED != 0 || private.used_spi != 0 || private.supply == Supply::Short;
+        let mut desk = Desk {
+            vcpu,
+            groups: self.groups(),
+            private: &mut private,
+            shared: about_spis.then(|| self.shared.lock()),
+            moved: [0; SPI_WORDS],
+        };
+        desk.release(registers);
+        desk.fold(registers);
+        desk.fill(registers);
+        let kick = desk.moved_to();
+        drop(desk);
+        let short = private.supply == Supply::Short;
+        drop(private);
+        self.post(kick, MAIL_SHARED);
+        if short && registers.count() <= 1 {
+            // Nothing will tell when there is room: look at every entry.
+            self.post(Kick::one(vcpu), MAIL_SHARED);
+        }
+        kick
+    }
+
+    /// Takes everything out of the list registers, which are all zero after: before [`Vgic::save`], or when the vCPU is turned off.
+    ///
+    /// Hardware links are cut: physical interrupts are deactivated, and come again if their lines are high.
+    pub fn withdraw(&self, vcpu: VcpuIndex, registers: &mut impl ListRegisters) -> Kick {
+        let Some(bank) = self.bank(vcpu) else {
+            return Kick::NONE;
+        };
+        let mut private = bank.private.lock();
+        let mail = bank.mail.swap(0, Ordering::SeqCst);
+        private.word.latch |= mail as u32;
+        let mut desk = Desk {
+            vcpu,
+            groups: self.groups(),
+            private: &mut private,
+            shared: Some(self.shared.lock()),
+            moved: [0; SPI_WORDS],
+        };
+        desk.fold(registers);
+        desk.withdraw(registers);
+        // After, as this is what cuts the links of those that were only latched.
+        desk.release(registers);
+        let kick = desk.moved_to();
+        drop(desk);
+        drop(private);
+        self.post(kick, MAIL_SHARED);
+        // What was withdrawn waits for this vCPU's own next sync.
+        self.post(Kick::one(vcpu), MAIL_SHARED);
+        kick
+    }
+
+    /// Says whether an interrupt is pending that would end the vCPU's WFI.
+    ///
+    /// Exact after a [`Vgic::sync`] but for the guest's priority mask and group enables in the CPU interface; otherwise it may
+    /// say yes in vain. It never says no in vain to a caller that announced the wait before it asked.
+    pub fn has_deliverable(&self, vcpu: VcpuIndex) -> bool {
+        // Between the caller's announcement and the loads below; pairs with the senders' mail.
+        fence(Ordering::SeqCst);
+        let Some(bank) = self.bank(vcpu) else {
+            return false;
+        };
+        let private = bank.private.lock();
+        let groups = self.groups();
+        let deliverable = private.word.deliverable(groups);
+        let mailed = bank.mail.load(Ordering::SeqCst) as u32;
+        let mailed = mailed & deliverable & !private.word.listed & !private.word.active;
+        if private.pending != 0 || private.word.fresh(deliverable) | mailed != 0 {
+            return true;
+        }
+        let shared = self.shared.lock();
+        let mut words = shared.words.iter().enumerate();
+        words.any(|(index, word)| {
+            word.fresh(word.deliverable(groups)) & shared.routed(vcpu, index) != 0
+        })
+    }
+}
+
+impl Desk<'_> {
+    /// Deactivates physical interrupts of hardware-linked ones that were given up before they were listed.
+    #[inline]
+    fn release(&mut self, registers: &mut impl ListRegisters) {
+        let mut left = self.private.word.release;
+        self.private.word.release = 0;
+        while left != 0 {
+            let intid = left.trailing_zeros();
+            left &= left - 1;
+            registers.deactivate(self.private.pintid(intid));
+        }
+    }
+
+    /// Takes note of each list register in use.
+    #[inline]
+    fn fold(&mut self, registers: &mut impl ListRegisters) {
+        let mut left = self.private.used;
+        while left != 0 {
+            let n = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let (groups, intid) = (self.groups, self.private.held(n));
+            let old = Lr(registers.read(n));
+            let Some((word, bit, allowed)) = self.word(intid) else {
+                continue;
+            };
+            let (new, physical) = word.fold(bit, old, word.deliverable(groups) & allowed);
+            if physical == Physical::Deactivate {
+                registers.deactivate(old.pintid());
+            }
+            // One that ended by itself is as good as zero, unless it still asks for maintenance.
+            if new != old && (!old.is_empty() || old.asks_maintenance()) {
+                registers.write(n, new.0);
+            }
+            if new.is_empty() {
+                self.let_go(n, intid);
+            } else {
+                self.note_pending(n, new);
+            }
+        }
+    }
+
+    /// Lists what is deliverable, the most urgent first, as far as there is room.
+    #[inline]
+    fn fill(&mut self, registers: &mut impl ListRegisters) {
+        self.private.supply = Supply::Enough;
+        while let Some(candidate) = self.candidate() {
+            let Some(n) = self.room(registers, candidate.rank) else {
+                self.private.supply = Supply::Short;
+                break;
+            };
+            let (groups, intid, vcpu) = (self.groups, candidate.intid, self.vcpu);
+            let pintid = self.private.pintid(intid);
+            let Some((word, _, _)) = self.word(intid) else {
+                break;
+            };
+            let lr = word.list(intid & 31, intid, pintid, word.deliverable(groups));
+            if let (Some(shared), Some(spi)) = (&mut self.shared, intid.checked_sub(32)) {
+                shared.set_owner(spi as usize, vcpu);
+            }
+            registers.write(n, lr.0);
+            self.private.hold(n, intid);
+            self.note_pending(n, lr);
+        }
+        // With a single list register, underflow would be asserted with it full: never asked for then.
+        let underflow = match self.private.supply {
+            Supply::Short if registers.count() > 1 => Underflow::On,
+            _ => Underflow::Off,
+        };
+        self.set_underflow(registers, underflow);
+    }
+
+    /// Empties all list registers, hardware links cut.
+    fn withdraw(&mut self, registers: &mut impl ListRegisters) {
+        for n in 0..registers.count().min(MAX_LIST_REGISTERS) {
+            if self.private.used & 1 << n != 0 {
+                let intid = self.private.held(n);
+                let lr = Lr(registers.read(n));
+                let physical = self
+                    .word(intid)
+                    .map(|(word, bit, _)| word.withdraw(bit, lr));
+                if physical == Some(Physical::Deactivate) {
+                    registers.deactivate(lr.pintid());
+                }
+                self.let_go(n, intid);
+            }
+            registers.write(n, Lr::EMPTY.0);
+        }
+        let latched = self.private.word.hardware;
+        self.private.word.clear_pending(latched);
+        self.private.supply = Supply::Enough;
+        self.set_underflow(registers, Underflow::Off);
+    }
+
+    /// Finds the most urgent interrupt to be listed.
+    #[inline]
+    fn candidate(&self) -> Option<Candidate> {
+        let private = &self.private.word;
+        let first = private.first(private.deliverable(self.groups), u32::MAX);
+        let mut best = first.map(|(rank, intid)| Candidate { rank, intid });
+        if let Some(shared) = &self.shared {
+            for (index, word) in shared.words.iter().enumerate() {
+                let routed = shared.routed(self.vcpu, index);
+                let Some((rank, bit)) = word.first(word.deliverable(self.groups), routed) else {
+                    continue;
+                };
+                if best.as_ref().is_none_or(|best| rank < best.rank) {
+                    // At most 159.
+                    let intid = 32 + 32 * index as u32 + bit;
+                    best = Some(Candidate { rank, intid });
+                }
+            }
+        }
+        best
+    }
+
+    /// Finds a list register for a candidate of this rank: a free one, or that of the least urgent interrupt the guest has not taken, which goes back.
+    #[inline]
+    fn room(&mut self, registers: &mut impl ListRegisters, rank: u16) -> Option<usize> {
+        let count = registers.count().min(MAX_LIST_REGISTERS);
+        let free = !self.private.used & ((1 << count) - 1);
+        if free != 0 {
+            return Some(free.trailing_zeros() as usize);
+        }
+        let pending = (0..count).filter(|n| self.private.pending & 1 << n != 0);
+        let (n, victim) = pending
+            .map(|n| (n, Lr(registers.read(n))))
+            .max_by_key(|(_, lr)| lr.priority())?;
+        if rank >= Word::rank_of_pending(victim.priority()) {
+            return None;
+        }
+        let intid = self.private.held(n);
+        if let Some((word, bit, _)) = self.word(intid) {
+            word.evict(bit, victim);
+        }
+        self.let_go(n, intid);
+        Some(n)
+    }
+
+    /// Finds the word of an interrupt, its bit, and those of the word's that may be delivered here.
+    #[inline]
+    fn word(&mut self, intid: u32) -> Option<(&mut Word, u32, u32)> {
+        let bit = 1 << (intid & 31);
+        let Some(spi) = intid.checked_sub(32) else {
+            return Some((&mut self.private.word, bit, u32::MAX));
+        };
+        let index = (spi / 32) as usize;
+        let shared = self.shared.as_mut()?;
+        let routed = shared.routed(self.vcpu, index);
+        Some((shared.words.get_mut(index)?, bit, routed))
+    }
+
+    fn let_go(&mut self, n: usize, intid: u32) {
+        self.private.let_go(n);
+        if let Some(spi) = intid.checked_sub(32)
+            && let Some(moved) = self.moved.get_mut((spi / 32) as usize)
+        {
+            *moved |= 1 << (spi % 32);
+        }
+    }
+
+    fn note_pending(&mut self, n: usize, lr: Lr) {
+        let bit = u32::from(lr.is_pending() && !lr.is_active()) << n;
+        self.private.pending = self.private.pending & !(1 << n) | bit;
+    }
+
+    fn set_underflow(&mut self, registers: &mut impl ListRegisters, underflow: Underflow) {
+        if self.private.underflow != underflow {
+            self.private.underflow = underflow;
+            registers.set_underflow_interrupt(underflow);
+        }
+    }
+
+    /// Gives the other vCPUs that SPIs no longer held here now go to.
+    fn moved_to(&self) -> Kick {
+        let Some(shared) = &self.shared else {
+            return Kick::NONE;
+        };
+        let moved = self.moved.iter().enumerate();
+        moved
+            .map(|(index, bits)| {
+                shared.kicks(index, bits & !shared.routed(self.vcpu, index), self.groups)
+            })
+            .fold(Kick::NONE, Kick::union)
+            .without(self.vcpu)
+    }
+}

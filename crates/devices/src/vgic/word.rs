@@ -1,0 +1,435 @@
+//! Thirty-two interrupts: one word of each register, and the life of one in a list register.
+//!
+//! # Purpose
+//!
+//! SGIs and PPIs of a vCPU are one [`Word`], the SPIs four. Everything that is the same for
+//! both is here: what registers show, what is deliverable, and what an interrupt's list register means.
+//!
+//! # Invariants
+//!
+//! For each interrupt (bit), where *listed* says whether a list register holds it:
+//!
+//! - Outside a list register its pending state is `latch`, or its line being high if it is level-triggered; its active state is `active`.
+//! - In a list register, pending came from `latch` iff `soft`: listing moves the bit from `latch` to `soft`, taking it
+//!   back moves it from `soft` to `latch`. So a pending edge or SGI is in exactly one of `latch`, `soft`, or was seen by the guest.
+//! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
+//! - `soft`, `linked`, `in_pending`, `in_active` and `deactivate` are within `listed`; `hardware` is within `latch`.
+//! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
+//!
+//! # Concurrency
+//!
+//! None: a word is behind its owner's lock.
+
+use super::list_register::{Group, Lr};
+
+/// A bit register's function, in the order of their offsets: 0x080 each (IHI 0069, 12.8 and 12.10).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bits {
+    /// IGROUPR.
+    Group,
+    /// ISENABLER.
+    SetEnable,
+    /// ICENABLER.
+    ClearEnable,
+    /// ISPENDR.
+    SetPending,
+    /// ICPENDR.
+    ClearPending,
+    /// ISACTIVER.
+    SetActive,
+    /// ICACTIVER.
+    ClearActive,
+}
+
+impl Bits {
+    /// Finds the function and the word's number at an offset from 0x080 to 0x3ff.
+    pub(super) const fn at(offset: u64) -> Option<(Self, usize)> {
+        let bits = match offset >> 7 {
+            1 => Self::Group,
+            2 => Self::SetEnable,
+            3 => Self::ClearEnable,
+            4 => Self::SetPending,
+            5 => Self::ClearPending,
+            6 => Self::SetActive,
+            7 => Self::ClearActive,
+            _ => return None,
+        };
+        Some((bits, (offset as usize & 0x7f) >> 2))
+    }
+
+    /// Says whether it shows state that a list register may hold.
+    pub(super) const fn shows_state(self) -> bool {
+        matches!(
+            self,
+            Self::SetPending | Self::ClearPending | Self::SetActive | Self::ClearActive
+        )
+    }
+}
+
+/// What is to be done about the physical interrupt of a list register just changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Physical {
+    /// Nothing: there is none, or the guest deactivates it in time.
+    Keep,
+    /// Deactivate it: the guest never will.
+    Deactivate,
+}
+
+/// State and configuration of 32 interrupts.
+#[derive(Clone, Debug)]
+pub(super) struct Word {
+    pub(super) enabled: u32,
+    pub(super) group1: u32,
+    /// Edge-triggered; the others are level-triggered.
+    pub(super) edge: u32,
+    pub(super) priority: [u8; 32],
+    /// Pending by an edge, an SGI, ISPENDR or a hardware link, and not listed as such.
+    pub(super) latch: u32,
+    /// Pending by a hardware link.
+    pub(super) hardware: u32,
+    /// Lines that are high.
+    pub(super) line: u32,
+    /// Active outside a list register, or to be made active in one.
+    pub(super) active: u32,
+    pub(super) listed: u32,
+    pub(super) soft: u32,
+    /// Listed with a hardware link.
+    pub(super) linked: u32,
+    /// Pending in a list register when last folded.
+    pub(super) in_pending: u32,
+    /// Active in a list register when last folded.
+    pub(super) in_active: u32,
+    /// To be made inactive in its list register.
+    pub(super) deactivate: u32,
+    /// Unlisted, with a physical interrupt to deactivate.
+    pub(super) release: u32,
+}
+
+/// Writable priority bits: five, as QEMU and KVM show. GICv3 asks for at least four with one security state.
+pub(super) const PRIORITY_MASK: u8 = 0xf8;
+
+/// Added to a pending interrupt's priority, so that active ones without a list register rank before.
+const PENDING_RANK: u16 = 0x100;
+
+impl Word {
+    /// The reset state with all lines low.
+    pub(super) const RESET: Self = Self {
+        enabled: 0,
+        group1: 0,
+        edge: 0,
+        priority: [0; 32],
+        latch: 0,
+        hardware: 0,
+        line: 0,
+        active: 0,
+        listed: 0,
+        soft: 0,
+        linked: 0,
+        in_pending: 0,
+        in_active: 0,
+        deactivate: 0,
+        release: 0,
+    };
+
+    /// Interrupts that may be signalled: enabled, and their group enabled in GICD_CTLR.
+    #[inline]
+    pub(super) const fn deliverable(&self, groups: u32) -> u32 {
+        let mut allowed = 0;
+        if groups & super::ENABLE_GROUP0 != 0 {
+            allowed |= !self.group1;
+        }
+        if groups & super::ENABLE_GROUP1 != 0 {
+            allowed |= self.group1;
+        }
+        self.enabled & allowed
+    }
+
+    /// Interrupts held pending by their line.
+    #[inline]
+    const fn held(&self) -> u32 {
+        self.line & !self.edge
+    }
+
+    /// Interrupts to be listed as pending.
+    #[inline]
+    pub(super) const fn fresh(&self, deliverable: u32) -> u32 {
+        (self.latch | self.held()) & deliverable & !self.listed & !self.active
+    }
+
+    /// Active interrupts without a list register. They go in before all others: the guest's deactivation finds them nowhere else.
+    #[inline]
+    pub(super) const fn stranded(&self) -> u32 {
+        self.active & !self.listed
+    }
+
+    /// Interrupts a fold or a fill would do something about.
+    pub(super) const fn work(&self, deliverable: u32) -> u32 {
+        let unsupported = self.in_pending & !(deliverable & (self.soft | self.held()));
+        let merge = self.latch & deliverable | self.active | self.deactivate | unsupported;
+        self.fresh(deliverable) | self.stranded() | self.listed & merge | self.release
+    }
+
+    /// Reads a bit register. `mailed` are interrupts latched and not yet in `latch`.
+    pub(super) const fn read(&self, bits: Bits, mailed: u32) -> u32 {
+        match bits {
+            Bits::Group => self.group1,
+            Bits::SetEnable | Bits::ClearEnable => self.enabled,
+            Bits::SetPending | Bits::ClearPending => {
+                mailed | self.latch | self.held() | self.in_pending & self.soft
+            }
+            Bits::SetActive | Bits::ClearActive => self.active | self.in_active & !self.deactivate,
+        }
+    }
+
+    /// Writes a bit register.
+    pub(super) fn write(&mut self, bits: Bits, value: u32) {
+        match bits {
+            Bits::Group => self.group1 = value,
+            Bits::SetEnable => self.enabled |= value,
+            Bits::ClearEnable => self.enabled &= !value,
+            Bits::SetPending => self.latch |= value,
+            Bits::ClearPending => self.clear_pending(value),
+            Bits::SetActive => {
+                self.deactivate &= !value;
+                self.active |= value;
+            }
+            Bits::ClearActive => {
+                self.active &= !value;
+                self.deactivate |= value & self.listed;
+            }
+        }
+    }
+
+    /// Forgets pending states that no line holds. A hardware-linked one is the line of its physical
+    /// interrupt: deactivated, that comes again if its line is still high.
+    pub(super) fn clear_pending(&mut self, mask: u32) {
+        self.release |= self.hardware & mask;
+        self.hardware &= !mask;
+        self.latch &= !mask;
+        self.soft &= !mask;
+    }
+
+    /// Sets the line of one interrupt high.
+    pub(super) fn raise(&mut self, bit: u32) {
+        if self.line & bit == 0 {
+            self.latch |= bit & self.edge;
+        }
+        self.line |= bit;
+    }
+
+    /// Sets the line of one interrupt low, be it its own or that of its physical interrupt.
+    pub(super) fn lower(&mut self, bit: u32) {
+        self.line &= !bit;
+        self.clear_pending(bit & (self.hardware | self.linked));
+    }
+
+    /// Reads ICFGR: two bits an interrupt, the upper one set for edge. `half` 1 is the upper 16 interrupts.
+    pub(super) const fn read_config(&self, half: usize) -> u32 {
+        let edges = self.edge >> (16 * (half as u32 & 1)) & 0xffff;
+        let mut spread = edges;
+        spread = (spread | spread << 8) & 0x00ff_00ff;
+        spread = (spread | spread << 4) & 0x0f0f_0f0f;
+        spread = (spread | spread << 2) & 0x3333_3333;
+        spread = (spread | spread << 1) & 0x5555_5555;
+        spread << 1
+    }
+
+    /// Writes ICFGR.
+    pub(super) fn write_config(&mut self, half: usize, value: u32) {
+        let mut edges = value >> 1 & 0x5555_5555;
+        edges = (edges | edges >> 1) & 0x3333_3333;
+        edges = (edges | edges >> 2) & 0x0f0f_0f0f;
+        edges = (edges | edges >> 4) & 0x00ff_00ff;
+        edges = (edges | edges >> 8) & 0x0000_ffff;
+        let shift = 16 * (half as u32 & 1);
+        self.edge = self.edge & !(0xffff << shift) | edges << shift;
+    }
+
+    /// Reads the priorities of `count` interrupts from `first` on, the first in the lowest byte.
+    pub(super) fn read_priority(&self, first: usize, count: usize) -> u64 {
+        let bytes = self.priority.iter().skip(first).take(count.min(8));
+        bytes
+            .rev()
+            .fold(0, |value, priority| value << 8 | u64::from(*priority))
+    }
+
+    /// Writes the priorities of `count` interrupts from `first` on. Those listed keep the old one until listed again.
+    pub(super) fn write_priority(&mut self, first: usize, count: usize, value: u64) {
+        let bytes = self.priority.iter_mut().skip(first).take(count);
+        for (priority, byte) in bytes.zip(value.to_le_bytes()) {
+            *priority = byte & PRIORITY_MASK;
+        }
+    }
+
+    /// Gives the first of `allowed` to be listed, with its rank (lower goes first): stranded ones before all, then by priority, then by number.
+    #[inline]
+    pub(super) fn first(&self, deliverable: u32, allowed: u32) -> Option<(u16, u32)> {
+        let stranded = self.stranded() & allowed;
+        let (mut left, base) = match stranded {
+            0 => (self.fresh(deliverable) & allowed, PENDING_RANK),
+            _ => (stranded, 0),
+        };
+        let mut best: Option<(u16, u32)> = None;
+        while left != 0 {
+            let index = left.trailing_zeros();
+            left &= left - 1;
+            let rank = base + u16::from(self.priority_of(index));
+            if best.is_none_or(|(lowest, _)| rank < lowest) {
+                best = Some((rank, index));
+            }
+        }
+        best
+    }
+
+    /// Gives the rank of a pending interrupt of this priority.
+    pub(super) const fn rank_of_pending(priority: u8) -> u16 {
+        PENDING_RANK + priority as u16
+    }
+
+    #[inline]
+    fn priority_of(&self, index: u32) -> u8 {
+        // Masked, so always there.
+        self.priority.get(index as usize & 31).copied().unwrap_or(0)
+    }
+
+    /// Puts the unlisted interrupt `index` into a list register.
+    pub(super) fn list(&mut self, index: u32, intid: u32, pintid: u16, deliverable: u32) -> Lr {
+        let bit = 1 << (index & 31);
+        let group = if self.group1 & bit != 0 {
+            Group::One
+        } else {
+            Group::Zero
+        };
+        let mut lr = Lr::new(intid, self.priority_of(index), group);
+        let active = self.active & bit != 0;
+        if self.latch & deliverable & bit != 0 && !(active && self.hardware & bit != 0) {
+            lr = lr.with_pending();
+            if self.hardware & bit != 0 {
+                lr = lr.with_hardware(pintid);
+                self.linked |= bit;
+            }
+            self.latch &= !bit;
+            self.hardware &= !bit;
+            self.soft |= bit;
+        } else if self.held() & deliverable & bit != 0 && !active {
+            lr = lr.with_pending();
+        }
+        if active {
+            lr = lr.with_active();
+            self.active &= !bit;
+        }
+        if !lr.is_hardware() && self.edge & bit == 0 {
+            lr = lr.with_eoi();
+        }
+        self.listed |= bit;
+        self.note(bit, lr);
+        lr
+    }
+
+    /// Takes note of what the guest did with the list register of `bit`, and gives what it should hold now.
+    ///
+    /// A level-triggered interrupt whose line is high is not made pending beside active: it would
+    /// come twice if the line fell in between. Its EOI bit brings the caller back when it ends.
+    pub(super) fn fold(&mut self, bit: u32, lr: Lr, deliverable: u32) -> (Lr, Physical) {
+        if !lr.is_pending() {
+            self.soft &= !bit;
+        }
+        if lr.is_empty() {
+            self.unlist(bit);
+            return (Lr::EMPTY, Physical::Keep);
+        }
+        let mut new = lr;
+        let mut physical = Physical::Keep;
+        let merges = self.hardware & bit == 0 && !(lr.is_hardware() && lr.is_active());
+        if self.latch & deliverable & bit != 0 && merges {
+            self.latch &= !bit;
+            self.soft |= bit;
+            new = new.with_pending();
+        } else if lr.is_pending() && deliverable & (self.soft | self.held()) & bit == 0 {
+            new = new.without_pending();
+            physical = self.take_back(bit, lr);
+        }
+        if self.active & bit != 0 {
+            self.active &= !bit;
+            // Activating a linked one by hand has no meaning the hardware could carry.
+            if !lr.is_hardware() {
+                new = new.with_active();
+            }
+        }
+        if self.deactivate & bit != 0 {
+            self.deactivate &= !bit;
+            if new.is_active() && new.is_hardware() {
+                physical = Physical::Deactivate;
+            }
+            new = new.without_active();
+        }
+        if new.is_empty() {
+            self.unlist(bit);
+            return (Lr::EMPTY, physical);
+        }
+        if !new.is_hardware() && self.edge & bit == 0 {
+            new = new.with_eoi();
+        }
+        self.note(bit, new);
+        (new, physical)
+    }
+
+    /// Takes a pending, inactive interrupt out of its list register to make room.
+    pub(super) fn evict(&mut self, bit: u32, lr: Lr) {
+        // After a fold a pending one without `soft` is held by a line and has no link to cut.
+        self.take_back(bit, lr);
+        self.unlist(bit);
+    }
+
+    /// Takes any interrupt out of its list register, cutting its hardware link.
+    pub(super) fn withdraw(&mut self, bit: u32, lr: Lr) -> Physical {
+        if lr.is_active() {
+            self.active |= bit;
+        }
+        if !lr.is_hardware() {
+            self.latch |= self.soft & bit;
+        }
+        self.unlist(bit);
+        match lr.is_hardware() && !lr.is_empty() {
+            true => Physical::Deactivate,
+            false => Physical::Keep,
+        }
+    }
+
+    /// Moves the pending state of a list register back to where it came from.
+    fn take_back(&mut self, bit: u32, lr: Lr) -> Physical {
+        let soft = self.soft & bit;
+        self.soft &= !bit;
+        self.latch |= soft;
+        if !lr.is_hardware() {
+            return Physical::Keep;
+        }
+        // Without `soft` it was cleared by ICPENDR or its line: see clear_pending.
+        self.hardware |= soft;
+        if soft != 0 {
+            Physical::Keep
+        } else {
+            Physical::Deactivate
+        }
+    }
+
+    fn note(&mut self, bit: u32, lr: Lr) {
+        self.in_pending &= !bit;
+        self.in_active &= !bit;
+        if lr.is_pending() {
+            self.in_pending |= bit;
+        }
+        if lr.is_active() {
+            self.in_active |= bit;
+        }
+    }
+
+    fn unlist(&mut self, bit: u32) {
+        self.listed &= !bit;
+        self.soft &= !bit;
+        self.linked &= !bit;
+        self.in_pending &= !bit;
+        self.in_active &= !bit;
+        self.deactivate &= !bit;
+    }
+}
