@@ -1,0 +1,394 @@
+//! What must not harm the machine: bundles, frames, requests and hosts gone bad.
+//!
+//! After each of them the same thing is checked: a clear word was said, and the next
+//! good thing works as if nothing had happened.
+
+use anyhow::{Context, Result, ensure};
+use tidemark_guests::pattern::Random;
+use tidemark_tests::guests::{self, Mib};
+use tidemark_tests::script::Script;
+use tidemark_tests::target::Target;
+use tidemark_wire::PROTOCOL;
+use tidemark_wire::bundle::{BootFiles, Bundle, VmDraft};
+use tidemark_wire::checksum::crc32c;
+use tidemark_wire::message::{ErrorReply, Request, Response, VmId};
+
+use crate::case::Case;
+use crate::raw::Raw;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("bad_bundle_not_one", 40, |script| {
+            bad_bundle(script, Damage::NotOne)
+        }),
+        Case::new("bad_bundle_other_format", 40, |script| {
+            bad_bundle(script, Damage::OtherFormat)
+        }),
+        Case::new("bad_bundle_cut_short", 40, |script| {
+            bad_bundle(script, Damage::CutShort)
+        }),
+        Case::new("bad_bundle_manifest_damaged", 40, |script| {
+            bad_bundle(script, Damage::Manifest)
+        }),
+        Case::new("bad_bundle_manifest_forged", 40, |script| {
+            bad_bundle(script, Damage::Forged)
+        }),
+        Case::new("bad_bundle_file_damaged", 40, |script| {
+            bad_bundle(script, Damage::File)
+        }),
+        Case::new("bad_bundle_not_a_kernel", 40, not_a_kernel),
+        Case::new("bad_frames", 90, bad_frames),
+        Case::new("truncated_frames", 60, truncated_frames),
+        Case::new("bad_requests", 60, bad_requests),
+        Case::new("wrong_version", 60, wrong_version),
+        Case::new("stale_session", 60, stale_session),
+    ]
+}
+
+/// Starts a small guest, which every test of bad input wants to see alive afterwards.
+fn start_oracle(script: &mut Script) -> Result<&mut Target> {
+    let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    Ok(target)
+}
+
+/// The shell answers, and the machine says nothing that looks like a crash.
+fn shell_answers(target: &mut Target) -> Result<()> {
+    let help = target.shell("help")?;
+    ensure!(
+        help.contains("list"),
+        "`help` does not name `list`: {help:?}"
+    );
+    target.still_on()
+}
+
+// ---- bundles
+
+/// One way for a bundle to be wrong.
+#[derive(Clone, Copy)]
+enum Damage {
+    /// Random bytes.
+    NotOne,
+    /// A format number of the future.
+    OtherFormat,
+    /// The end is missing.
+    CutShort,
+    /// A bit of the manifest is flipped.
+    Manifest,
+    /// The manifest is nonsense under a checksum that fits it.
+    Forged,
+    /// A bit of a file is flipped.
+    File,
+}
+
+fn damaged(bundle: &[u8], damage: Damage, seed: u64) -> Result<Vec<u8>> {
+    let mut random = Random(seed);
+    let mut bytes = bundle.to_vec();
+    let length = usize::try_from(u32_at(&bytes, 12)?)?;
+    match damage {
+        Damage::NotOne => bytes
+            .iter_mut()
+            .take(64)
+            .for_each(|byte| *byte = (random.next() >> 32) as u8),
+        Damage::OtherFormat => put_u32(&mut bytes, 8, 99)?,
+        Damage::CutShort => {
+            let cut = 32 + random.below(bytes.len() as u64 - 64);
+            bytes.truncate(usize::try_from(cut)?);
+        }
+        Damage::Manifest => {
+            let at = 32 + usize::try_from(random.below(length as u64))?;
+            *bytes.get_mut(at).context("in the manifest")? ^= 1 << random.below(8);
+        }
+        Damage::Forged => {
+            let manifest = bytes.get_mut(32..32 + length).context("the manifest")?;
+            manifest
+                .iter_mut()
+                .for_each(|byte| *byte = (random.next() >> 32) as u8);
+            let crc = crc32c(manifest);
+            put_u32(&mut bytes, 24, crc)?;
+        }
+        Damage::File => {
+            // The file begins at the first 4 KiB boundary after the manifest.
+            let at = (32 + length).next_multiple_of(4096) + 4096;
+            *bytes.get_mut(at).context("in the file")? ^= 1 << random.below(8);
+        }
+    }
+    Ok(bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Result<u32> {
+    let word = bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .context("a header")?;
+    Ok(u32::from_le_bytes(*word))
+}
+
+fn put_u32(bytes: &mut [u8], at: usize, value: u32) -> Result<()> {
+    let place = bytes.get_mut(at..at + 4).context("a header")?;
+    place.copy_from_slice(&value.to_le_bytes());
+    Ok(())
+}
+
+/// What the image must say: the same words as the parser here, which it is built with.
+fn complaint(bytes: &[u8]) -> Result<String> {
+    let bundle = match Bundle::parse(bytes) {
+        Err(error) => return Ok(error.to_string()),
+        Ok(bundle) => bundle,
+    };
+    let blobs = bundle.manifest().vms.iter().flat_map(|vm| vm.boot.blobs());
+    let errors = blobs.filter_map(|blob| bundle.blob(blob).err());
+    let error = errors
+        .into_iter()
+        .next()
+        .context("nothing is wrong with this bundle")?;
+    Ok(error.to_string())
+}
+
+fn bad_bundle(script: &mut Script, damage: Damage) -> Result<()> {
+    let good = guests::pack([guests::oracle(1, Mib(32))?])?;
+    let bad = damaged(&good, damage, script.seed())?;
+    let complaint = complaint(&bad)?;
+    let target = script.start_tidemark("virt", &bad, "")?;
+    let said = target.to_prompt()?;
+    let lines = said
+        .lines()
+        .filter(|line| line.contains(&complaint))
+        .count();
+    ensure!(lines == 1, "{lines} lines say `{complaint}`");
+    no_guest_runs(target)
+}
+
+fn not_a_kernel(script: &mut Script) -> Result<()> {
+    let mut random = Random(script.seed());
+    let kernel = (0..8192).map(|_| (random.next() >> 32) as u8).collect();
+    let bundle = guests::pack([VmDraft {
+        name: "noise".to_owned(),
+        vcpus: 1,
+        memory_bytes: Mib(32).bytes(),
+        autostart: true,
+        boot: BootFiles::Kernel {
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+        },
+    }])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    let said = target.to_prompt()?;
+    let complaints = said
+        .lines()
+        .filter(|line| line.contains("noise") && line.contains("kernel"))
+        .count();
+    ensure!(
+        complaints >= 1,
+        "nobody says what is wrong with the kernel of `noise`: {said}"
+    );
+    let list = target.shell("list")?;
+    ensure!(
+        !list.contains("running"),
+        "a kernel of noise runs: {list:?}"
+    );
+    shell_answers(target)
+}
+
+fn no_guest_runs(target: &mut Target) -> Result<()> {
+    let list = target.shell("list")?;
+    ensure!(
+        !list.contains("oracle") && !list.contains("running"),
+        "a guest was started: {list:?}"
+    );
+    shell_answers(target)
+}
+
+// ---- frames
+
+fn bad_frames(script: &mut Script) -> Result<()> {
+    let mut random = Random(script.seed());
+    let target = start_oracle(script)?;
+    let mut raw = Raw::connect(target, 0x1111)?;
+    raw.works(&["oracle"]).context("before anything bad")?;
+    for round in 0..40 {
+        let mut bytes = raw.frame(&Request::Info { vm: VmId(0) })?;
+        let last = bytes.len() as u64 - 2;
+        for _ in 0..=random.below(3) {
+            let at = usize::try_from(1 + random.below(last))?;
+            let byte = bytes.get_mut(at).context("in the frame")?;
+            match random.below(3) {
+                0 => *byte ^= 1 << random.below(8),
+                1 => *byte = random.next() as u8,
+                _ => *byte = 0,
+            }
+        }
+        raw.send(&bytes)?;
+        // A frame longer than any receiver agreed to, now and then.
+        if round % 8 == 0 {
+            let mut long = vec![0, 2];
+            long.extend((0..3000).map(|_| 1 | random.next() as u8));
+            long.push(0);
+            raw.send(&long)?;
+        }
+        raw.works(&["oracle"])
+            .with_context(|| format!("after bad frame {round}: {bytes:02x?}"))?;
+    }
+    raw.close()?;
+    shell_answers(target)
+}
+
+fn truncated_frames(script: &mut Script) -> Result<()> {
+    let target = start_oracle(script)?;
+    let mut raw = Raw::connect(target, 0x2222)?;
+    raw.works(&["oracle"]).context("before anything bad")?;
+    let whole = raw.frame(&Request::Info { vm: VmId(0) })?;
+    for length in 1..whole.len() {
+        raw.send(whole.get(..length).unwrap_or_default())?;
+        // The next frame begins with its own delimiter, so half a frame costs only itself.
+        raw.works(&["oracle"])
+            .with_context(|| format!("after {length} of {} bytes", whole.len()))?;
+    }
+    raw.close()?;
+    shell_answers(target)
+}
+
+fn bad_requests(script: &mut Script) -> Result<()> {
+    let mut random = Random(script.seed());
+    let target = start_oracle(script)?;
+    let mut raw = Raw::connect(target, 0x3333)?;
+    raw.works(&["oracle"])?;
+    for _ in 0..60 {
+        // A good frame around a payload that is no request, or one with odd numbers.
+        let length = 1 + random.below(40);
+        let payload: Vec<u8> = (0..length).map(|_| random.next() as u8).collect();
+        // PowerOff and the like are requests: what decodes is not noise, so skip it.
+        if Request::decode(&payload).is_ok() {
+            continue;
+        }
+        let bytes = raw.frame_of(&payload)?;
+        raw.send(&bytes)?;
+        let answer = raw.response(tidemark_tests::clocks::scaled(5))?;
+        let answer = answer.with_context(|| format!("no answer to {payload:02x?}"))?;
+        let answer = Response::decode(&answer).map_err(|error| anyhow::anyhow!("{error}"))?;
+        ensure!(
+            matches!(answer, Response::Error(ErrorReply::Malformed)),
+            "{payload:02x?} was answered by {answer:?}"
+        );
+    }
+    for (request, wanted) in out_of_range() {
+        raw.ask(&request, |response| {
+            let refused = matches!(&response, Response::Error(error) if wanted.contains(error));
+            ensure!(refused, "{request:?} was answered by {response:?}");
+            Ok(())
+        })?;
+    }
+    raw.works(&["oracle"])?;
+    raw.close()?;
+    shell_answers(target)
+}
+
+/// Requests that read well and ask for the impossible, and what may be answered.
+fn out_of_range() -> Vec<(Request<'static>, Vec<ErrorReply>)> {
+    use tidemark_wire::message::{Epoch, SlotId};
+    let vm = VmId(0);
+    let slot = SlotId(0);
+    let none = ErrorReply::NoSuchEpoch { outstanding: None };
+    vec![
+        (Request::Info { vm: VmId(77) }, vec![ErrorReply::NoSuchVm]),
+        (
+            Request::Pause { vm: VmId(u16::MAX) },
+            vec![ErrorReply::NoSuchVm],
+        ),
+        (
+            Request::ReadMemory {
+                vm,
+                ipa: u64::MAX - 7,
+                len: 8,
+            },
+            vec![ErrorReply::OutOfRange],
+        ),
+        (
+            Request::ReadMemory {
+                vm,
+                ipa: 0x4000_0001,
+                len: 8,
+            },
+            vec![ErrorReply::NeedsAlignment],
+        ),
+        (
+            Request::ReadMemory {
+                vm,
+                ipa: 0x4000_0000,
+                len: !7,
+            },
+            vec![ErrorReply::OutOfRange, ErrorReply::Malformed],
+        ),
+        (
+            Request::Hash {
+                vm,
+                slot: SlotId(500),
+            },
+            vec![ErrorReply::NoSuchSlot, ErrorReply::NotPaused],
+        ),
+        (Request::Hash { vm, slot }, vec![ErrorReply::NotPaused]),
+        (
+            Request::DirtyTake {
+                vm,
+                epoch: Epoch(1),
+            },
+            vec![ErrorReply::NotLogging],
+        ),
+        (
+            Request::DirtyCommit {
+                vm,
+                epoch: Epoch(9),
+            },
+            vec![none, ErrorReply::NotLogging],
+        ),
+        (
+            Request::BitmapRead {
+                vm,
+                slot,
+                epoch: Epoch(9),
+                first_page: 0,
+                pages: 64,
+            },
+            vec![none, ErrorReply::NotLogging],
+        ),
+    ]
+}
+
+fn wrong_version(script: &mut Script) -> Result<()> {
+    let target = start_oracle(script)?;
+    let mut raw = Raw::connect(target, 0x4444)?;
+    for protocol in [0, PROTOCOL + 1, u16::MAX] {
+        let refused = raw.hello(protocol)?;
+        ensure!(
+            refused == Err(ErrorReply::VersionMismatch { target: PROTOCOL }),
+            "protocol {protocol} was answered by {refused:?}"
+        );
+    }
+    raw.works(&["oracle"])
+        .context("the right version after wrong ones")?;
+    raw.close()?;
+    shell_answers(target)
+}
+
+fn stale_session(script: &mut Script) -> Result<()> {
+    let target = start_oracle(script)?;
+    let mut first = Raw::connect(target, 0x5555)?;
+    first.works(&["oracle"])?;
+    drop(first);
+    let mut second = Raw::connect(target, 0x6666)?;
+    second.works(&["oracle"])?;
+    drop(second);
+    let mut first = Raw::connect(target, 0x5555)?;
+    first.ask(&Request::List, |response| {
+        ensure!(
+            matches!(response, Response::Error(ErrorReply::StaleSession)),
+            "the replaced session was answered by {response:?}"
+        );
+        Ok(())
+    })?;
+    first.works(&["oracle"]).context("a new Hello")?;
+    first.close()?;
+    shell_answers(target)
+}

@@ -1,0 +1,148 @@
+//! A host end made by hand, for saying what `tidectl` never would.
+//!
+//! It writes bytes straight to the machine and reads what comes back through the relay.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use tidemark_tests::clocks::scaled;
+use tidemark_tests::line::Line;
+use tidemark_tests::target::Target;
+use tidemark_wire::frame::{Decoder, Header, Item, Kind, Seq, Session, buffer_len, encode};
+use tidemark_wire::message::{ErrorReply, Request, Response};
+use tidemark_wire::{PROTOCOL, REQUEST_PAYLOAD_MAX, RESPONSE_PAYLOAD_MAX};
+
+/// How long a whole, good request may take to be answered.
+const ANSWER_SECONDS: u64 = 5;
+
+/// A session spoken by hand.
+pub struct Raw {
+    line: Arc<Line>,
+    stream: UnixStream,
+    decoder: Box<Decoder<{ buffer_len(RESPONSE_PAYLOAD_MAX) }>>,
+    session: Session,
+    seq: Seq,
+}
+
+impl Raw {
+    /// Listens to `target`; says nothing yet.
+    pub fn connect(target: &Target, session: u16) -> Result<Self> {
+        let port = target.port();
+        let path = port.strip_prefix("unix:").context("a socket")?;
+        let stream = UnixStream::connect(path).context("the relay")?;
+        stream.set_read_timeout(Some(Duration::from_millis(50)))?;
+        Ok(Self {
+            line: Arc::clone(target.line()),
+            stream,
+            decoder: Box::new(Decoder::new()),
+            session: Session(session),
+            seq: Seq(0),
+        })
+    }
+
+    /// The bytes of `request` as a frame, with the next number.
+    pub fn frame(&mut self, request: &Request<'_>) -> Result<Vec<u8>> {
+        let mut buffer = [0; REQUEST_PAYLOAD_MAX];
+        let payload = request
+            .encode(&mut buffer)
+            .map_err(|error| anyhow::anyhow!("{error}"))?;
+        self.frame_of(payload)
+    }
+
+    /// The same with any payload.
+    pub fn frame_of(&mut self, payload: &[u8]) -> Result<Vec<u8>> {
+        self.seq = self.seq.next();
+        let header = Header {
+            kind: Kind::Request,
+            seq: self.seq,
+            session: self.session,
+        };
+        let mut bytes = Vec::new();
+        encode(&header, payload, &mut |part| bytes.extend_from_slice(part))?;
+        Ok(bytes)
+    }
+
+    /// Sends bytes as they are.
+    pub fn send(&self, bytes: &[u8]) -> Result<()> {
+        self.line.send_bytes(bytes)
+    }
+
+    /// Sends a request and waits for its response, which `check` gets.
+    pub fn ask<T>(
+        &mut self,
+        request: &Request<'_>,
+        check: impl FnOnce(Response<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let bytes = self.frame(request)?;
+        self.send(&bytes)?;
+        let payload = self
+            .response(scaled(ANSWER_SECONDS))?
+            .with_context(|| format!("no answer to {request:?}"))?;
+        let response = Response::decode(&payload).map_err(|error| anyhow::anyhow!("{error}"))?;
+        check(response)
+    }
+
+    /// Waits for the response to the last frame made; `None` when `limit` is over.
+    pub fn response(&mut self, limit: Duration) -> Result<Option<Vec<u8>>> {
+        let deadline = Instant::now() + limit;
+        let mut byte = [0];
+        while Instant::now() < deadline {
+            match self.stream.read(&mut byte) {
+                Ok(0) => bail!("the line closed"),
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(Item::Frame(frame)) = self.decoder.push(byte[0])
+                && frame.header.kind == Kind::Response
+                && frame.header.seq == self.seq
+                && frame.header.session == self.session
+            {
+                return Ok(Some(frame.payload.to_vec()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens the session with `protocol`.
+    pub fn hello(&mut self, protocol: u16) -> Result<Result<(), ErrorReply>> {
+        let hello = Request::Hello {
+            protocol,
+            max_payload: 1024,
+        };
+        self.ask(&hello, |response| match response {
+            Response::Hello { .. } => Ok(Ok(())),
+            Response::Error(error) => Ok(Err(error)),
+            other => bail!("Hello was answered by {other:?}"),
+        })
+    }
+
+    /// Opens the session as it should be and checks that the machine lists `names`.
+    pub fn works(&mut self, names: &[&str]) -> Result<()> {
+        self.hello(PROTOCOL)?
+            .map_err(|error| anyhow::anyhow!("{error}"))
+            .context("a good Hello")?;
+        self.ask(&Request::List, |response| match response {
+            Response::Vms(vms) => {
+                let found: Vec<&str> = vms.iter().map(|vm| vm.name.as_str()).collect();
+                ensure!(found == names, "the machine lists {found:?}, not {names:?}");
+                Ok(())
+            }
+            other => bail!("List was answered by {other:?}"),
+        })
+    }
+
+    /// Says goodbye, so that the line is plain text again.
+    pub fn close(mut self) -> Result<()> {
+        self.ask(&Request::Goodbye, |response| {
+            ensure!(
+                matches!(response, Response::Ok),
+                "Goodbye was answered by {response:?}"
+            );
+            Ok(())
+        })
+    }
+}

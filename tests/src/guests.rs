@@ -1,0 +1,88 @@
+//! The guests that scripts run, packed into bundles.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tidemark_wire::bundle::{BootFiles, Builder, MachineOptions, VmDraft, WhenAllStopped};
+
+use crate::artifacts::Artifact;
+
+/// The command line of every Linux guest, so that boots are comparable.
+pub const LINUX_COMMAND_LINE: &str = "console=ttyAMA0";
+
+/// The prompt of the Linux guests' shell.
+pub const LINUX_PROMPT: &str = "/ # ";
+
+/// A guest's memory in MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mib(pub u64);
+
+impl Mib {
+    /// In bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        self.0 << 20
+    }
+}
+
+/// Debian's kernel with busybox.
+pub fn linux(name: &str, vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    let boot = BootFiles::Kernel {
+        kernel: read(&Artifact::Kernel.path()?)?,
+        initrd: Some(read(&Artifact::Initramfs.path()?)?),
+        cmdline: LINUX_COMMAND_LINE.to_owned(),
+    };
+    Ok(draft(name, vcpus, memory, boot))
+}
+
+/// The guest that writes pages and says which.
+pub fn oracle(vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    payload("oracle", Artifact::Oracle, vcpus, memory)
+}
+
+/// The guest that measures.
+pub fn bench(memory: Mib) -> Result<VmDraft> {
+    payload("bench", Artifact::Bench, 2, memory)
+}
+
+/// Debian's U-Boot.
+pub fn uboot() -> Result<VmDraft> {
+    let boot = BootFiles::Firmware {
+        image: read(&Artifact::UBoot.path()?)?,
+    };
+    Ok(draft("uboot", 1, Mib(128), boot))
+}
+
+fn payload(name: &str, artifact: Artifact, vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    let boot = BootFiles::Kernel {
+        kernel: read(&artifact.path()?)?,
+        initrd: None,
+        cmdline: String::new(),
+    };
+    Ok(draft(name, vcpus, memory, boot))
+}
+
+fn draft(name: &str, vcpus: u8, memory: Mib, boot: BootFiles) -> VmDraft {
+    VmDraft {
+        name: name.to_owned(),
+        vcpus,
+        memory_bytes: memory.bytes(),
+        autostart: true,
+        boot,
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Packs `vms` as `tidectl bundle` does.
+pub fn pack(vms: impl IntoIterator<Item = VmDraft>) -> Result<Vec<u8>> {
+    let mut builder = Builder::new(MachineOptions {
+        when_all_stopped: WhenAllStopped::StayUp,
+    });
+    for vm in vms {
+        builder.vm(vm);
+    }
+    builder.finish().map_err(|error| anyhow::anyhow!("{error}"))
+}

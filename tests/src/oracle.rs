@@ -1,0 +1,416 @@
+//! The host's side of the oracle guest: what it must have written, and what may be dirty.
+//!
+//! The oracle writes pages that its seeded generator picks. The generator is a pure
+//! function, so the host knows them without being told; where the guest names them too
+//! (`w` lines), both must agree. Every page written must be in the next harvest
+//! (superset). With page granularity nothing else may be, except the pages the guest
+//! writes for its own running (`own`).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, bail, ensure};
+use tidemark_guests::pattern::{
+    BLOCK_PAGES, Config, Gfn, Iteration, Layout, PageRun, Store, Vcpu, Write, writes,
+};
+use tidemark_guests::report::Line;
+
+/// Guest pages.
+pub type Pages = BTreeSet<Gfn>;
+
+/// Everything known about an oracle: what it said, and what follows from it.
+#[derive(Debug)]
+pub struct Ledger {
+    ram: PageRun,
+    vcpus: u8,
+    config: Config,
+    holes: Vec<PageRun>,
+    own: Pages,
+    /// What the guest named, by iteration; taken out once it has been compared.
+    named: BTreeMap<Iteration, Pages>,
+    begun: Iteration,
+    done: Iteration,
+    open: String,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self {
+            ram: PageRun::EMPTY,
+            vcpus: 0,
+            config: Config::default(),
+            holes: Vec::new(),
+            own: Pages::new(),
+            named: BTreeMap::new(),
+            begun: Iteration(0),
+            done: Iteration(0),
+            open: String::new(),
+        }
+    }
+}
+
+/// What a line asks its reader to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// It takes commands.
+    Ready,
+    /// A command was carried out.
+    Ok,
+    /// An iteration is done.
+    Done(Iteration),
+    /// A free run was ended by a byte.
+    Stopped(Iteration),
+    /// Nothing to wait for.
+    Nothing,
+}
+
+impl Ledger {
+    /// Takes in console text, whole lines and halves, and returns what it came to.
+    pub fn push(&mut self, text: &str) -> Result<Vec<Step>> {
+        self.open.push_str(text);
+        let mut steps = Vec::new();
+        while let Some((line, rest)) = self.open.split_once('\n') {
+            let (line, rest) = (line.to_owned(), rest.to_owned());
+            self.open = rest;
+            let said = Line::parse(&line).map_err(|error| anyhow::anyhow!("{error}"))?;
+            steps.push(self.take(&said)?);
+        }
+        Ok(steps)
+    }
+
+    fn take(&mut self, said: &Line<'_>) -> Result<Step> {
+        match said {
+            Line::Ready(ready) => {
+                ensure!(ready.el == 1, "the oracle runs at EL{}", ready.el);
+                self.ram = ready.ram;
+                self.vcpus = ready.vcpus;
+                return Ok(Step::Ready);
+            }
+            Line::Ok(configured) => {
+                if let Some(configured) = configured {
+                    self.config = configured.config;
+                }
+                return Ok(Step::Ok);
+            }
+            Line::Begin(iteration) => self.begun = *iteration,
+            Line::Written(written) => {
+                ensure!(
+                    written.iteration > self.done,
+                    "pages of iteration {} came after it was done",
+                    written.iteration
+                );
+                let pages = written.runs.clone().flat_map(PageRun::pages);
+                self.named
+                    .entry(written.iteration)
+                    .or_default()
+                    .extend(pages);
+            }
+            Line::Done(iteration) => return self.iteration_done(*iteration),
+            Line::Stopped(iteration) => return Ok(Step::Stopped(*iteration)),
+            Line::Own(runs) => self.own.extend(runs.clone().flat_map(PageRun::pages)),
+            Line::Hole(runs) => self.holes.extend(runs.clone()),
+            Line::Error(why) => bail!("the oracle refused a command: {why}"),
+            Line::Fail(what) => bail!("the oracle failed: {what}"),
+            _ => {}
+        }
+        Ok(Step::Nothing)
+    }
+
+    /// Checks that iterations come in order and that the guest named just what the
+    /// generator says.
+    fn iteration_done(&mut self, iteration: Iteration) -> Result<Step> {
+        ensure!(
+            iteration.0 == self.done.0 + 1,
+            "iteration {iteration} is done after {}",
+            self.done
+        );
+        self.done = iteration;
+        if let Some(named) = self.named.remove(&iteration) {
+            let predicted = self.written_in(iteration);
+            ensure!(
+                named == predicted,
+                "the oracle named {} pages for iteration {iteration}, its generator {}",
+                named.len(),
+                predicted.len()
+            );
+        }
+        Ok(Step::Done(iteration))
+    }
+
+    /// The last iteration that is done.
+    #[must_use]
+    pub fn done(&self) -> Iteration {
+        self.done
+    }
+
+    /// How many vCPUs came up.
+    #[must_use]
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus
+    }
+
+    /// Its RAM.
+    #[must_use]
+    pub fn ram(&self) -> PageRun {
+        self.ram
+    }
+
+    /// What is configured, as the guest confirmed it.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The pages it writes for its own running.
+    #[must_use]
+    pub fn own(&self) -> &Pages {
+        &self.own
+    }
+
+    /// The writes of one vCPU in one iteration.
+    fn writes(&self, vcpu: Vcpu, iteration: Iteration) -> Vec<Write> {
+        let layout = Layout::new(self.ram, &self.holes);
+        writes(&layout, &self.config, vcpu, iteration).collect()
+    }
+
+    /// The pages written in one iteration, by all vCPUs.
+    #[must_use]
+    pub fn written_in(&self, iteration: Iteration) -> Pages {
+        let vcpus = (0..self.config.vcpus).map(Vcpu);
+        let writes = vcpus.flat_map(|vcpu| self.writes(vcpu, iteration));
+        writes.flat_map(|write| write.run.pages()).collect()
+    }
+
+    /// The pages written after iteration `since`, up to and with `until`.
+    #[must_use]
+    pub fn written_between(&self, since: Iteration, until: Iteration) -> Pages {
+        let iterations = (since.0 + 1..=until.0).map(Iteration);
+        iterations
+            .flat_map(|iteration| self.written_in(iteration))
+            .collect()
+    }
+
+    /// The word that must stand at each address that was stored to, up to and with
+    /// iteration `until`. Pages start out zero (`fill`).
+    #[must_use]
+    pub fn contents(&self, until: Iteration) -> BTreeMap<u64, u64> {
+        let mut words = BTreeMap::new();
+        for iteration in (1..=until.0).map(Iteration) {
+            for vcpu in (0..self.config.vcpus).map(Vcpu) {
+                for write in self.writes(vcpu, iteration) {
+                    let stores = write.stores(vcpu, iteration);
+                    words.extend(stores.map(|Store { ipa, value }| (ipa, value)));
+                }
+            }
+        }
+        words
+    }
+}
+
+/// Every page written is reported. The message names the first few that are not.
+pub fn check_superset(written: &Pages, reported: &Pages) -> Result<()> {
+    let lost: Pages = written.difference(reported).copied().collect();
+    ensure!(
+        lost.is_empty(),
+        "{} of {} written pages are not in the bitmap: {}",
+        lost.len(),
+        written.len(),
+        show(&lost)
+    );
+    Ok(())
+}
+
+/// Nothing is reported but what was written and the guest's own.
+pub fn check_exact(written: &Pages, own: &Pages, reported: &Pages) -> Result<()> {
+    let explained = |page: &&Gfn| written.contains(page) || own.contains(page);
+    let extra: Pages = reported
+        .iter()
+        .filter(|page| !explained(page))
+        .copied()
+        .collect();
+    ensure!(
+        extra.is_empty(),
+        "{} pages are in the bitmap that nobody wrote: {}",
+        extra.len(),
+        show(&extra)
+    );
+    Ok(())
+}
+
+/// Extra pages lie only in 2 MiB blocks where something was written: the coarsest that
+/// tracking on 2 MiB leaves may be.
+pub fn check_within_blocks(written: &Pages, own: &Pages, reported: &Pages) -> Result<()> {
+    let block = |page: &Gfn| page.0 / BLOCK_PAGES;
+    let blocks: BTreeSet<u64> = written.iter().chain(own).map(block).collect();
+    let extra = reported
+        .iter()
+        .filter(|page| !blocks.contains(&block(page)));
+    let extra: Pages = extra.copied().collect();
+    ensure!(
+        extra.is_empty(),
+        "{} pages are in the bitmap in blocks that nobody wrote: {}",
+        extra.len(),
+        show(&extra)
+    );
+    Ok(())
+}
+
+/// The first few pages as runs.
+#[must_use]
+pub fn show(pages: &Pages) -> String {
+    let mut runs: Vec<PageRun> = Vec::new();
+    for &page in pages {
+        match runs.last_mut() {
+            Some(run) if run.end() == page => run.count += 1,
+            _ => runs.push(PageRun::new(page, 1)),
+        }
+    }
+    let more = if runs.len() > 12 { " ..." } else { "" };
+    let words: Vec<String> = runs.iter().take(12).map(PageRun::to_string).collect();
+    words.join(" ") + more
+}
+
+/// The pages of a KVM-layout bitmap (`u64` words, bit 0 first) of memory that begins at
+/// page `base`.
+pub fn pages_of_bitmap(base: Gfn, words: &[u64]) -> Pages {
+    let bits = words.iter().zip(0u64..).flat_map(|(&word, index)| {
+        let set = move |bit: &u64| word >> bit & 1 == 1;
+        (0..64)
+            .filter(set)
+            .map(move |bit| base.plus(index * 64 + bit))
+    });
+    bits.collect()
+}
+
+/// Reads the oracle's configuration command's arguments from a [`Config`].
+#[must_use]
+pub fn configure_command(config: &Config) -> String {
+    let Config {
+        seed,
+        vcpus,
+        pages,
+        blocks,
+    } = config;
+    format!(
+        "cfg seed={} vcpus={vcpus} pages={pages} blocks={blocks}",
+        seed.0
+    )
+}
+
+/// What one guest page holds, as 512 words.
+pub fn word_at(page: &[u8], offset: usize) -> Result<u64> {
+    let bytes = page.get(offset..offset + 8).context("outside the page")?;
+    Ok(u64::from_le_bytes(bytes.try_into()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemark_guests::pattern::Seed;
+    use tidemark_guests::report::{Configured, print_runs};
+
+    fn pages(first: u64, count: u64) -> Pages {
+        PageRun::new(Gfn(first), count).pages().collect()
+    }
+
+    /// A ledger that has heard an oracle with 64 MiB and two vCPUs start.
+    fn heard() -> Ledger {
+        let mut ledger = Ledger::default();
+        let configured = Configured {
+            config: Config {
+                seed: Seed(7),
+                vcpus: 2,
+                pages: 40,
+                blocks: 4,
+            },
+            next: Iteration(1),
+        };
+        let text = format!(
+            "oracle: ready ram=0x40000000+0x4000000 vcpus=2 el=1\r\nok {configured}\nhole 40200+80\nown 40210+8\nok\n"
+        );
+        let steps = ledger.push(&text).expect("reads");
+        assert_eq!(
+            steps,
+            [
+                Step::Ready,
+                Step::Ok,
+                Step::Nothing,
+                Step::Nothing,
+                Step::Ok
+            ]
+        );
+        ledger
+    }
+
+    fn named(iteration: u64, ledger: &Ledger) -> String {
+        let written = ledger.written_in(Iteration(iteration));
+        let mut text = String::new();
+        let runs = written.iter().map(|&page| PageRun::new(page, 1));
+        print_runs(&mut text, format_args!("w {iteration} 0"), runs).expect("string");
+        text
+    }
+
+    #[test]
+    fn what_the_guest_names_must_be_what_the_generator_says() {
+        let mut ledger = heard();
+        let text = named(1, &ledger) + "done 1\n";
+        let steps = ledger.push(&text).expect("agrees");
+        assert_eq!(steps.last(), Some(&Step::Done(Iteration(1))));
+        let text = named(2, &ledger);
+        let short = text.rsplit_once(' ').expect("runs").0.to_owned() + "\ndone 2\n";
+        assert!(ledger.push(&short).is_err(), "one page was not named");
+    }
+
+    #[test]
+    fn halves_of_lines_are_put_together_and_order_is_checked() {
+        let mut ledger = heard();
+        assert_eq!(ledger.push("do").expect("half"), []);
+        assert_eq!(
+            ledger.push("ne 1\n").expect("rest"),
+            [Step::Done(Iteration(1))]
+        );
+        assert!(ledger.push("done 3\n").is_err(), "2 is missing");
+        assert!(heard().push("fail data abort\n").is_err());
+    }
+
+    #[test]
+    fn a_lost_page_is_named() {
+        let written = pages(0x10, 3);
+        let mut reported = pages(0x10, 3);
+        reported.remove(&Gfn(0x11));
+        let error = check_superset(&written, &reported).expect_err("lost");
+        assert!(error.to_string().ends_with(": 11+1"), "{error}");
+        check_superset(&written, &pages(0, 0x100)).expect("superset");
+    }
+
+    #[test]
+    fn a_page_nobody_wrote_is_named() {
+        let (written, own) = (pages(0x10, 1), pages(0x300, 1));
+        let mut reported = pages(0x10, 1);
+        reported.insert(Gfn(0x300));
+        check_exact(&written, &own, &reported).expect("exact");
+        assert!(check_exact(&written, &own, &pages(0x10, 2)).is_err());
+        check_within_blocks(&written, &own, &pages(0, 1024)).expect("in its blocks");
+        assert!(check_within_blocks(&written, &own, &pages(1024, 1)).is_err());
+    }
+
+    #[test]
+    fn the_last_store_to_an_address_is_what_it_holds() {
+        let ledger = heard();
+        let words = ledger.contents(Iteration(5));
+        let last = ledger.writes(Vcpu(1), Iteration(5));
+        let store = last
+            .first()
+            .and_then(|write| write.stores(Vcpu(1), Iteration(5)).next());
+        let store = store.expect("a store");
+        assert_eq!(words.get(&store.ipa), Some(&store.value));
+        let touched: Pages = words.keys().map(|ipa| Gfn(ipa / 4096)).collect();
+        assert!(touched.is_subset(&ledger.written_between(Iteration(0), Iteration(5))));
+    }
+
+    #[test]
+    fn bits_are_pages() {
+        let found = pages_of_bitmap(Gfn(0x100), &[1 | 1 << 63, 2]);
+        let wanted: Pages = [0x100, 0x13f, 0x141].map(Gfn).into_iter().collect();
+        assert_eq!(found, wanted);
+    }
+}

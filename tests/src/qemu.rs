@@ -1,0 +1,250 @@
+//! One QEMU process: its command line, its serial line, and its end.
+//!
+//! QEMU connects to sockets that the harness already listens on. The other way round
+//! (QEMU as the server) either loses the first bytes or blocks until someone comes.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::machine::{Machine, RamBacking};
+use crate::qmp::Qmp;
+use crate::work::Work;
+
+/// What is started on a machine.
+#[derive(Clone, Debug)]
+pub struct Payload {
+    /// `-kernel`.
+    pub kernel: PathBuf,
+    /// `-initrd`.
+    pub initrd: Option<PathBuf>,
+    /// `-append`.
+    pub append: String,
+    /// `-dtb`, where QEMU's own is not wanted.
+    pub devicetree: Option<PathBuf>,
+    /// Where its RAM lives.
+    pub ram: RamBacking,
+}
+
+impl Payload {
+    /// A kernel alone.
+    #[must_use]
+    pub fn kernel(kernel: PathBuf) -> Self {
+        Self {
+            kernel,
+            initrd: None,
+            append: String::new(),
+            devicetree: None,
+            ram: RamBacking::Private,
+        }
+    }
+
+    /// The same with an initrd.
+    #[must_use]
+    pub fn initrd(mut self, initrd: PathBuf) -> Self {
+        self.initrd = Some(initrd);
+        self
+    }
+
+    /// The same with a command line.
+    #[must_use]
+    pub fn append(mut self, append: &str) -> Self {
+        append.clone_into(&mut self.append);
+        self
+    }
+
+    /// The same with a devicetree of its own.
+    #[must_use]
+    pub fn devicetree(mut self, path: PathBuf) -> Self {
+        self.devicetree = Some(path);
+        self
+    }
+
+    /// The same with a file behind its RAM.
+    #[must_use]
+    pub fn ram_in_file(mut self) -> Self {
+        self.ram = RamBacking::File;
+        self
+    }
+}
+
+/// A QEMU that runs, or has ended. Killed when dropped.
+#[derive(Debug)]
+pub struct Qemu {
+    child: Child,
+    qmp: Option<Qmp>,
+    stderr: PathBuf,
+}
+
+/// How long QEMU may take from its start to its connections.
+const CONNECT: Duration = Duration::from_secs(15);
+
+impl Qemu {
+    /// Starts `payload` on `machine` and returns the process and its serial line.
+    ///
+    /// Leaves the command line in `command.txt` and QEMU's own words in `qemu.log` of
+    /// the run's directory.
+    pub fn start(work: &Work, machine: &Machine, payload: &Payload) -> Result<(Self, UnixStream)> {
+        let program = std::env::var_os("TIDEMARK_QEMU")
+            .unwrap_or_else(|| OsString::from("qemu-system-aarch64"));
+        let serial = work.socket("serial");
+        let control = work.socket("qmp");
+        let serial_at = UnixListener::bind(&serial)?;
+        let control_at = UnixListener::bind(&control)?;
+
+        let ram = match payload.ram {
+            RamBacking::Private => None,
+            RamBacking::File => Some(work.path("ram")),
+        };
+        let mut arguments = machine.arguments(ram.as_deref());
+        connect_argument(&mut arguments, "serial", &serial);
+        arguments.extend(["-serial".into(), "chardev:serial".into()]);
+        connect_argument(&mut arguments, "qmp", &control);
+        arguments.extend(["-mon".into(), "chardev=qmp,mode=control".into()]);
+        arguments.extend(["-kernel".into(), payload.kernel.clone().into()]);
+        if let Some(initrd) = &payload.initrd {
+            arguments.extend(["-initrd".into(), initrd.clone().into()]);
+        }
+        if !payload.append.is_empty() {
+            arguments.extend(["-append".into(), payload.append.clone().into()]);
+        }
+        if let Some(devicetree) = &payload.devicetree {
+            arguments.extend(["-dtb".into(), devicetree.clone().into()]);
+        }
+        std::fs::write(
+            work.path("command.txt"),
+            command_line(&program, &arguments) + "\n",
+        )?;
+
+        let stderr = work.path("qemu.log");
+        let log = File::create(&stderr)?;
+        let child = Command::new(&program)
+            .args(&arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| {
+                format!(
+                    "cannot start {}; `make setup` installs QEMU, TIDEMARK_QEMU names another",
+                    program.display()
+                )
+            })?;
+        let mut qemu = Self {
+            child,
+            qmp: None,
+            stderr,
+        };
+        let line = qemu.accept(&serial_at).context("the serial line")?;
+        let control = qemu.accept(&control_at).context("the control socket")?;
+        qemu.qmp = Some(Qmp::greet(control)?);
+        Ok((qemu, line))
+    }
+
+    /// Waits for QEMU to connect, and notices when it ends instead.
+    fn accept(&mut self, listener: &UnixListener) -> Result<UnixStream> {
+        listener.set_nonblocking(true)?;
+        let deadline = Instant::now() + CONNECT;
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false)?;
+                    return Ok(stream);
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("QEMU ended at once ({status}): {}", self.own_words());
+            }
+            if Instant::now() > deadline {
+                bail!("QEMU did not connect within {CONNECT:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What QEMU itself wrote.
+    #[must_use]
+    pub fn own_words(&self) -> String {
+        let text = std::fs::read_to_string(&self.stderr).unwrap_or_default();
+        text.trim().to_owned()
+    }
+
+    /// Its exit status, if it has ended.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!("the machine is still on after {limit:?}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Where every CPU is: the first question about a machine that hangs.
+    pub fn registers(&mut self) -> Result<String> {
+        let qmp = self.qmp.as_mut().context("no control socket")?;
+        qmp.monitor("info registers -a")
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Adds a socket that QEMU connects to.
+fn connect_argument(arguments: &mut Vec<OsString>, id: &str, path: &Path) {
+    let mut value = OsString::from(format!("socket,id={id},path="));
+    value.push(path);
+    arguments.extend(["-chardev".into(), value]);
+}
+
+/// A command line that can be pasted into a shell.
+fn command_line(program: &OsStr, arguments: &[OsString]) -> String {
+    let words = std::iter::once(program).chain(arguments.iter().map(OsString::as_os_str));
+    let quoted = words.map(|word| {
+        let word = word.to_string_lossy();
+        let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./,=:+".contains(letter);
+        if !word.is_empty() && word.chars().all(plain) {
+            word.into_owned()
+        } else {
+            format!("'{}'", word.replace('\'', "'\\''"))
+        }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_can_be_pasted() {
+        let arguments = ["-append".into(), "console=ttyAMA0 it's".into()];
+        let line = command_line(OsStr::new("qemu"), &arguments);
+        assert_eq!(line, r"qemu -append 'console=ttyAMA0 it'\''s'");
+    }
+}

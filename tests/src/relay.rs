@@ -1,0 +1,238 @@
+//! Lets one program at a time onto a line that is already being read.
+//!
+//! The scripts read the console all the time, and `tidectl` wants the same line for
+//! its frames. So the harness owns the line and offers a Unix socket: whoever connects
+//! sees every byte of the machine from then on and may send whole frames. The client
+//! library is thereby used exactly as a user would use it, `--port unix:PATH`.
+//!
+//! Concurrency: one thread accepts and copies towards the machine; each connection
+//! has one writer thread fed by a queue, so that a client that stops reading never
+//! stops the console.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result};
+
+/// Where bytes for the machine go: shared by the scripts and the relay, one `send` at a
+/// time.
+pub type ToMachine = Arc<Mutex<Box<dyn Write + Send>>>;
+
+/// The queue of the client that is connected now.
+type Tap = Arc<Mutex<Option<Sender<Vec<u8>>>>>;
+
+/// The listening end.
+#[derive(Clone)]
+pub struct Relay {
+    tap: Tap,
+}
+
+impl Relay {
+    /// Listens at `path` and copies what clients send to `machine`.
+    pub fn listen(path: &Path, machine: ToMachine) -> Result<Self> {
+        let listener = UnixListener::bind(path)
+            .with_context(|| format!("cannot listen at {}", path.display()))?;
+        let tap: Tap = Arc::default();
+        let for_thread = Arc::clone(&tap);
+        std::thread::Builder::new()
+            .name("relay".into())
+            .spawn(move || {
+                // Ends with the process; a harness has a handful of these at most.
+                for client in listener.incoming().flatten() {
+                    serve(client, &for_thread, &machine);
+                }
+            })?;
+        Ok(Self { tap })
+    }
+
+    /// Hands bytes of the machine to the client, if there is one.
+    pub fn forward(&self, bytes: &[u8]) {
+        let mut tap = lock(&self.tap);
+        if let Some(queue) = tap.as_ref()
+            && queue.send(bytes.to_vec()).is_err()
+        {
+            *tap = None;
+        }
+    }
+
+    /// Drops the client: the machine is gone.
+    pub fn close(&self) {
+        *lock(&self.tap) = None;
+    }
+}
+
+/// Serves one client until it hangs up.
+fn serve(client: UnixStream, tap: &Tap, machine: &ToMachine) {
+    let Ok(writer) = client.try_clone() else {
+        return;
+    };
+    let (queue, bytes) = channel();
+    *lock(tap) = Some(queue);
+    let thread = std::thread::spawn(move || drain(bytes, writer));
+    copy_frames(client, machine);
+    *lock(tap) = None;
+    let _ = thread.join();
+}
+
+/// Writes the queue to the client until either end closes.
+fn drain(bytes: Receiver<Vec<u8>>, mut writer: UnixStream) {
+    for chunk in bytes {
+        if writer.write_all(&chunk).is_err() {
+            break;
+        }
+    }
+    let _ = writer.shutdown(std::net::Shutdown::Both);
+}
+
+/// Copies from the client to the machine, never splitting a frame: text typed at the
+/// same time must not land inside one.
+fn copy_frames(mut client: UnixStream, machine: &ToMachine) {
+    let mut splitter = Splitter::default();
+    let mut buffer = [0; 4096];
+    while let Ok(count) = client.read(&mut buffer) {
+        let Some(bytes) = buffer.get(..count).filter(|bytes| !bytes.is_empty()) else {
+            break;
+        };
+        for piece in splitter.push(bytes) {
+            let mut machine = lock(machine);
+            if machine
+                .write_all(&piece)
+                .and_then(|()| machine.flush())
+                .is_err()
+            {
+                return;
+            }
+        }
+    }
+    // A client that dies in the middle of a frame is one of the cases under test, so
+    // what it did send is delivered.
+    let rest = splitter.rest();
+    if !rest.is_empty() {
+        let _ = lock(machine).write_all(&rest);
+    }
+}
+
+/// Cuts a client's bytes into text and whole frames, by the rule of
+/// [`tidemark_wire::frame`]: after a 00, a byte of 2..=7 begins a frame, anything else
+/// is text.
+#[derive(Default)]
+struct Splitter {
+    held: Vec<u8>,
+}
+
+impl Splitter {
+    /// Takes in bytes and gives out the pieces that are complete.
+    fn push(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        let mut pieces = Vec::new();
+        for &byte in bytes {
+            let opened = self.held.first() == Some(&0);
+            let inside = opened && self.held.len() > 1;
+            match byte {
+                0 if inside => {
+                    self.held.push(0);
+                    pieces.push(std::mem::replace(&mut self.held, vec![0]));
+                }
+                0 if opened => {}
+                0 => {
+                    if !self.held.is_empty() {
+                        pieces.push(std::mem::take(&mut self.held));
+                    }
+                    self.held.push(0);
+                }
+                2..=7 => self.held.push(byte),
+                _ if opened && !inside => {
+                    // The 00 that closed the last frame was only that.
+                    self.held.clear();
+                    self.held.push(byte);
+                }
+                _ => self.held.push(byte),
+            }
+        }
+        if self.held.first().is_some_and(|&first| first != 0) {
+            pieces.push(std::mem::take(&mut self.held));
+        }
+        pieces
+    }
+
+    /// What is left of an unfinished frame.
+    fn rest(self) -> Vec<u8> {
+        if self.held.len() > 1 {
+            self.held
+        } else {
+            Vec::new()
+        }
+    }
+}
+
+/// Locks whatever another thread did: the data is a plain option or a writer, valid at
+/// every step.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(chunks: &[&[u8]]) -> (Vec<Vec<u8>>, Vec<u8>) {
+        let mut splitter = Splitter::default();
+        let mut pieces = Vec::new();
+        for chunk in chunks {
+            pieces.extend(splitter.push(chunk));
+        }
+        (pieces, splitter.rest())
+    }
+
+    #[test]
+    fn a_frame_in_pieces_comes_out_whole() {
+        let (pieces, rest) = all(&[b"\x00\x02b", b"cd", b"\x00"]);
+        assert_eq!(pieces, [b"\x00\x02bcd\x00".to_vec()]);
+        assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn text_is_not_held_back() {
+        let (pieces, rest) = all(&[b"he", b"lp\n\x00\x03x\x00lis", b"t"]);
+        let text = |bytes: &[u8]| bytes.to_vec();
+        assert_eq!(
+            pieces,
+            [
+                text(b"he"),
+                text(b"lp\n"),
+                text(b"\x00\x03x\x00"),
+                text(b"lis"),
+                text(b"t")
+            ]
+        );
+        assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn two_frames_keep_their_borders() {
+        let (pieces, rest) = all(&[b"\x00\x02a\x00\x00\x02b\x00"]);
+        assert_eq!(
+            pieces,
+            [b"\x00\x02a\x00".to_vec(), b"\x00\x02b\x00".to_vec()]
+        );
+        assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn frames_may_share_a_delimiter() {
+        let (pieces, _) = all(&[b"\x00\x02a\x00\x02b\x00"]);
+        assert_eq!(
+            pieces,
+            [b"\x00\x02a\x00".to_vec(), b"\x00\x02b\x00".to_vec()]
+        );
+    }
+
+    #[test]
+    fn half_a_frame_is_the_rest() {
+        let (pieces, rest) = all(&[b"\x00\x02bc"]);
+        assert!(pieces.is_empty());
+        assert_eq!(rest, b"\x00\x02bc");
+    }
+}

@@ -1,0 +1,190 @@
+//! A machine that is switched on: QEMU with an image, or a board on a port.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+
+use crate::artifacts::machines_dir;
+use crate::clocks::{Clocks, Running};
+use crate::line::{Found, Line};
+use crate::machine::Machine;
+use crate::qemu::{Payload, Qemu};
+use crate::work::Work;
+
+/// EL2's own prompt.
+pub const PROMPT: &str = "tidemark> ";
+
+/// How EL2 ends a clean power-off.
+pub const VERDICT_OK: &str = "tidemark: verdict ok";
+
+/// A machine that runs, with everything needed to talk to it and to explain it.
+pub struct Target {
+    line: Arc<Line>,
+    qemu: Option<Qemu>,
+    clocks: Running,
+    port: PathBuf,
+    // Dropped last: the sockets and the RAM file live in it.
+    work: Work,
+}
+
+impl Target {
+    /// Switches on the machine of `qemu/MACHINE.toml` with `payload`.
+    pub fn start(work: Work, machine: &str, payload: &Payload, clocks: Clocks) -> Result<Self> {
+        let machine = Machine::load(&machines_dir(), machine)?;
+        let running = Running::start(clocks);
+        let (qemu, stream) = Qemu::start(&work, &machine, payload)
+            .with_context(|| format!("machine {}", machine.name))?;
+        let port = work.socket("port");
+        let line = Line::open(
+            Box::new(stream.try_clone()?),
+            Box::new(stream),
+            &work.path("serial.log"),
+            &port,
+        )?;
+        Ok(Self {
+            line: Arc::new(line),
+            qemu: Some(qemu),
+            clocks: running,
+            port,
+            work,
+        })
+    }
+
+    /// The line.
+    #[must_use]
+    pub fn line(&self) -> &Arc<Line> {
+        &self.line
+    }
+
+    /// The run's directory.
+    #[must_use]
+    pub fn work(&self) -> &Work {
+        &self.work
+    }
+
+    /// The clocks.
+    #[must_use]
+    pub fn clocks(&self) -> &Running {
+        &self.clocks
+    }
+
+    /// Where `tidectl --port` reaches this machine.
+    #[must_use]
+    pub fn port(&self) -> String {
+        format!("unix:{}", self.port.display())
+    }
+
+    /// The file behind the machine's RAM, if it was asked for.
+    #[must_use]
+    pub fn ram_file(&self) -> PathBuf {
+        self.work.path("ram")
+    }
+
+    /// Waits for `text` and returns what came before it.
+    pub fn expect(&self, text: &str) -> Result<String> {
+        Ok(self.line.expect(&[text], &self.clocks)?.before)
+    }
+
+    /// Waits for one of `texts`.
+    pub fn expect_any(&self, texts: &[&str]) -> Result<Found> {
+        self.line.expect(texts, &self.clocks)
+    }
+
+    /// Waits for the end of the line that is being said and returns it.
+    pub fn rest_of_line(&self) -> Result<String> {
+        Ok(self.expect("\n")?.trim().to_owned())
+    }
+
+    /// Types `text` and Enter.
+    pub fn type_line(&self, text: &str) -> Result<()> {
+        self.line.send(&format!("{text}\r"))
+    }
+
+    /// Stops the boot clock: the first thing that counts as up has been seen.
+    pub fn booted(&mut self) {
+        self.clocks.booted();
+    }
+
+    /// Waits for EL2's prompt and returns everything said on the way to it.
+    pub fn to_prompt(&mut self) -> Result<String> {
+        let said = self
+            .expect(PROMPT)
+            .context("EL2 did not get to its prompt")?;
+        self.booted();
+        Ok(said)
+    }
+
+    /// Types a command into EL2's shell and returns its answer.
+    pub fn shell(&self, command: &str) -> Result<String> {
+        self.type_line(command)?;
+        let said = self
+            .expect(PROMPT)
+            .with_context(|| format!("no answer to `{command}`"))?;
+        // The first line is the echo of what was typed.
+        let answer = said.split_once('\n').map_or("", |(_, answer)| answer);
+        Ok(answer.replace('\r', ""))
+    }
+
+    /// Waits until the machine is off and checks all signs of a good end: EL2's
+    /// verdict, QEMU's status, and no sign of a crash anywhere.
+    pub fn powered_off(&mut self) -> Result<()> {
+        self.line
+            .expect(&[VERDICT_OK], &self.clocks)
+            .context("no good verdict at power-off")?;
+        self.line.wait_closed(&self.clocks)?;
+        self.line.look_for_failure()?;
+        if let Some(qemu) = &mut self.qemu {
+            let status = qemu.wait(self.clocks.left_in_total())?;
+            if !status.success() {
+                bail!("QEMU ended with {status}: {}", qemu.own_words());
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until QEMU has ended, whatever it says, and returns the unread text.
+    pub fn ended(&mut self) -> Result<String> {
+        self.line.wait_closed(&self.clocks)?;
+        if let Some(qemu) = &mut self.qemu {
+            qemu.wait(self.clocks.left_in_total())?;
+        }
+        Ok(self.line.unread())
+    }
+
+    /// Is it still on? A test that ends with the machine running checks this last.
+    pub fn still_on(&mut self) -> Result<()> {
+        self.line.look_for_failure()?;
+        if let Some(qemu) = &mut self.qemu
+            && let Some(status) = qemu.ended()?
+        {
+            bail!("QEMU ended early with {status}: {}", qemu.own_words());
+        }
+        Ok(())
+    }
+
+    /// Leaves everything that explains a failure in the run's directory.
+    pub fn keep_evidence(&mut self, error: &anyhow::Error) {
+        let mut text = format!("{error:#}\n\nafter {:?}\n", self.clocks.elapsed());
+        let (frames, bad) = self.line.frames();
+        text += &format!("frames from the machine: {frames} good, {bad} bad\n");
+        if let Some(qemu) = &mut self.qemu {
+            match qemu.ended() {
+                Ok(Some(status)) => text += &format!("QEMU ended: {status}\n"),
+                _ => {
+                    if let Ok(registers) = qemu.registers() {
+                        let _ = std::fs::write(self.work.path("registers.txt"), registers);
+                    }
+                }
+            }
+            text += &qemu.own_words();
+        }
+        let _ = std::fs::write(self.work.path("failure.txt"), text);
+    }
+
+    /// The directory of the run, for messages.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.work.dir()
+    }
+}
