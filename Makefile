@@ -1,0 +1,119 @@
+# The front door. `make` alone lists what there is; docs/building.md says more.
+#
+# Every target sees to its own tools (tools/setup), and builds what it needs.
+#   V=1         show what cargo does
+#   ARGS='...'  arguments for the program that run, test, shell or bench starts
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+TARGET := $(or $(TIDEMARK_TARGET),target)
+TRIPLE := aarch64-unknown-none-softfloat
+EL2    := $(TARGET)/el2/$(TRIPLE)/release
+HOST   := tools/cargo host
+IMAGE  := tools/cargo image
+MKIMAGE := $(TARGET)/debug/mkimage
+Q      := $(if $(V),,--quiet)
+say    = @printf '\n== %s\n'
+
+.PHONY: help run test image guests tools shell bench check fmt clippy doc clean setup \
+	toolchain qemu lint host-test serial-test
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+# The two commands, and the other things one does with a finished build
+
+run: qemu image guests tools ## the demo: boot Debian's Linux, track its dirty pages, results in target/demo/
+	$(say) "demo"
+	@$(HOST) run $(Q) --bin demo -- $(ARGS)
+
+test: host-test serial-test ## every test: the crates on this machine, then the image in QEMU over its serial line
+
+shell: qemu image guests tools ## boot the guests and give you the machine's serial line
+	@$(HOST) run $(Q) --bin shell -- $(ARGS)
+
+bench: qemu image guests tools ## measure inside EL2, results in target/bench/el2.json
+	$(say) "bench"
+	@$(HOST) run $(Q) --bin bench -- $(ARGS)
+
+host-test: toolchain
+	$(say) "tests of the crates on this machine"
+	@$(HOST) test $(Q) --no-fail-fast
+
+serial-test: qemu image guests tools
+	$(say) "tests over the serial line"
+	@$(HOST) test $(Q) --test serial -- $(ARGS)
+
+# What is built
+
+image: toolchain ## the hypervisor: target/image/tidemark.{elf,img}
+	$(say) "image: $(TARGET)/image/tidemark.img"
+	@$(HOST) build $(Q) --bin mkimage
+	@$(IMAGE) build $(Q) --release -p tidemark
+	@mkdir -p $(TARGET)/image
+	@cp $(EL2)/tidemark $(TARGET)/image/tidemark.elf
+	@$(MKIMAGE) $(TARGET)/image/tidemark.elf $(TARGET)/image/tidemark.img
+
+guests: toolchain ## what it runs: target/guests/ (Linux, U-Boot, and our own payloads)
+	$(say) "guests: $(TARGET)/guests/"
+	@tools/setup guests
+	@$(HOST) build $(Q) --bin mkimage
+	@$(IMAGE) build $(Q) --release -p tidemark-guests
+	@for guest in oracle bench; do \
+		$(MKIMAGE) --flat $(EL2)/$$guest $(TARGET)/guests/$$guest.img || exit 1; \
+	done
+	@cp $(EL2)/load $(EL2)/cntvct $(TARGET)/guests/
+	@tools/mkinitramfs $(MKIMAGE)
+
+tools: toolchain ## the host's programs: target/debug/{tidectl,mkimage}
+	$(say) "host programs: $(TARGET)/debug/tidectl"
+	@$(HOST) build $(Q) --bins
+
+# What is checked
+
+check: lint fmt-check clippy doc-check host-test ## formatting, lints, documentation, tests of the crates
+
+.PHONY: fmt-check doc-check
+fmt-check: toolchain
+	$(say) "formatting"
+	@$(HOST) fmt --all -- --check
+	@for script in .ci/run tools/cargo tools/setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
+
+fmt: lint ## put every source file into its form
+	@$(HOST) fmt --all
+
+clippy: lint ## lints of everything, warnings are errors
+	$(say) "lints: crates of this machine"
+	@$(HOST) clippy $(Q) --all-targets -- -D warnings
+	$(say) "lints: image and guests"
+	@$(IMAGE) clippy $(Q) --release -p tidemark -p tidemark-guests -- -D warnings
+
+doc-check: toolchain
+	$(say) "documentation: crates of this machine"
+	@RUSTDOCFLAGS=-Dwarnings $(HOST) doc $(Q) --no-deps
+	$(say) "documentation: image and guests"
+	@$(IMAGE) doc $(Q) --no-deps -p tidemark -p tidemark-guests
+
+doc: doc-check ## the crates' documentation
+	@echo "open $(TARGET)/doc/tidemark_stage2/index.html (crates) and $(TARGET)/el2/$(TRIPLE)/doc/tidemark/index.html (image)"
+
+# Tools
+
+setup: ## fetch everything that building and running need, and nothing that is there
+	@tools/setup all
+
+toolchain:
+	@tools/setup toolchain
+
+lint:
+	@tools/setup lint
+
+qemu:
+	@tools/setup qemu
+
+# By name: TIDEMARK_TARGET may be a directory that holds other things too.
+clean: ## remove what was built (downloads stay in the cache)
+	@rm -rf $(addprefix $(TARGET)/,debug release doc tmp el2 image guests tests demo bench \
+		toolchain.env toolchain.toml setup.log .rustc_info.json .rustdoc_fingerprint.json)
