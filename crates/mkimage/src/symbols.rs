@@ -19,7 +19,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::elf::{Elf, SectionKind, Symbol};
+use crate::elf::{Elf, SectionKind, Symbol, SymbolKind};
 use crate::flat::Flat;
 
 /// The table's first four bytes.
@@ -158,7 +158,7 @@ fn functions(code: &[Symbol<'_>], image: &Flat) -> Vec<(u32, String)> {
         };
         best.entry(offset)
             .and_modify(|have| {
-                if (symbol.kind, symbol.name) < (have.kind, have.name) {
+                if rank(symbol) < rank(have) {
                     *have = symbol;
                 }
             })
@@ -172,6 +172,11 @@ fn functions(code: &[Symbol<'_>], image: &Flat) -> Vec<(u32, String)> {
             )
         })
         .collect()
+}
+
+/// Lower is the better name. The linker script's own marks start with two underscores.
+fn rank<'a>(symbol: &Symbol<'a>) -> (SymbolKind, bool, &'a str) {
+    (symbol.kind, symbol.name.starts_with("__"), symbol.name)
 }
 
 fn table(functions: &[(u32, String)], room: usize) -> Result<(Vec<u8>, Fit), Error> {

@@ -96,6 +96,7 @@ impl Maker {
             ],
             symbols: vec![
                 Symbol("$x".into(), LABEL, 1, 0),
+                Symbol("__image_start".into(), GLOBAL_LABEL, 1, 0),
                 Symbol("_start".into(), GLOBAL_LABEL, 1, 0),
                 Symbol("local_label".into(), LABEL, 1, 0x100),
                 Symbol(
