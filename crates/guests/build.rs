@@ -4,7 +4,9 @@ use std::env;
 use std::path::PathBuf;
 
 /// EL1 payloads: flat images that boot by the arm64 boot protocol.
-const PAYLOADS: [&str; 1] = ["oracle"];
+const PAYLOADS: [&str; 2] = ["oracle", "bench"];
+/// EL0 programs: static Linux executables without a libc.
+const PROGRAMS: [&str; 2] = ["load", "cntvct"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -22,5 +24,10 @@ fn main() {
         arg("-pie");
         arg("--no-dynamic-linker");
         arg("-znotext");
+    }
+    for program in PROGRAMS {
+        let arg = |arg: &str| println!("cargo:rustc-link-arg-bin={program}={arg}");
+        arg("-no-pie");
+        arg("-e_start");
     }
 }

@@ -10,6 +10,7 @@
 pub mod console;
 pub mod counter;
 pub mod exceptions;
+pub mod gic;
 pub mod mmu;
 pub mod psci;
 pub mod smp;

@@ -300,7 +300,7 @@ mod guest {
             smp::wake();
             // Writing at once is the point, so this wait does not sleep.
             while GO.load(Ordering::Acquire) != iteration.0 {
-                core::hint::spin_loop();
+                smp::pause();
             }
             write(vcpu, iteration, &config);
             WRITTEN.fetch_add(1, Ordering::Release);

@@ -50,14 +50,15 @@ pub fn wait() -> u8 {
             return byte;
         }
         for _ in 0..256 {
-            core::hint::spin_loop();
+            crate::rt::smp::pause();
         }
     }
 }
 
-/// Reads the flag register, for its cost.
-pub fn read_flags() {
-    let _ = read(FLAGS);
+/// The address of the flag register, for its cost.
+#[must_use]
+pub const fn flags() -> usize {
+    FLAGS
 }
 
 impl Write for Console {
@@ -74,7 +75,7 @@ impl Write for Console {
 
 fn send(byte: u8) {
     while read(FLAGS) & FLAG_TRANSMIT_FULL != 0 {
-        core::hint::spin_loop();
+        crate::rt::smp::pause();
     }
     write(DATA, byte.into());
 }

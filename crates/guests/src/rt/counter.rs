@@ -31,7 +31,7 @@ pub fn within(seconds: u64, mut ready: impl FnMut() -> bool) -> bool {
         if now().wrapping_sub(start) > limit {
             return false;
         }
-        core::hint::spin_loop();
+        crate::rt::smp::pause();
     }
     true
 }

@@ -43,6 +43,12 @@ pub fn mask() {
     unsafe { asm!("msr daifset, #2", options(nostack)) };
 }
 
+/// Sleeps until an interrupt is pending, masked or not.
+pub fn wait_for_interrupt() {
+    // SAFETY: waits.
+    unsafe { asm!("dsb sy", "wfi", options(nostack, preserves_flags)) };
+}
+
 /// The vector table. In the order of the architecture: from EL1 on SP_EL0, from EL1 on SP_EL1, from EL0 in AArch64
 /// and AArch32; synchronous, IRQ, FIQ, SError of each.
 #[unsafe(naked)]

@@ -60,6 +60,14 @@ pub fn barrier() {
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
 }
 
+/// For loops that wait: YIELD. The standard library's hint is an ISB, which an emulator with one thread for all vCPUs
+/// does not take as a reason to run another.
+#[inline(always)]
+pub fn pause() {
+    // SAFETY: a hint.
+    unsafe { asm!("yield", options(nomem, nostack, preserves_flags)) };
+}
+
 /// Waits until `ready`, asleep in between if the machine has a use for that. [`wake`] after making it ready.
 pub fn wait(mut ready: impl FnMut() -> bool) {
     while !ready() {
