@@ -1,1 +1,301 @@
+//! Tests of the whole controller, by what a guest and the hardware's CPU interface would do with it.
 
+use std::vec::Vec;
+
+use super::*;
+
+mod life_cycles;
+mod list_registers;
+mod model;
+mod registers;
+mod routing;
+mod saved;
+mod threads;
+
+/// List registers as the hardware's CPU interface uses them: the guest acknowledges and ends interrupts.
+#[derive(Clone, Debug)]
+pub(super) struct CpuInterface {
+    pub(super) lrs: Vec<u64>,
+    pub(super) underflow: Underflow,
+    /// Physical interrupts deactivated by the controller.
+    pub(super) deactivated: Vec<u16>,
+    /// Physical interrupts deactivated by the guest's own doing.
+    pub(super) ended: Vec<u16>,
+}
+
+const ACTIVE: u64 = 1 << 63;
+const PENDING: u64 = 1 << 62;
+const HARDWARE: u64 = 1 << 61;
+const EOI: u64 = 1 << 41;
+
+impl CpuInterface {
+    pub(super) fn new(count: usize) -> Self {
+        Self {
+            lrs: std::vec![0; count],
+            underflow: Underflow::Off,
+            deactivated: Vec::new(),
+            ended: Vec::new(),
+        }
+    }
+
+    /// What the guest would acknowledge next: the most urgent pending, inactive one.
+    pub(super) fn next(&self) -> Option<u32> {
+        let pending = self
+            .lrs
+            .iter()
+            .filter(|lr| **lr & (PENDING | ACTIVE) == PENDING);
+        pending
+            .min_by_key(|lr| **lr >> 48 & 0xff)
+            .map(|lr| *lr as u32)
+    }
+
+    /// The guest reads ICC_IAR1_EL1.
+    pub(super) fn acknowledge(&mut self) -> Option<u32> {
+        let intid = self.next()?;
+        let lr = self
+            .lrs
+            .iter_mut()
+            .find(|lr| **lr as u32 == intid && **lr & PENDING != 0);
+        let lr = lr.expect("found before");
+        *lr = *lr & !PENDING | ACTIVE;
+        Some(intid)
+    }
+
+    /// The guest writes ICC_EOIR1_EL1 with EOImode 0. Says whether a maintenance interrupt follows.
+    pub(super) fn end(&mut self, intid: u32) -> bool {
+        let lr = self
+            .lrs
+            .iter_mut()
+            .find(|lr| **lr as u32 == intid && **lr & ACTIVE != 0);
+        let lr = lr.expect("the guest ends what it acknowledged");
+        *lr &= !ACTIVE;
+        if *lr & HARDWARE != 0 {
+            self.ended.push((*lr >> 32 & 0x1fff) as u16);
+            return false;
+        }
+        *lr & PENDING == 0 && *lr & EOI != 0
+    }
+
+    /// The list register that holds `intid`.
+    pub(super) fn holding(&self, intid: u32) -> Option<u64> {
+        let mut held = self
+            .lrs
+            .iter()
+            .filter(|lr| **lr & (PENDING | ACTIVE) != 0 && **lr as u32 == intid);
+        let found = held.next().copied();
+        assert_eq!(held.next(), None, "intid {intid} is in two list registers");
+        found
+    }
+
+    /// State bits of `intid`: 0 none, 1 pending, 2 active, 3 both.
+    pub(super) fn state(&self, intid: u32) -> u64 {
+        self.holding(intid).map_or(0, |lr| lr >> 62)
+    }
+}
+
+impl ListRegisters for CpuInterface {
+    fn count(&self) -> usize {
+        self.lrs.len()
+    }
+
+    fn read(&self, n: usize) -> u64 {
+        self.lrs[n]
+    }
+
+    fn write(&mut self, n: usize, value: u64) {
+        let state = value >> 62;
+        assert!(
+            value & HARDWARE == 0 || state != 3,
+            "hardware-linked list register made pending and active: {value:#x}"
+        );
+        self.lrs[n] = value;
+    }
+
+    fn set_underflow_interrupt(&mut self, underflow: Underflow) {
+        assert_ne!(self.underflow, underflow, "set to what it is");
+        self.underflow = underflow;
+    }
+
+    fn deactivate(&mut self, pintid: u16) {
+        self.deactivated.push(pintid);
+    }
+}
+
+pub(super) fn vcpu(index: usize) -> VcpuIndex {
+    VcpuIndex::new(index).expect("test vCPU")
+}
+
+pub(super) const V0: VcpuIndex = VcpuIndex::ZERO;
+pub(super) const GICR_SGI: u64 = 0x1_0000;
+
+/// A controller and one CPU interface a vCPU, four list registers each.
+pub(super) struct Board {
+    pub(super) vgic: Vgic,
+    pub(super) cpus: Vec<CpuInterface>,
+}
+
+impl Board {
+    pub(super) fn new(vcpus: usize) -> Self {
+        Self::with_list_registers(vcpus, 4)
+    }
+
+    /// Both groups enabled; all interrupts in group 1, level-triggered if they can, disabled.
+    pub(super) fn with_list_registers(vcpus: usize, count: usize) -> Self {
+        let mut board = Self {
+            vgic: Vgic::new(vcpus),
+            cpus: std::vec![CpuInterface::new(count); vcpus],
+        };
+        board.gicd(0x0000, 3);
+        for word in 1..5 {
+            board.gicd(0x0080 + 4 * word, u64::from(u32::MAX));
+        }
+        for index in 0..vcpus {
+            board.gicr(index, 0x0080, u64::from(u32::MAX));
+        }
+        board.sync_all();
+        board
+    }
+
+    /// Writes a distributor register and does as the kick says.
+    pub(super) fn gicd(&mut self, offset: u64, value: u64) {
+        let kick = self
+            .vgic
+            .mmio_write(V0, Frame::Distributor, offset, AccessSize::Word, value);
+        self.settle(kick);
+    }
+
+    /// Writes a register of a redistributor's SGI frame and does as the kick says.
+    pub(super) fn gicr(&mut self, index: usize, offset: u64, value: u64) {
+        let frame = Frame::Redistributor(vcpu(index));
+        let kick = self
+            .vgic
+            .mmio_write(V0, frame, GICR_SGI + offset, AccessSize::Word, value);
+        self.settle(kick);
+    }
+
+    pub(super) fn read_gicd(&self, offset: u64) -> u64 {
+        self.vgic
+            .mmio_read(V0, Frame::Distributor, offset, AccessSize::Word)
+    }
+
+    pub(super) fn read_gicr(&self, index: usize, offset: u64) -> u64 {
+        let frame = Frame::Redistributor(vcpu(index));
+        self.vgic
+            .mmio_read(V0, frame, GICR_SGI + offset, AccessSize::Word)
+    }
+
+    /// Enables an interrupt: on vCPU `index` if it is private.
+    pub(super) fn enable(&mut self, index: usize, intid: u32) {
+        self.bit(index, 0x100, intid);
+    }
+
+    pub(super) fn disable(&mut self, index: usize, intid: u32) {
+        self.bit(index, 0x180, intid);
+    }
+
+    /// Writes an interrupt's bit to the bit register at `base`.
+    pub(super) fn bit(&mut self, index: usize, base: u64, intid: u32) {
+        let bit = 1 << (intid % 32);
+        match intid {
+            0..32 => self.gicr(index, base, bit),
+            _ => self.gicd(base + u64::from(intid / 32) * 4, bit),
+        }
+    }
+
+    /// Reads an interrupt's bit from the bit register at `base`.
+    pub(super) fn read_bit(&self, index: usize, base: u64, intid: u32) -> u64 {
+        let value = match intid {
+            0..32 => self.read_gicr(index, base),
+            _ => self.read_gicd(base + u64::from(intid / 32) * 4),
+        };
+        value >> (intid % 32) & 1
+    }
+
+    pub(super) fn priority(&mut self, index: usize, intid: u32, priority: u8) {
+        let offset = 0x400 + u64::from(intid);
+        let (frame, offset) = match intid {
+            0..32 => (Frame::Redistributor(vcpu(index)), GICR_SGI + offset),
+            _ => (Frame::Distributor, offset),
+        };
+        let kick = self
+            .vgic
+            .mmio_write(V0, frame, offset, AccessSize::Byte, u64::from(priority));
+        self.settle(kick);
+    }
+
+    /// Makes an SPI or PPI edge-triggered.
+    pub(super) fn edge(&mut self, index: usize, intid: u32) {
+        let offset = 0xc00 + u64::from(intid / 16) * 4;
+        let bit = 2 << (intid % 16 * 2);
+        match intid {
+            0..32 => self.gicr(index, offset, self.read_gicr(index, offset) | bit),
+            _ => self.gicd(offset, self.read_gicd(offset) | bit),
+        }
+    }
+
+    pub(super) fn route(&mut self, intid: u32, route: u64) {
+        let offset = 0x6000 + 8 * u64::from(intid);
+        let kick = self
+            .vgic
+            .mmio_write(V0, Frame::Distributor, offset, AccessSize::Double, route);
+        self.settle(kick);
+    }
+
+    pub(super) fn line(&mut self, intid: u32, level: Level) {
+        let kick = self
+            .vgic
+            .set_spi_level(Spi::new(intid).expect("an SPI"), level);
+        self.settle(kick);
+    }
+
+    pub(super) fn raise(&mut self, index: usize, intid: u32, link: Link) {
+        let kick = self
+            .vgic
+            .raise_ppi(vcpu(index), Ppi::new(intid).expect("a PPI"), link);
+        self.settle(kick);
+    }
+
+    pub(super) fn lower(&mut self, index: usize, intid: u32) {
+        let kick = self
+            .vgic
+            .lower_ppi(vcpu(index), Ppi::new(intid).expect("a PPI"));
+        self.settle(kick);
+    }
+
+    pub(super) fn sgi(&mut self, from: usize, value: u64) {
+        let kick = self.vgic.sgi(vcpu(from), value, SgiRegister::Group1);
+        self.settle(kick);
+    }
+
+    /// Syncs one vCPU whether it needs it or not, and whom that kicks.
+    pub(super) fn sync(&mut self, index: usize) {
+        let kick = self.vgic.sync(vcpu(index), &mut self.cpus[index]);
+        assert!(!kick.contains(vcpu(index)), "a sync kicked its own vCPU");
+        self.settle(kick);
+    }
+
+    pub(super) fn sync_all(&mut self) {
+        for index in 0..self.cpus.len() {
+            self.sync(index);
+        }
+    }
+
+    /// Syncs everybody in `kick`: each of them must have been mailed, none may kick without end.
+    pub(super) fn settle(&mut self, kick: Kick) {
+        let mut left = kick;
+        for _ in 0..4 {
+            let now = left;
+            left = Kick::NONE;
+            for target in now.iter() {
+                assert!(self.vgic.needs_sync(target), "kicked without mail");
+                left = left.union(self.vgic.sync(target, &mut self.cpus[target.index()]));
+                assert!(!self.vgic.needs_sync(target) || self.cpus[0].lrs.len() == 1);
+            }
+        }
+        assert!(left.is_none(), "kicks go round in circles");
+    }
+
+    pub(super) fn cpu(&mut self, index: usize) -> &mut CpuInterface {
+        &mut self.cpus[index]
+    }
+}

@@ -318,7 +318,7 @@ impl Word {
             lr = lr.with_active();
             self.active &= !bit;
         }
-        if !lr.is_hardware() && self.edge & bit == 0 {
+        if !lr.is_hardware() && (self.latch | !self.edge) & bit != 0 {
             lr = lr.with_eoi();
         }
         self.listed |= bit;
@@ -367,7 +367,8 @@ impl Word {
             self.unlist(bit);
             return (Lr::EMPTY, physical);
         }
-        if !new.is_hardware() && self.edge & bit == 0 {
+        // What is held back until the end, or may be by then, needs to be told of it.
+        if !new.is_hardware() && (self.latch | !self.edge) & bit != 0 {
             new = new.with_eoi();
         }
         self.note(bit, new);
