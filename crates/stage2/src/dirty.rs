@@ -1,0 +1,184 @@
+//! The two bitmaps of a slot: pages written and not yet taken, and pages the host has.
+//!
+//! `live` collects: write faults and every write by EL2 set bits in it at any time. `in_flight` holds
+//! what the harvest of one epoch found; only the harvest adds to it, and it stays until the epoch is
+//! committed, so a copy that failed loses nothing (invariant 19).
+//!
+//! Setting is `fetch_or` with release, taking is an RMW with acquire and release: a bit set while it
+//! is being taken lands in this round or the next, never in neither (invariant 4). Setting never
+//! looks first and skips, because the look could be older than a take.
+//!
+//! Bit 0 is the slot's first page, whatever its alignment: KVM's layout.
+
+use crate::error::Error;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+pub(crate) struct Dirty {
+    pages: u64,
+    live: Vec<AtomicU64>,
+    in_flight: Vec<AtomicU64>,
+    /// Bits set in `in_flight`, kept in step with it by the harvest.
+    in_flight_pages: AtomicU64,
+}
+
+impl Dirty {
+    /// Makes empty bitmaps for `pages` pages.
+    ///
+    /// They live as long as the slot (64 bytes a 1 MiB) rather than as long as a log, so that
+    /// starting a log cannot fail for want of memory.
+    pub(crate) fn new(pages: u64) -> Result<Self, Error> {
+        let words = usize::try_from(pages.div_ceil(64)).map_err(|_| Error::OutOfMemory)?;
+        Ok(Self {
+            pages,
+            live: zeroed(words)?,
+            in_flight: zeroed(words)?,
+            in_flight_pages: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn in_flight(&self) -> &[AtomicU64] {
+        &self.in_flight
+    }
+
+    pub(crate) fn in_flight_pages(&self) -> u64 {
+        self.in_flight_pages.load(Ordering::Relaxed)
+    }
+
+    /// Counts the live bits: one load per 256 KiB of guest memory.
+    pub(crate) fn live_pages(&self) -> u64 {
+        self.live
+            .iter()
+            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
+            .sum()
+    }
+
+    /// Notes one written page.
+    pub(crate) fn mark(&self, page: u64) {
+        self.mark_run(page, 1);
+    }
+
+    /// Notes `count` written pages from `first`; what is past the end of the slot is dropped.
+    pub(crate) fn mark_run(&self, first: u64, count: u64) {
+        for (index, mask) in words(first, count, self.pages) {
+            if let Some(word) = self.live.get(index) {
+                word.fetch_or(mask, Ordering::Release);
+            }
+        }
+    }
+
+    /// Moves the live bits of a run of pages to the epoch and calls `each` with every page moved.
+    pub(crate) fn take_live(&self, first: u64, count: u64, mut each: impl FnMut(u64)) {
+        for (index, mask) in words(first, count, self.pages) {
+            let Some(word) = self.live.get(index) else {
+                return;
+            };
+            if word.load(Ordering::Relaxed) & mask == 0 {
+                continue;
+            }
+            // Not a swap: a word may be shared with pages of another table.
+            let taken = word.fetch_and(!mask, Ordering::AcqRel) & mask;
+            self.add_word(index, taken);
+            for bit in Bits(taken) {
+                each(index as u64 * 64 + u64::from(bit));
+            }
+        }
+    }
+
+    /// Adds pages `page + n` to the epoch for each bit n of `mask`.
+    pub(crate) fn add(&self, page: u64, mask: u64) {
+        let (index, shift) = ((page / 64) as usize, page % 64);
+        self.add_word(index, mask << shift);
+        if shift != 0 {
+            self.add_word(index + 1, mask >> (64 - shift));
+        }
+    }
+
+    /// Adds `count` pages from `first` to the epoch.
+    pub(crate) fn add_run(&self, first: u64, count: u64) {
+        for (index, mask) in words(first, count, self.pages) {
+            self.add_word(index, mask);
+        }
+    }
+
+    fn add_word(&self, index: usize, mask: u64) {
+        let mask = mask & self.valid(index);
+        if mask != 0
+            && let Some(word) = self.in_flight.get(index)
+        {
+            let before = word.fetch_or(mask, Ordering::AcqRel);
+            self.in_flight_pages
+                .fetch_add(u64::from((mask & !before).count_ones()), Ordering::Relaxed);
+        }
+    }
+
+    /// Returns the bits of word `index` that stand for pages of the slot.
+    fn valid(&self, index: usize) -> u64 {
+        low_bits(self.pages.saturating_sub(index as u64 * 64))
+    }
+
+    /// Forgets a settled epoch in words `first..first + count`.
+    pub(crate) fn clear_in_flight(&self, first: usize, count: usize) {
+        if first == 0 {
+            self.in_flight_pages.store(0, Ordering::Relaxed);
+        }
+        for word in self.in_flight.iter().skip(first).take(count) {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Forgets what was noted before a log started. Nobody marks while no log is on.
+    pub(crate) fn clear_live(&self, first: usize, count: usize) {
+        for word in self.live.iter().skip(first).take(count) {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+fn zeroed(words: usize) -> Result<Vec<AtomicU64>, Error> {
+    let mut bitmap = Vec::new();
+    bitmap
+        .try_reserve_exact(words)
+        .map_err(|_| Error::OutOfMemory)?;
+    bitmap.resize_with(words, || AtomicU64::new(0));
+    Ok(bitmap)
+}
+
+const fn low_bits(count: u64) -> u64 {
+    if count >= 64 {
+        u64::MAX
+    } else {
+        (1 << count) - 1
+    }
+}
+
+/// Yields (word, mask) for the pages `first..first + count` below `limit`.
+fn words(first: u64, count: u64, limit: u64) -> impl Iterator<Item = (usize, u64)> {
+    let end = first.saturating_add(count).min(limit);
+    let range = if first < end {
+        first / 64..end.div_ceil(64)
+    } else {
+        0..0
+    };
+    range.map(move |index| {
+        let base = index * 64;
+        let mask = low_bits(end - base) & !low_bits(first.saturating_sub(base));
+        (index as usize, mask)
+    })
+}
+
+/// Yields the positions of the bits set, lowest first.
+pub(crate) struct Bits(pub(crate) u64);
+
+impl Iterator for Bits {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        if self.0 == 0 {
+            return None;
+        }
+        let bit = self.0.trailing_zeros();
+        self.0 &= self.0 - 1;
+        Some(bit)
+    }
+}

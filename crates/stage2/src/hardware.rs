@@ -1,0 +1,177 @@
+//! The machine as this crate sees it: table memory, barriers, TLB invalidation.
+//!
+//! The trait is safe on purpose. Whoever implements it owns the unsafe parts (turning a [`Pa`] into
+//! a reference, executing `TLBI`), and the engine above can be `forbid(unsafe_code)`. A recording
+//! implementation is in `fake`, so tests assert the exact sequence of barriers and invalidations.
+
+use crate::tlb::{IpaOperand, RangeOperand};
+use crate::types::{GuestVa, Pa, VmidWidth};
+use core::sync::atomic::AtomicU64;
+
+/// One translation table: 512 descriptors, each shared with the hardware walker.
+///
+/// All-zero memory is a valid, empty table.
+#[repr(C, align(4096))]
+pub struct Table(pub(crate) [AtomicU64; 512]);
+
+impl Table {
+    /// Makes an empty table.
+    pub const fn new() -> Self {
+        Self([const { AtomicU64::new(0) }; 512])
+    }
+
+    /// Returns the descriptors, for dumps and simulators of the hardware.
+    pub fn entries(&self) -> &[AtomicU64; 512] {
+        &self.0
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Does the machine have a feature (on every CPU, and not ruled out by an erratum)?
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Support {
+    /// Usable.
+    Present,
+    /// Missing or not to be trusted.
+    Absent,
+}
+
+impl Support {
+    pub(crate) const fn is_present(self) -> bool {
+        matches!(self, Support::Present)
+    }
+}
+
+/// What stage 2 needs to know about the CPUs: the least common denominator over all of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Features {
+    /// FEAT_HAFDBS with dirty state, and no erratum against it. Sets VTCR_EL2.{HA,HD}.
+    pub dbm: Support,
+    /// FEAT_BBM level 2: a block may be replaced by an equivalent table without invalidating first.
+    pub bbm2: Support,
+    /// FEAT_S2FWB with HCR_EL2.FWB set: MemAttr has the other encoding.
+    pub fwb: Support,
+    /// FEAT_TLBIRANGE.
+    pub tlb_range: Support,
+    /// FEAT_TTL: level hints in TLBI operands.
+    pub ttl: Support,
+    /// VMID bits.
+    pub vmid: VmidWidth,
+    /// Physical address bits (ID_AA64MMFR0_EL1.PARange): 32, 36, 40, 42, 44, 48 or 52.
+    pub pa_bits: u8,
+}
+
+impl Features {
+    /// An Armv8.0 machine with nothing optional.
+    pub const BASELINE: Features = Features {
+        dbm: Support::Absent,
+        bbm2: Support::Absent,
+        fwb: Support::Absent,
+        tlb_range: Support::Absent,
+        ttl: Support::Absent,
+        vmid: VmidWidth::Eight,
+        pa_bits: 40,
+    };
+}
+
+/// Everything the engine asks of the machine.
+///
+/// TLBI operations act on the VMID in VTTBR_EL2. The engine brackets them with
+/// [`select`](Hardware::select) and [`restore`](Hardware::restore), so they may be issued from a CPU
+/// that runs another VM or none.
+pub trait Hardware: Sync {
+    /// Returns the table at `pa`, which came from [`alloc_tables`](Hardware::alloc_tables).
+    /// The memory is Inner Shareable Write-Back, else hardware updates are not atomic (R_WLTNL).
+    fn table(&self, pa: Pa) -> &Table;
+
+    /// Allocates `count` (1, 2, 4, 8 or 16) zeroed, contiguous tables, aligned to their total size.
+    fn alloc_tables(&self, count: usize) -> Option<Pa>;
+
+    /// Takes back tables that neither software nor any TLB can reach any more.
+    fn free_tables(&self, pa: Pa, count: usize);
+
+    /// `DSB ISHST`: earlier descriptor writes are visible to every walker.
+    fn dsb_ishst(&self);
+    /// `DSB ISH`: earlier broadcast invalidations are complete on every CPU.
+    fn dsb_ish(&self);
+    /// `DSB NSH`: earlier local invalidations are complete.
+    fn dsb_nsh(&self);
+    /// `ISB`.
+    fn isb(&self);
+
+    /// Makes `vttbr` current (with the ISB that needs) and returns what was. Cheap when it already is.
+    fn select(&self, vttbr: u64) -> u64;
+    /// Puts back what [`select`](Hardware::select) returned. Cheap when nothing changed.
+    fn restore(&self, previous: u64);
+
+    /// `TLBI IPAS2E1IS, Xt`.
+    fn tlbi_ipas2e1is(&self, operand: IpaOperand);
+    /// `TLBI RIPAS2E1IS, Xt`. Only called when [`Features::tlb_range`] says so.
+    fn tlbi_ripas2e1is(&self, operand: RangeOperand);
+    /// `TLBI VMALLE1IS`: combined and stage-1 entries of the VMID, on every CPU.
+    fn tlbi_vmalle1is(&self);
+    /// `TLBI VMALLS12E1IS`: everything of the VMID, on every CPU.
+    fn tlbi_vmalls12e1is(&self);
+    /// `TLBI IPAS2E1, Xt`, this CPU only.
+    fn tlbi_ipas2e1(&self, operand: IpaOperand);
+    /// `TLBI VAAE1, Xt` with [`GuestVa::operand`]: one guest address, all ASIDs, this CPU only.
+    fn tlbi_vaae1(&self, va: GuestVa);
+    /// `TLBI VMALLE1`, this CPU only.
+    fn tlbi_vmalle1(&self);
+}
+
+impl<H: Hardware + ?Sized> Hardware for &H {
+    fn table(&self, pa: Pa) -> &Table {
+        (**self).table(pa)
+    }
+    fn alloc_tables(&self, count: usize) -> Option<Pa> {
+        (**self).alloc_tables(count)
+    }
+    fn free_tables(&self, pa: Pa, count: usize) {
+        (**self).free_tables(pa, count);
+    }
+    fn dsb_ishst(&self) {
+        (**self).dsb_ishst();
+    }
+    fn dsb_ish(&self) {
+        (**self).dsb_ish();
+    }
+    fn dsb_nsh(&self) {
+        (**self).dsb_nsh();
+    }
+    fn isb(&self) {
+        (**self).isb();
+    }
+    fn select(&self, vttbr: u64) -> u64 {
+        (**self).select(vttbr)
+    }
+    fn restore(&self, previous: u64) {
+        (**self).restore(previous);
+    }
+    fn tlbi_ipas2e1is(&self, operand: IpaOperand) {
+        (**self).tlbi_ipas2e1is(operand);
+    }
+    fn tlbi_ripas2e1is(&self, operand: RangeOperand) {
+        (**self).tlbi_ripas2e1is(operand);
+    }
+    fn tlbi_vmalle1is(&self) {
+        (**self).tlbi_vmalle1is();
+    }
+    fn tlbi_vmalls12e1is(&self) {
+        (**self).tlbi_vmalls12e1is();
+    }
+    fn tlbi_ipas2e1(&self, operand: IpaOperand) {
+        (**self).tlbi_ipas2e1(operand);
+    }
+    fn tlbi_vaae1(&self, va: GuestVa) {
+        (**self).tlbi_vaae1(va);
+    }
+    fn tlbi_vmalle1(&self) {
+        (**self).tlbi_vmalle1();
+    }
+}

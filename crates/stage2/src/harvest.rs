@@ -1,0 +1,553 @@
+//! Taking the dirty pages, in two phases.
+//!
+//! [`take`](Stage2::take) collects one epoch in bounded steps: for each leaf that is dirty one
+//! `fetch_and` clears the write permission, and its returned value decides (invariant 2); the page
+//! goes into the epoch; when all are done, one invalidation; and only then the epoch is `Done` and
+//! may be read (invariant 3). [`commit`](Stage2::commit) forgets it, [`abort`](Stage2::abort) gives it
+//! back, whenever the host fails.
+//!
+//! Under DBM every leaf is looked at: a table is 512 loads, 64 at a time folded into a word without a
+//! branch, and 64 clean pages cost no store. Under write protection the live bitmap says which pages
+//! to look at, 64 at a load. Blocks cost a load under both; one found dirty is reported whole and,
+//! unless the log is to keep blocks, split for the next round.
+//!
+//! Between clearing a permission and the invalidation the guest may go on writing through a stale TLB
+//! entry. Those pages are in this epoch already, and the host reads them after it.
+
+use crate::control::{Fate, Leaves, Phase, TakePass, Taking};
+use crate::dirty::{Bits, Dirty};
+use crate::error::Error;
+use crate::hardware::Hardware;
+use crate::protect::clear_step;
+use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
+use crate::slot::{Layout, LogMode, Slot};
+use crate::stage2::Stage2;
+use crate::tlb::Pending;
+use crate::types::{
+    Engine, Epoch, Gfn, Granularity, Ipa, Level, PAGE_SHIFT, PAGE_SIZE, Progress, SlotId,
+};
+use crate::walk::Place;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::ops::Deref;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// What a step may cost, in loads of entries.
+const BUDGET: u64 = 2048;
+/// What a split counts for.
+const SPLIT: u64 = 1024;
+/// Attempts on one leaf; see the fault path.
+const ATTEMPTS: usize = 8;
+
+/// How a harvest finds dirty level-3 leaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Search {
+    /// Look at every leaf.
+    Leaves,
+    /// Look at the pages the live bitmap names.
+    Live,
+    /// Look at every leaf and bring it over to the engine.
+    Convert,
+}
+
+/// One harvest step's view of the log.
+struct Harvest<'a> {
+    mode: LogMode,
+    search: Search,
+    pending: &'a mut Pending,
+}
+
+/// An entry is being changed by another CPU: come back to it.
+struct Stall;
+
+/// How many pages of a slot an epoch holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SlotDirty {
+    /// The slot.
+    pub slot: SlotId,
+    /// Its first frame.
+    pub base: Gfn,
+    /// Its length in pages.
+    pub pages: u64,
+    /// Dirty pages.
+    pub dirty_pages: u64,
+}
+
+/// The bitmap of one slot in the outstanding epoch: bit 0 of word 0 is the slot's first page.
+///
+/// Bits past the end of the slot are never set. It stays readable after the epoch is settled, but
+/// means nothing then.
+#[derive(Clone)]
+pub struct Words(Arc<Dirty>);
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        self.0.in_flight()
+    }
+}
+
+impl<H: Hardware> Stage2<H> {
+    /// Takes the pages written since the last epoch that was taken, and those of an aborted one.
+    /// Call it until it is done; more calls with the same epoch only say `Done` again.
+    ///
+    /// The host chooses the number, larger than the last. To trust a *final* harvest, stop the vCPUs
+    /// first and have each of their CPUs execute a DSB: the hardware's update of a descriptor is not
+    /// ordered with the store that caused it (invariant 13).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotLogging`], [`Error::Busy`] while a start or stop is under way,
+    /// [`Error::EpochOutstanding`] if another epoch is, [`Error::StaleEpoch`] if the number is used up.
+    pub fn take(&self, epoch: Epoch) -> Result<Progress, Error> {
+        let Some(mut control) = self.control.try_lock() else {
+            return Ok(self.somebody_else_steps());
+        };
+        let control = &mut *control;
+        let mode = match (control.phase, control.mode) {
+            (Phase::On, Some(mode)) => mode,
+            (Phase::Off, _) => return Err(Error::NotLogging),
+            _ => return Err(Error::Busy),
+        };
+        let taking = match &mut control.taking {
+            Some(taking) if taking.epoch == epoch => taking,
+            Some(taking) => return Err(Error::EpochOutstanding(taking.epoch)),
+            none => {
+                if let Some((last, _)) = control.last
+                    && epoch <= last
+                {
+                    return Err(Error::StaleEpoch { asked: epoch, last });
+                }
+                none.insert(Taking {
+                    epoch,
+                    pass: TakePass::Clear,
+                })
+            }
+        };
+        let scope = control.scope;
+        let layout = self.layout.read();
+        if taking.pass == TakePass::Clear {
+            control.stale = control.stale.and_then(|from| {
+                clear_step(&layout, from, |slot, first, count| {
+                    slot.dirty.clear_in_flight(first, count)
+                })
+            });
+            if control.stale.is_none() {
+                taking.pass = TakePass::Scan(0);
+            }
+            return Ok(Progress::More {
+                done: 0,
+                total: layout.progress(scope, u64::MAX).1,
+            });
+        }
+        let TakePass::Scan(from) = taking.pass else {
+            return Ok(Progress::Done);
+        };
+        let search = match (control.leaves, mode.engine) {
+            (Leaves::Mixed, _) => Search::Convert,
+            (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
+            (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
+        };
+        let mut harvest = Harvest {
+            mode,
+            search,
+            pending: &mut control.pending,
+        };
+        let mut at = from;
+        let mut cost = 0;
+        while cost < BUDGET {
+            let Some((slot, here)) = layout.next(scope, at) else {
+                if search == Search::Convert {
+                    control.leaves = Leaves::OfTheEngine;
+                    control.pending.push_everything();
+                }
+                self.tlb().pending(&mut control.pending);
+                taking.pass = TakePass::Taken;
+                self.counters.harvests.fetch_add(1, Ordering::Relaxed);
+                return Ok(Progress::Done);
+            };
+            match self.harvest_at(&mut harvest, slot, here, &mut cost) {
+                Ok(next) => at = next,
+                // Never passed over: whoever holds the entry may be about to publish dirty leaves.
+                Err(Stall) => break,
+            }
+            taking.pass = TakePass::Scan(at);
+        }
+        let (done, total) = layout.progress(scope, at);
+        Ok(Progress::More { done, total })
+    }
+
+    /// Harvests one table, block or hole of `slot` at `here`. Returns the address behind it.
+    fn harvest_at(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        here: u64,
+        cost: &mut u64,
+    ) -> Result<u64, Stall> {
+        let place = self.descend(here);
+        match (place.kind, place.level) {
+            (Kind::Busy, _) => Err(Stall),
+            (_, Level::L3) => {
+                let end = ((here & !(Level::L2.size() - 1)) + Level::L2.size()).min(slot.end());
+                harvest.table(slot, &place, here, end, cost);
+                Ok(end)
+            }
+            (Kind::Leaf, level) => {
+                let end = (here & !(level.size() - 1)) + level.size();
+                harvest.take_live(slot, here, end, cost, |_, _| {});
+                self.harvest_block(harvest, slot, &place, here, cost)?;
+                Ok(end)
+            }
+            _ => {
+                // A hole may be 512 GiB wide; its live bits are taken 1 GiB at a time.
+                let size = place.level.size().min(Level::L1.size());
+                let end = ((here & !(size - 1)) + size).min(slot.end());
+                harvest.take_live(slot, here, end, cost, |_, _| {});
+                Ok(end)
+            }
+        }
+    }
+
+    fn harvest_block(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        place: &Place<'_>,
+        here: u64,
+        cost: &mut u64,
+    ) -> Result<(), Stall> {
+        if !place.pte.is_tracked() {
+            return Ok(());
+        }
+        let engine = harvest.mode.engine;
+        let level = place.level;
+        let mut old = None;
+        if place.pte.is_dirty() && harvest.mode.granularity != Granularity::Block {
+            *cost += SPLIT;
+            // Out of memory leaves the block tracked and reported whole.
+            match self.split(place.entry(), level, here, engine) {
+                Ok(block) => old = Some((block, Stale::Invalidated)),
+                Err(crate::split::Unsplit::NoTables) => {}
+                Err(crate::split::Unsplit::Raced) => return Err(Stall),
+            }
+        }
+        let (block, stale) = match old {
+            Some(old) => old,
+            None => (
+                clean(place, harvest.search, engine).ok_or(Stall)?,
+                Stale::Yes,
+            ),
+        };
+        if block.is_dirty() {
+            slot.dirty.add_run(slot.page(here), level.pages());
+            if stale == Stale::Yes {
+                harvest.pending.push(here, level);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns how many pages of each slot the epoch holds.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchEpoch`] or [`Error::TakeUnfinished`] if the epoch is not with the host.
+    pub fn taken(&self, epoch: Epoch) -> Result<Vec<SlotDirty>, Error> {
+        let control = self.control.lock();
+        let layout = self.layout.read();
+        require_taken(control.taking, epoch)?;
+        let covered = layout
+            .slots
+            .iter()
+            .filter(|slot| control.scope.covers(slot));
+        let dirty = |slot: &Slot| SlotDirty {
+            slot: slot.id,
+            base: slot.base,
+            pages: slot.pages,
+            dirty_pages: slot.dirty.in_flight_pages(),
+        };
+        Ok(covered.map(dirty).collect())
+    }
+
+    /// Returns the bitmap of a slot in the epoch.
+    ///
+    /// # Errors
+    ///
+    /// As [`taken`](Self::taken), and [`Error::NoSuchSlot`].
+    pub fn in_flight(&self, slot: SlotId, epoch: Epoch) -> Result<Words, Error> {
+        let control = self.control.lock();
+        let layout = self.layout.read();
+        require_taken(control.taking, epoch)?;
+        let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
+        Ok(Words(Arc::clone(&slot.dirty)))
+    }
+
+    /// Ends the epoch: the host has what it needs. Repeating it is harmless.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchEpoch`], or [`Error::TakeUnfinished`] if the host cannot have it yet.
+    pub fn commit(&self, epoch: Epoch) -> Result<(), Error> {
+        let mut control = self.control.lock();
+        if control.taking.is_none() && control.last == Some((epoch, Fate::Committed)) {
+            return Ok(());
+        }
+        require_taken(control.taking, epoch)?;
+        control.taking = None;
+        control.last = Some((epoch, Fate::Committed));
+        control.last_committed = Some(epoch);
+        control.stale = Some(0);
+        Ok(())
+    }
+
+    /// Gives the epoch back: whatever it held is reported again by the next one. Possible at any
+    /// moment of a take. Repeating it is harmless.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchEpoch`] if that epoch is not outstanding.
+    pub fn abort(&self, epoch: Epoch) -> Result<(), Error> {
+        let mut control = self.control.lock();
+        match control.taking {
+            Some(taking) if taking.epoch == epoch => {
+                control.taking = None;
+                control.last = Some((epoch, Fate::Aborted));
+                // The bits stay where they are and the pending invalidations too.
+                Ok(())
+            }
+            None if control.last == Some((epoch, Fate::Aborted)) => Ok(()),
+            other => Err(Error::NoSuchEpoch {
+                asked: epoch,
+                outstanding: other.map(|taking| taking.epoch),
+            }),
+        }
+    }
+
+    /// Aborts whatever epoch is outstanding, as when the host went away, and returns it.
+    pub fn abort_outstanding(&self) -> Option<Epoch> {
+        let mut control = self.control.lock();
+        let taking = control.taking.take()?;
+        control.last = Some((taking.epoch, Fate::Aborted));
+        Some(taking.epoch)
+    }
+
+    /// Notes that EL2 wrote to guest memory: emulation, the loader, the host. **Write first, then
+    /// call this**: a harvest between the two then reports the page one round late, and the other
+    /// way round it would report it one round early and never again (invariant 18).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotMemory`] names the first address outside the slots; what is inside was noted.
+    pub fn mark_dirty(&self, ipa: Ipa, len: u64) -> Result<(), Error> {
+        let layout = self.layout.read();
+        let end = ipa.checked_add(len).ok_or(Error::NotMemory(ipa))?.raw();
+        let mut at = ipa.raw();
+        let mut missed = Ok(());
+        for slot in layout
+            .slots
+            .iter()
+            .filter(|slot| slot.start() < end && slot.end() > ipa.raw())
+        {
+            if missed.is_ok() && slot.start() > at {
+                missed = Err(Error::NotMemory(Ipa::new(at)));
+            }
+            let first = slot.page(slot.start().max(ipa.raw()));
+            let last = slot.page(slot.end().min(end) - 1);
+            if layout.log.is_some_and(|log| log.scope.covers(slot)) {
+                slot.dirty.mark_run(first, last - first + 1);
+            }
+            at = slot.end();
+        }
+        if missed.is_ok() && at < end {
+            missed = Err(Error::NotMemory(Ipa::new(at)));
+        }
+        missed
+    }
+}
+
+/// Is the block's old translation still in some TLB?
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stale {
+    Yes,
+    Invalidated,
+}
+
+fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<(), Error> {
+    match taking {
+        Some(Taking {
+            epoch: outstanding,
+            pass,
+        }) if outstanding == epoch => match pass {
+            TakePass::Taken => Ok(()),
+            _ => Err(Error::TakeUnfinished(epoch)),
+        },
+        other => Err(Error::NoSuchEpoch {
+            asked: epoch,
+            outstanding: other.map(|taking| taking.epoch),
+        }),
+    }
+}
+
+/// Makes one tracked leaf clean and returns what it was, or `None` if it is no leaf any more.
+fn clean(place: &Place<'_>, search: Search, engine: Engine) -> Option<Pte> {
+    if search == Search::Convert {
+        return convert(place.entry(), place.level, engine);
+    }
+    let old = Pte(place.entry().fetch_and(CLEAR_WRITE, Ordering::AcqRel));
+    (old.kind(place.level) == Kind::Leaf).then_some(old)
+}
+
+/// Makes one tracked leaf a clean one of `engine` and returns what it was; `None` if it is no leaf.
+fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
+    let mut seen = Pte(entry.load(Ordering::Relaxed));
+    for _ in 0..ATTEMPTS {
+        if seen.kind(level) != Kind::Leaf {
+            return None;
+        }
+        if !seen.is_tracked() {
+            return Some(seen);
+        }
+        let wanted = seen.with(Permission::Clean(engine));
+        match entry.compare_exchange(seen.0, wanted.0, Ordering::AcqRel, Ordering::Relaxed) {
+            Ok(_) => return Some(seen),
+            Err(now) => seen = Pte(now),
+        }
+    }
+    None
+}
+
+impl Harvest<'_> {
+    /// Harvests the level-3 table at `place` from `here` to `end`.
+    fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
+        match self.search {
+            Search::Live => {
+                self.take_live(slot, here, end, cost, |pending, page| {
+                    let ipa = slot.start() + (page << PAGE_SHIFT);
+                    let old = Pte(place
+                        .table
+                        .entry(Level::L3.index(ipa))
+                        .fetch_and(CLEAR_WRITE, Ordering::AcqRel));
+                    if old.is_dirty() {
+                        pending.push(ipa, Level::L3);
+                    }
+                });
+            }
+            Search::Leaves => {
+                self.take_live(slot, here, end, cost, |_, _| {});
+                self.scan(slot, place, here, end, collect);
+                *cost += (end - here) >> PAGE_SHIFT;
+            }
+            Search::Convert => {
+                let engine = self.mode.engine;
+                self.take_live(slot, here, end, cost, |_, _| {});
+                self.scan(slot, place, here, end, |group, wanted| {
+                    collect_converting(group, wanted, engine)
+                });
+                *cost += 2 * ((end - here) >> PAGE_SHIFT);
+            }
+        }
+    }
+
+    /// Folds the table's entries into words of 64 pages and adds them to the epoch.
+    fn scan(
+        &mut self,
+        slot: &Slot,
+        place: &Place<'_>,
+        here: u64,
+        end: u64,
+        collect: impl Fn(&[AtomicU64; 64], u64) -> u64,
+    ) {
+        let (groups, _) = place.table.0.as_chunks::<64>();
+        let mut base = here & !(Level::L2.size() - 1);
+        for group in groups {
+            let next = base + 64 * PAGE_SIZE;
+            if base < end && next > here {
+                // Entries before `here` and behind `end` belong to other slots.
+                let skip = (here.max(base) - base) >> PAGE_SHIFT;
+                let keep = (end.min(next) - base) >> PAGE_SHIFT;
+                let wanted = (u64::MAX << skip) & (u64::MAX >> (64 - keep));
+                let found = collect(group, wanted);
+                if found != 0 {
+                    slot.dirty
+                        .add(slot.page(base + skip * PAGE_SIZE), found >> skip);
+                    for bit in Bits(found) {
+                        self.pending
+                            .push(base + u64::from(bit) * PAGE_SIZE, Level::L3);
+                    }
+                }
+            }
+            base = next;
+        }
+    }
+
+    /// Moves the live bits of `here..end` to the epoch, and hands each page to `each`.
+    fn take_live(
+        &mut self,
+        slot: &Slot,
+        here: u64,
+        end: u64,
+        cost: &mut u64,
+        mut each: impl FnMut(&mut Pending, u64),
+    ) {
+        let pages = (end - here) >> PAGE_SHIFT;
+        let pending = &mut *self.pending;
+        let mut taken = 0;
+        slot.dirty.take_live(slot.page(here), pages, |page| {
+            taken += 1;
+            each(pending, page);
+        });
+        *cost += 4 + pages / 64 + taken;
+    }
+}
+
+/// Cleans the dirty leaves among 64 and returns which they were.
+fn collect(group: &[AtomicU64; 64], wanted: u64) -> u64 {
+    let mut dirty = 0;
+    for (bit, entry) in group.iter().enumerate() {
+        dirty |= Pte(entry.load(Ordering::Relaxed)).dirty_bit() << bit;
+    }
+    let mut found = 0;
+    for bit in Bits(dirty & wanted) {
+        if let Some(entry) = group.get(bit as usize) {
+            // The load above only said where to look. This value decides.
+            let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
+            found |= u64::from(old.is_dirty()) << bit;
+        }
+    }
+    found
+}
+
+/// As [`collect`], and brings every leaf over to `engine`.
+fn collect_converting(group: &[AtomicU64; 64], wanted: u64, engine: Engine) -> u64 {
+    let mut found = 0;
+    for bit in Bits(wanted) {
+        if let Some(entry) = group.get(bit as usize)
+            && let Some(old) = convert(entry, Level::L3, engine)
+        {
+            found |= u64::from(old.is_dirty()) << bit;
+        }
+    }
+    found
+}
+
+impl Layout {
+    pub(crate) fn live_pages(&self, carried: Carried) -> u64 {
+        let of = |slot: &Slot| {
+            slot.dirty.live_pages()
+                + match carried {
+                    Carried::Yes => slot.dirty.in_flight_pages(),
+                    Carried::No => 0,
+                }
+        };
+        self.slots.iter().map(of).sum()
+    }
+}
+
+/// Do the in-flight bitmaps hold an aborted epoch, which is live again?
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Carried {
+    Yes,
+    No,
+}

@@ -1,0 +1,365 @@
+//! Starting and stopping a dirty log.
+//!
+//! Starting makes RW leaves WC, stopping makes WC and WD leaves RW, and neither ever looks at NW: a
+//! read-only leaf is not tracked (invariant 8). Both are walks in bounded steps under the shared lock,
+//! so the guest faults and runs meanwhile; a leaf mapped meanwhile is born in the new state, because
+//! the state is switched under the exclusive lock before the walk begins.
+//!
+//! What a guest wrote counts from the moment a start says `Done`. Its last act is to invalidate the
+//! VM's translations, so no CPU can write through an entry older than that.
+
+use crate::control::{Control, Leaves, Phase, StartPass, StopPass};
+use crate::error::Error;
+use crate::hardware::Hardware;
+use crate::pte::{Kind, Permission, Pte};
+use crate::slot::{Layout, Log, LogMode, Scope, Slot};
+use crate::stage2::Stage2;
+use crate::types::{Access, Engine, Granularity, Level, PAGE_SIZE, Progress, SlotId};
+use crate::walk::Place;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Entries visited in a step.
+const BUDGET: usize = 1024;
+/// What a split counts for.
+const SPLIT: usize = 512;
+/// Bitmap words cleared in a step.
+const WORDS: usize = 8192;
+/// Attempts on one leaf; see the fault path.
+const ATTEMPTS: usize = 8;
+
+impl<H: Hardware> Stage2<H> {
+    /// Returns the engine this machine does best with.
+    pub fn best_engine(&self) -> Engine {
+        if self.features.dbm.is_present() {
+            Engine::Dbm
+        } else {
+            Engine::WriteProtect
+        }
+    }
+
+    /// Starts logging writes to every slot. Call it, with the same arguments, until it is done; then
+    /// copy what you want to compare with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AlreadyLogging`] if a log is on or being started differently,
+    /// [`Error::EngineUnavailable`] if the engine needs what the machine lacks.
+    pub fn start_log(&self, engine: Engine, granularity: Granularity) -> Result<Progress, Error> {
+        self.start(
+            Scope::All,
+            LogMode {
+                engine,
+                granularity,
+            },
+        )
+    }
+
+    /// Starts logging writes to one slot. Otherwise as [`start_log`](Self::start_log).
+    ///
+    /// # Errors
+    ///
+    /// As [`start_log`](Self::start_log), and [`Error::NoSuchSlot`].
+    pub fn start_slot_log(
+        &self,
+        slot: SlotId,
+        engine: Engine,
+        granularity: Granularity,
+    ) -> Result<Progress, Error> {
+        if self.layout.read().slot(slot).is_none() {
+            return Err(Error::NoSuchSlot(slot));
+        }
+        self.start(
+            Scope::One(slot),
+            LogMode {
+                engine,
+                granularity,
+            },
+        )
+    }
+
+    fn start(&self, scope: Scope, mode: LogMode) -> Result<Progress, Error> {
+        if mode.engine == Engine::Dbm && !self.features.dbm.is_present() {
+            return Err(Error::EngineUnavailable);
+        }
+        let Some(mut control) = self.control.try_lock() else {
+            return Ok(self.somebody_else_steps());
+        };
+        match control.phase {
+            Phase::Off => {
+                *control = Control {
+                    phase: Phase::Starting(StartPass::Clear(0)),
+                    mode: Some(mode),
+                    scope,
+                    ..Control::new()
+                };
+            }
+            Phase::Starting(_) if control.mode == Some(mode) && control.scope == scope => {}
+            Phase::Starting(_) | Phase::On => return Err(Error::AlreadyLogging),
+            Phase::Stopping(_) => return Err(Error::Busy),
+        }
+        match control.phase {
+            Phase::Starting(StartPass::Clear(from)) => {
+                let layout = self.layout.read();
+                let clear = |slot: &Slot, first, count| {
+                    slot.dirty.clear_live(first, count);
+                    slot.dirty.clear_in_flight(first, count);
+                };
+                let next = clear_step(&layout, from, clear);
+                let total = layout.progress(scope, u64::MAX).1;
+                drop(layout);
+                if let Some(next) = next {
+                    control.phase = Phase::Starting(StartPass::Clear(next));
+                } else {
+                    self.exclusive().log = Some(Log { mode, scope });
+                    control.phase = Phase::Starting(StartPass::Arm(0));
+                }
+                Ok(Progress::More { done: 0, total })
+            }
+            Phase::Starting(StartPass::Arm(from)) => {
+                let layout = self.layout.read();
+                let Some(next) = self.arm_step(&layout, scope, mode, from) else {
+                    self.tlb().everything();
+                    control.pending.clear();
+                    control.phase = Phase::On;
+                    return Ok(Progress::Done);
+                };
+                control.phase = Phase::Starting(StartPass::Arm(next));
+                let (done, total) = layout.progress(scope, next);
+                Ok(Progress::More { done, total })
+            }
+            _ => Ok(Progress::Done),
+        }
+    }
+
+    /// Arms leaves from address `from` on. Returns where to go on, or `None` at the end.
+    fn arm_step(&self, layout: &Layout, scope: Scope, mode: LogMode, from: u64) -> Option<u64> {
+        let mut at = from;
+        let mut visits = 0;
+        while visits < BUDGET {
+            let (slot, here) = layout.next(scope, at)?;
+            if slot.access == Access::ReadOnly {
+                at = slot.end();
+                continue;
+            }
+            let place = self.descend(here);
+            let past = (here & !(place.level.size() - 1)) + place.level.size();
+            match (place.kind, place.level) {
+                (Kind::Busy, _) => return Some(here),
+                (Kind::Leaf, Level::L3) => {
+                    let (next, visited) = arm_table(slot, &place, here, mode.engine);
+                    at = next;
+                    visits += visited;
+                    continue;
+                }
+                (Kind::Leaf, level) if mode.granularity == Granularity::Page => {
+                    visits += SPLIT;
+                    match self.split(place.entry(), level, here, mode.engine) {
+                        Ok(block) => {
+                            // Written since it was mapped, while the log was starting. It need not be
+                            // reported, and it costs nothing to.
+                            if block.is_dirty() {
+                                slot.dirty
+                                    .mark_run(slot.page(past - level.size()), level.pages());
+                            }
+                            continue;
+                        }
+                        Err(crate::split::Unsplit::Raced) => return Some(here),
+                        // The block stays one, tracked and reported whole.
+                        Err(crate::split::Unsplit::NoTables) => {
+                            arm(place.entry(), level, mode.engine)
+                        }
+                    }
+                }
+                (Kind::Leaf, level) => arm(place.entry(), level, mode.engine),
+                (Kind::Empty | Kind::Table(_), _) => {}
+            }
+            visits += 1;
+            at = past;
+        }
+        Some(at)
+    }
+
+    /// Stops the log: leaves become plainly writable again and blocks are put back together. Call it
+    /// until it is done. The log counts as stopped from the first call.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotLogging`] if none is on, [`Error::EpochOutstanding`] if the host has one.
+    pub fn stop_log(&self) -> Result<Progress, Error> {
+        let Some(mut control) = self.control.try_lock() else {
+            return Ok(self.somebody_else_steps());
+        };
+        let pass = match control.phase {
+            Phase::Off => return Err(Error::NotLogging),
+            Phase::On | Phase::Starting(_) => {
+                if let Some(taking) = control.taking {
+                    return Err(Error::EpochOutstanding(taking.epoch));
+                }
+                self.exclusive().log = None;
+                StopPass::Release(0)
+            }
+            Phase::Stopping(pass) => pass,
+        };
+        let scope = control.scope;
+        let (next, total) = match pass {
+            StopPass::Release(from) => {
+                let layout = self.layout.read();
+                let next = match self.release_step(&layout, scope, from) {
+                    Some(next) => StopPass::Release(next),
+                    None => {
+                        // Not needed for correctness; without it every CPU would take its spurious
+                        // faults one page at a time.
+                        self.tlb().everything();
+                        StopPass::Collapse(Level::L2, 0)
+                    }
+                };
+                (next, layout.progress(scope, u64::MAX).1)
+            }
+            StopPass::Collapse(level, from) => {
+                let layout = self.exclusive();
+                let next = match (self.collapse_step(&layout, scope, level, from), level) {
+                    (Some(next), level) => StopPass::Collapse(level, next),
+                    (None, Level::L2) => StopPass::Collapse(Level::L1, 0),
+                    (None, _) => {
+                        *control = Control::new();
+                        return Ok(Progress::Done);
+                    }
+                };
+                (next, layout.progress(scope, u64::MAX).1)
+            }
+        };
+        control.phase = Phase::Stopping(next);
+        let done = match next {
+            StopPass::Release(at) => self.layout.read().progress(scope, at).0,
+            StopPass::Collapse(..) => total,
+        };
+        Ok(Progress::More { done, total })
+    }
+
+    /// Releases leaves from address `from` on. Returns where to go on, or `None` at the end.
+    fn release_step(&self, layout: &Layout, scope: Scope, from: u64) -> Option<u64> {
+        let mut at = from;
+        let mut visits = 0;
+        while visits < BUDGET {
+            let (slot, here) = layout.next(scope, at)?;
+            let place = self.descend(here);
+            match (place.kind, place.level) {
+                (Kind::Busy, _) => return Some(here),
+                (Kind::Leaf, Level::L3) => {
+                    let mut reached = here;
+                    for entry in place.table.0.iter().skip(place.index) {
+                        if reached >= slot.end() {
+                            break;
+                        }
+                        release(entry, Level::L3);
+                        visits += 1;
+                        reached += PAGE_SIZE;
+                    }
+                    at = reached;
+                    continue;
+                }
+                (Kind::Leaf, level) => release(place.entry(), level),
+                (Kind::Empty | Kind::Table(_), _) => {}
+            }
+            visits += 1;
+            at = (here & !(place.level.size() - 1)) + place.level.size();
+        }
+        Some(at)
+    }
+
+    /// Changes the engine of a running log. Both engines log the same pages; the next harvest brings
+    /// the leaves over one by one, so there is nothing to wait for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotLogging`], [`Error::EngineUnavailable`], [`Error::Busy`] while a start or stop or
+    /// another CPU's step is under way, [`Error::TakeUnfinished`] in the middle of a harvest.
+    pub fn set_engine(&self, engine: Engine) -> Result<(), Error> {
+        if engine == Engine::Dbm && !self.features.dbm.is_present() {
+            return Err(Error::EngineUnavailable);
+        }
+        let Some(mut control) = self.control.try_lock() else {
+            return Err(Error::Busy);
+        };
+        match control.phase {
+            Phase::Off => return Err(Error::NotLogging),
+            Phase::Starting(_) | Phase::Stopping(_) => return Err(Error::Busy),
+            Phase::On => {}
+        }
+        if let Some(taking) = control.taking
+            && taking.pass != crate::control::TakePass::Taken
+        {
+            return Err(Error::TakeUnfinished(taking.epoch));
+        }
+        // Exclusive, so that no fault that saw the old engine is still on its way to a leaf.
+        let mut layout = self.exclusive();
+        if let (Some(mode), Some(log)) = (&mut control.mode, &mut layout.log)
+            && mode.engine != engine
+        {
+            mode.engine = engine;
+            log.mode.engine = engine;
+            control.leaves = Leaves::Mixed;
+        }
+        Ok(())
+    }
+}
+
+/// Arms the leaves of a level-3 table from `here` on. Returns the address reached and the entries
+/// visited.
+fn arm_table(slot: &Slot, place: &Place<'_>, here: u64, engine: Engine) -> (u64, usize) {
+    let mut reached = here;
+    let mut visited = 0;
+    for entry in place.table.0.iter().skip(place.index) {
+        if reached >= slot.end() {
+            break;
+        }
+        arm(entry, Level::L3, engine);
+        visited += 1;
+        reached += PAGE_SIZE;
+    }
+    (reached, visited)
+}
+
+/// RW to WC. Leaves that are tracked already were born so; read-only ones stay.
+fn arm(entry: &AtomicU64, level: Level, engine: Engine) {
+    change(entry, level, |pte| {
+        pte.is_untracked_writable()
+            .then(|| pte.with(Permission::Clean(engine)))
+    });
+}
+
+/// WC and WD to RW.
+fn release(entry: &AtomicU64, level: Level) {
+    change(entry, level, |pte| {
+        pte.is_tracked().then(|| pte.with(Permission::Untracked))
+    });
+}
+
+fn change(entry: &AtomicU64, level: Level, wanted: impl Fn(Pte) -> Option<Pte>) {
+    let mut seen = Pte(entry.load(Ordering::Relaxed));
+    for _ in 0..ATTEMPTS {
+        if seen.kind(level) != Kind::Leaf {
+            return;
+        }
+        let Some(wanted) = wanted(seen) else { return };
+        match entry.compare_exchange(seen.0, wanted.0, Ordering::AcqRel, Ordering::Relaxed) {
+            Ok(_) => return,
+            Err(now) => seen = Pte(now),
+        }
+    }
+}
+
+/// Calls `clear(slot, first word, words)` for a bounded part of all bitmaps, from address `from` on.
+/// Returns where to go on, or `None` at the end.
+pub(crate) fn clear_step(
+    layout: &Layout,
+    from: u64,
+    clear: impl Fn(&Slot, usize, usize),
+) -> Option<u64> {
+    const PAGES: u64 = WORDS as u64 * 64;
+    let (slot, here) = layout.next(Scope::All, from)?;
+    // Steps begin on the word that holds the address, so an odd start only clears a word twice.
+    let first = slot.page(here) / 64;
+    clear(slot, first as usize, WORDS);
+    Some((slot.start() + (first * 64 + PAGES) * PAGE_SIZE).min(slot.end()))
+}

@@ -1,0 +1,313 @@
+//! One VM's stage 2: the struct, its making and its end, slots, counters.
+//!
+//! Two locks. The table lock (a spinning reader-writer lock around the slots and, by meaning, the
+//! tables): shared for faults, walks, splits and harvests, which change entries by compare-and-swap;
+//! exclusive for adding and deleting slots, collapsing, and switching a log on or off. The control
+//! mutex ([`control`](crate::control)) comes before it. Nothing is held while a guest runs.
+
+use crate::config::{Shape, vttbr};
+use crate::control::{Control, LogStage, LogStatus, Phase};
+use crate::error::Error;
+use crate::hardware::{Features, Hardware};
+use crate::harvest::Carried;
+use crate::slot::{Layout, Life, Slot, SlotInfo};
+use crate::tlb::Tlb;
+use crate::types::{Access, Extent, Gfn, Level, Pa, Progress, SlotId, Vmid};
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use spin::mutex::SpinMutex;
+use spin::rwlock::{RwLock, RwLockWriteGuard};
+
+/// The stage-2 tables, slots and dirty log of one VM.
+pub struct Stage2<H: Hardware> {
+    pub(crate) hw: H,
+    pub(crate) features: Features,
+    pub(crate) shape: Shape,
+    pub(crate) root: Pa,
+    vttbr: u64,
+    pub(crate) control: SpinMutex<Control>,
+    pub(crate) layout: RwLock<Layout>,
+    pub(crate) counters: Counts,
+    leaves: [AtomicI64; 4],
+    tables: AtomicI64,
+}
+
+#[derive(Default)]
+pub(crate) struct Counts {
+    pub(crate) translation_faults: AtomicU64,
+    pub(crate) write_faults: AtomicU64,
+    pub(crate) spurious_faults: AtomicU64,
+    pub(crate) splits: AtomicU64,
+    pub(crate) collapses: AtomicU64,
+    pub(crate) tlbis: AtomicU64,
+    pub(crate) harvests: AtomicU64,
+}
+
+/// What happened since the VM was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Faults that mapped something.
+    pub translation_faults: u64,
+    /// Faults that made a clean leaf dirty.
+    pub write_faults: u64,
+    /// Faults that found nothing to do.
+    pub spurious_faults: u64,
+    /// Blocks split.
+    pub splits: u64,
+    /// Tables collapsed to a block.
+    pub collapses: u64,
+    /// TLBI instructions.
+    pub tlbis: u64,
+    /// Epochs taken.
+    pub harvests: u64,
+}
+
+/// What is mapped, by size.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Mappings {
+    /// 1 GiB leaves.
+    pub blocks_1g: u64,
+    /// 2 MiB leaves.
+    pub blocks_2m: u64,
+    /// 4 KiB leaves.
+    pub pages_4k: u64,
+    /// Table pages, roots included.
+    pub tables: u64,
+}
+
+impl<H: Hardware> Stage2<H> {
+    /// Makes an empty stage 2 for an IPA space of `ipa_bits` (32 to 48).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::IpaBits`], [`Error::PaBits`], [`Error::OutOfTables`].
+    pub fn new(hw: H, ipa_bits: u8, vmid: Vmid, features: Features) -> Result<Self, Error> {
+        let shape = Shape::new(ipa_bits, &features)?;
+        let root = hw.alloc_tables(shape.roots).ok_or(Error::OutOfTables)?;
+        Ok(Self {
+            hw,
+            features,
+            shape,
+            root,
+            vttbr: vttbr(root, vmid),
+            control: SpinMutex::new(Control::new()),
+            layout: RwLock::new(Layout {
+                slots: Vec::new(),
+                log: None,
+            }),
+            counters: Counts::default(),
+            leaves: [const { AtomicI64::new(0) }; 4],
+            tables: AtomicI64::new(shape.roots as i64),
+        })
+    }
+
+    /// Returns VTTBR_EL2 for this VM.
+    pub const fn vttbr(&self) -> u64 {
+        self.vttbr
+    }
+
+    /// Returns VTCR_EL2 for this VM, the same on every CPU for its whole life.
+    ///
+    /// HA and HD are set whenever the hardware's dirty state is usable, log or no log: which engine
+    /// tracks a leaf is said by the leaf. So switching engines changes no register that TLBs may have
+    /// cached (invariant 14).
+    pub const fn vtcr(&self) -> u64 {
+        self.shape.vtcr
+    }
+
+    /// Returns the hardware it was made with.
+    pub const fn hardware(&self) -> &H {
+        &self.hw
+    }
+
+    /// Returns the features it was made with.
+    pub const fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// Returns the size of the IPA space in bits.
+    pub const fn ipa_bits(&self) -> u8 {
+        self.shape.ipa_bits
+    }
+
+    /// Adds a memory slot. Nothing is mapped yet; that happens on first touch or by
+    /// [`map_ahead`](Self::map_ahead). While a log of the whole VM is on, the slot belongs to it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SlotExists`], [`Error::SlotOverlap`], [`Error::SlotRange`], [`Error::ExtentRange`],
+    /// [`Error::ExtentTotal`], [`Error::OutOfMemory`].
+    pub fn add_slot(
+        &self,
+        id: SlotId,
+        base: Gfn,
+        pages: u64,
+        access: Access,
+        extents: &[Extent],
+    ) -> Result<(), Error> {
+        let slot = Slot::new(
+            id,
+            base,
+            pages,
+            access,
+            extents,
+            &self.shape,
+            self.features.pa_bits,
+        )?;
+        let mut layout = self.exclusive();
+        if layout.slot(id).is_some() {
+            return Err(Error::SlotExists(id));
+        }
+        let index = layout
+            .slots
+            .partition_point(|other| other.start() < slot.start());
+        let before = index
+            .checked_sub(1)
+            .and_then(|index| layout.slots.get(index));
+        let after = layout.slots.get(index);
+        if let Some(other) = before.filter(|other| other.end() > slot.start()) {
+            return Err(Error::SlotOverlap(other.id));
+        }
+        if let Some(other) = after.filter(|other| other.start() < slot.end()) {
+            return Err(Error::SlotOverlap(other.id));
+        }
+        layout
+            .slots
+            .try_reserve(1)
+            .map_err(|_| Error::OutOfMemory)?;
+        layout.slots.insert(index, slot);
+        Ok(())
+    }
+
+    /// Removes a memory slot, in bounded steps; call it until it is done. From the first call on
+    /// faults in it are answered "not memory", and when it is done no CPU can reach its memory.
+    ///
+    /// While a log is on, what is known about the slot's dirty pages goes with it, as does its part of
+    /// an outstanding epoch: the host must read what it still wants before asking for this.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchSlot`].
+    pub fn delete_slot(&self, id: SlotId) -> Result<Progress, Error> {
+        let mut layout = self.exclusive();
+        let layout = &mut *layout;
+        let index = layout
+            .slots
+            .iter()
+            .position(|slot| slot.id == id)
+            .ok_or(Error::NoSuchSlot(id))?;
+        let Some(slot) = layout.slots.get_mut(index) else {
+            return Err(Error::NoSuchSlot(id));
+        };
+        let from = match slot.life {
+            Life::Usable => slot.start(),
+            Life::Dying(from) => from,
+        };
+        let reached = self.unmap_step(slot.start(), slot.end(), from);
+        if reached >= slot.end() {
+            layout.slots.remove(index);
+            return Ok(Progress::Done);
+        }
+        slot.life = Life::Dying(reached);
+        Ok(Progress::More {
+            done: slot.page(reached),
+            total: slot.pages,
+        })
+    }
+
+    /// Returns the slots, by address.
+    pub fn slots(&self) -> Vec<SlotInfo> {
+        self.layout.read().slots.iter().map(Slot::info).collect()
+    }
+
+    /// Returns what is mapped, by size.
+    pub fn mappings(&self) -> Mappings {
+        let [_, blocks_1g, blocks_2m, pages_4k] = &self.leaves;
+        let read = |count: &AtomicI64| count.load(Ordering::Relaxed).max(0).unsigned_abs();
+        Mappings {
+            blocks_1g: read(blocks_1g),
+            blocks_2m: read(blocks_2m),
+            pages_4k: read(pages_4k),
+            tables: read(&self.tables),
+        }
+    }
+
+    /// Returns what happened so far.
+    pub fn counters(&self) -> Counters {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let counts = &self.counters;
+        Counters {
+            translation_faults: read(&counts.translation_faults),
+            write_faults: read(&counts.write_faults),
+            spurious_faults: read(&counts.spurious_faults),
+            splits: read(&counts.splits),
+            collapses: read(&counts.collapses),
+            tlbis: read(&counts.tlbis),
+            harvests: read(&counts.harvests),
+        }
+    }
+
+    /// Returns what the log is doing. Costs one load per 256 KiB of guest memory.
+    pub fn log_status(&self) -> LogStatus {
+        let control = self.control.lock();
+        let carried = if control.taking.is_none() && control.stale.is_none() {
+            Carried::Yes
+        } else {
+            Carried::No
+        };
+        LogStatus {
+            stage: match control.phase {
+                Phase::Off => LogStage::Off,
+                Phase::Starting(_) => LogStage::Starting,
+                Phase::On => LogStage::On,
+                Phase::Stopping(_) => LogStage::Stopping,
+            },
+            mode: control.mode,
+            outstanding: control.taking.map(|taking| taking.epoch),
+            last_committed: control.last_committed,
+            live_pages: self.layout.read().live_pages(carried),
+        }
+    }
+
+    pub(crate) fn tlb(&self) -> Tlb<'_, H> {
+        Tlb {
+            hw: &self.hw,
+            vttbr: self.vttbr,
+            features: &self.features,
+            issued: &self.counters.tlbis,
+        }
+    }
+
+    /// Takes the table lock exclusively. By way of an upgradeable guard, which keeps new readers out:
+    /// a plain writer would starve behind CPUs that fault all the time.
+    pub(crate) fn exclusive(&self) -> RwLockWriteGuard<'_, Layout> {
+        self.layout.upgradeable_read().upgrade()
+    }
+
+    /// What a step answers when another CPU is in one.
+    pub(crate) fn somebody_else_steps(&self) -> Progress {
+        Progress::More { done: 0, total: 0 }
+    }
+
+    pub(crate) fn count_leaves(&self, level: Level, change: impl TryInto<i64>) {
+        if let (Some(count), Ok(change)) = (
+            self.leaves.get(usize::from(level.number())),
+            change.try_into(),
+        ) {
+            count.fetch_add(change, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn count_tables(&self, change: i64) {
+        self.tables.fetch_add(change, Ordering::Relaxed);
+    }
+}
+
+impl<H: Hardware> Drop for Stage2<H> {
+    /// Frees the tables. No CPU may run the VM any more, nor have its VTTBR_EL2 loaded. To bound the
+    /// work, delete the slots first.
+    fn drop(&mut self) {
+        self.free_tree();
+        self.hw.free_tables(self.root, self.shape.roots);
+    }
+}

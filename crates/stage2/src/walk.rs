@@ -1,0 +1,105 @@
+//! Finding the descriptor that decides about an address.
+//!
+//! Walks run under the table lock, shared or exclusive. Under the shared lock entries change beneath
+//! them by compare-and-swap, but no table that was ever reachable is freed, so a reference found here
+//! stays good for as long as the caller holds the lock.
+
+use crate::hardware::{Hardware, Table};
+use crate::pte::{Kind, Pte};
+use crate::stage2::Stage2;
+use crate::types::{Level, Pa};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// The end of a walk: the deepest table on the way to an address, and the entry in it.
+pub(crate) struct Place<'a> {
+    pub(crate) table: &'a Table,
+    pub(crate) level: Level,
+    pub(crate) index: usize,
+    /// What the entry was when the walk came by.
+    pub(crate) pte: Pte,
+    pub(crate) kind: Kind,
+}
+
+impl<'a> Place<'a> {
+    pub(crate) fn entry(&self) -> &'a AtomicU64 {
+        self.table.entry(self.index)
+    }
+}
+
+impl Table {
+    /// Returns the entry at `index` modulo 512.
+    pub(crate) fn entry(&self, index: usize) -> &AtomicU64 {
+        &self.0[index & 511]
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0
+            .iter()
+            .all(|entry| entry.load(Ordering::Relaxed) == Pte::EMPTY.0)
+    }
+}
+
+impl<H: Hardware> Stage2<H> {
+    /// Returns the root table for `ipa`; roots of a concatenated start level lie side by side.
+    pub(crate) fn root(&self, ipa: u64) -> &Table {
+        self.hw
+            .table(Pa::new(self.root.raw() + self.root_offset(ipa)))
+    }
+
+    fn root_offset(&self, ipa: u64) -> u64 {
+        let which = ipa >> (self.shape.start.shift() + 9);
+        which.min(self.shape.roots as u64 - 1) * size_of::<Table>() as u64
+    }
+
+    /// Walks to the entry that decides about `ipa`: empty, busy or a leaf, never a table.
+    pub(crate) fn descend(&self, ipa: u64) -> Place<'_> {
+        let mut table = self.root(ipa);
+        let mut level = self.shape.start;
+        loop {
+            let index = level.index(ipa);
+            let pte = Pte(table.entry(index).load(Ordering::Acquire));
+            let kind = pte.kind(level);
+            match (kind, level.below()) {
+                (Kind::Table(pa), Some(below)) => {
+                    table = self.hw.table(pa);
+                    level = below;
+                }
+                _ => {
+                    return Place {
+                        table,
+                        level,
+                        index,
+                        pte,
+                        kind,
+                    };
+                }
+            }
+        }
+    }
+
+    /// Walks to the entry of exactly `level` for `ipa`, or to what ends the walk above it.
+    pub(crate) fn descend_to(&self, ipa: u64, target: Level) -> Place<'_> {
+        let mut table = self.root(ipa);
+        let mut level = self.shape.start;
+        loop {
+            let index = level.index(ipa);
+            let pte = Pte(table.entry(index).load(Ordering::Acquire));
+            let kind = pte.kind(level);
+            match (kind, level.below()) {
+                (Kind::Table(pa), Some(below)) if level < target => {
+                    table = self.hw.table(pa);
+                    level = below;
+                }
+                _ => {
+                    return Place {
+                        table,
+                        level,
+                        index,
+                        pte,
+                        kind,
+                    };
+                }
+            }
+        }
+    }
+}
