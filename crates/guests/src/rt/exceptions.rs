@@ -24,6 +24,8 @@ pub struct Frame {
 /// Takes an interrupt; acknowledging and ending it are its business.
 pub type Handler = fn(&Frame);
 
+/// The vCPU that reports an exception, plus one.
+static REPORTER: AtomicUsize = AtomicUsize::new(0);
 static HANDLER: AtomicUsize = AtomicUsize::new(0);
 
 /// Sets the handler of all vCPUs.
@@ -134,10 +136,16 @@ extern "C" fn fatal(number: u64) {
 }
 
 extern "C" fn report(number: u64, stack: u64, link: u64) -> ! {
-    static REPORTING: AtomicUsize = AtomicUsize::new(0);
-    if REPORTING.fetch_add(1, Ordering::Relaxed) > 0 {
-        // A report that faults, or two vCPUs at once: the first is what matters.
-        psci::system_off();
+    let vcpu = crate::rt::smp::current();
+    let mine = usize::from(vcpu.0) + 1;
+    match REPORTER.compare_exchange(0, mine, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => {}
+        // The report itself faulted: what there is to see has been seen.
+        Err(reporter) if reporter == mine => psci::system_off(),
+        // Another vCPU's report is under way and turns the machine off when it is complete.
+        Err(_) => loop {
+            wait_for_interrupt();
+        },
     }
     let (esr, elr, far, spsr): (u64, u64, u64, u64);
     // SAFETY: reads what the exception left.
@@ -149,7 +157,6 @@ extern "C" fn report(number: u64, stack: u64, link: u64) -> ! {
     }
     let kind = ["synchronous", "irq", "fiq", "serror"][(number & 3) as usize];
     let from = ["el1t", "el1h", "el0-64", "el0-32"][(number >> 2 & 3) as usize];
-    let vcpu = crate::rt::smp::current();
     let base = crate::rt::mmu::image()[0];
     say!("exception vcpu={vcpu} {kind} from {from}: {}", class(esr));
     say!(
