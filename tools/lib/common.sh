@@ -31,7 +31,8 @@ logged() {
 must() {
     local message=$1 mark
     shift
-    mark=$(cat "$log" 2>/dev/null | wc -l)
+    mkdir -p "$target"
+    mark=$(cat -- "$log" 2>/dev/null | wc -l) || mark=0
     logged "$@" && return
     tail -n "+$((mark + 1))" "$log" | tail -n 25 >&2
     die "$message (whole output: $log)"
