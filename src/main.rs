@@ -1,3 +1,116 @@
-//! image
+//! Tidemark: a hypervisor for aarch64 EL2 that knows which pages its guests wrote.
+//!
+//! This page is the bring-up, in order. The rooms are described in ARCHITECTURE.md.
 #![no_std]
 #![no_main]
+
+extern crate alloc;
+
+mod arch;
+mod board;
+mod channel;
+mod console;
+mod crash;
+mod memory;
+mod sched;
+mod smp;
+mod vm;
+
+use arch::features::Features;
+use board::Board;
+use board::map::MemoryMap;
+use board::options::{Autostart, Options, WhenIdle};
+use log::{info, warn};
+use spin::Once;
+use tidemark_wire::bundle::WhenAllStopped;
+
+static FEATURES: Once<Features> = Once::new();
+
+/// What all CPUs can do.
+pub fn features() -> &'static Features {
+    FEATURES.get().expect("features are read before the guests are made")
+}
+
+/// The boot CPU's way, from boot/head.S: MMU on, the devicetree at `dtb` mapped.
+#[unsafe(no_mangle)]
+extern "C" fn boot_main(dtb: usize) -> ! {
+    console::init(board::early_uart());
+    let fdt = board::devicetree(dtb).unwrap_or_else(|error| panic!("{error}"));
+    let map = MemoryMap::read(fdt);
+    memory::init(&map, dtb);
+    let board = Board::read(fdt).unwrap_or_else(|error| panic!("{error}"));
+    smp::adopt_boot_cpu();
+    board
+        .init()
+        .unwrap_or_else(|error| panic!("mapping the devices: {error:?}"));
+
+    let options = Options::parse(board::command_line(fdt));
+    console::init_log(options.log);
+    info!("tidemark {} on {}", env!("CARGO_PKG_VERSION"), board.model);
+    for word in &options.unknown {
+        warn!("command line: {word:?} means nothing here");
+    }
+    board::init_cpu().unwrap_or_else(|_| panic!("no redistributor for the boot CPU"));
+    if let Some(time) = board.time() {
+        vm::set_time(time);
+    }
+
+    let features = FEATURES.call_once(|| smp::start_others(&board));
+    report(&board, features);
+    vm::stage2::init(features);
+    smp::init_controls(features);
+    if let Some(name) = &options.selftest {
+        crash::provoke(name);
+    }
+
+    let manifest = vm::bundle::read(map.bundle);
+    vm::work::set_default_engine(options.dirty);
+    vm::lifecycle::when_idle(match (options.when_idle, manifest) {
+        (None, WhenAllStopped::PowerOff) => WhenIdle::PowerOff,
+        (when, _) => when.unwrap_or_default(),
+    });
+    board::gic().enable_shared(board.uart.intid);
+    console::use_interrupts();
+    channel::start(&options.terminal);
+    smp::release_others();
+    for vm in vm::all() {
+        if vm.spec.autostart && options.autostart == Autostart::Manifest {
+            vm::lifecycle::start(vm);
+        }
+    }
+    sched::run()
+}
+
+/// One line for each thing that decides how guests' memory is watched.
+fn report(board: &Board, features: &Features) {
+    info!(
+        "{} CPUs, {} MiB of memory free, {} virtio-mmio transports",
+        sched::cpus(),
+        memory::frames::free_pages() >> 8,
+        board.virtio.len()
+    );
+    info!(
+        "PARange {} bits, VMID {} bits, LSE {}, FWB {}, TTL {}, TLB {}, BBM level {}",
+        features.pa_bits,
+        features.vmid_bits,
+        features.lse,
+        features.fwb,
+        features.ttl,
+        features.tlb,
+        features.bbm
+    );
+    match (features.hafdbs, features.erratum) {
+        (_, Some(erratum)) => info!(
+            "HAFDBS {}: not used, {erratum:?}; dirty pages by write protection",
+            features.hafdbs
+        ),
+        (2.., None) => info!(
+            "HAFDBS {}: dirty pages by the hardware's dirty bit (DBM)",
+            features.hafdbs
+        ),
+        (_, None) => info!(
+            "HAFDBS {}: no hardware dirty bit; dirty pages by write protection",
+            features.hafdbs
+        ),
+    }
+}

@@ -1,0 +1,85 @@
+//! What a guest leaves in the general registers at an exit, as the assembly lays it out.
+
+use core::mem::offset_of;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// A vCPU's general registers and where it goes on.
+///
+/// Atomics, read and written relaxed (plain loads and stores), so that a debugger's view
+/// from another CPU is not undefined; the vCPU's own CPU is the only writer while it runs.
+#[repr(C, align(16))]
+#[derive(Debug)]
+pub struct Context {
+    x: [AtomicU64; 31],
+    elr: AtomicU64,
+    spsr: AtomicU64,
+}
+
+// boot/vectors.S: x30 and ELR are one pair at 240, SPSR stands at 256.
+const _: () = assert!(offset_of!(Context, elr) == 248);
+const _: () = assert!(offset_of!(Context, spsr) == 256);
+
+impl Context {
+    /// All zero: EL1h with interrupts masked is set by [`Context::reset`].
+    pub const fn new() -> Self {
+        Self {
+            x: [const { AtomicU64::new(0) }; 31],
+            elr: AtomicU64::new(0),
+            spsr: AtomicU64::new(0),
+        }
+    }
+
+    /// Register `n` of an instruction's 5-bit field; 31 reads as zero (XZR).
+    #[inline]
+    pub fn x(&self, n: usize) -> u64 {
+        self.x.get(n).map_or(0, |x| x.load(Relaxed))
+    }
+
+    /// Writes register `n`; a write to 31 (XZR) is dropped.
+    #[inline]
+    pub fn set_x(&self, n: usize, value: u64) {
+        if let Some(x) = self.x.get(n) {
+            x.store(value, Relaxed);
+        }
+    }
+
+    /// Where the guest goes on.
+    #[inline]
+    pub fn pc(&self) -> u64 {
+        self.elr.load(Relaxed)
+    }
+
+    /// Sets where the guest goes on.
+    #[inline]
+    pub fn set_pc(&self, pc: u64) {
+        self.elr.store(pc, Relaxed);
+    }
+
+    /// Steps over the trapped instruction (AArch64: four bytes).
+    #[inline]
+    pub fn skip_instruction(&self) {
+        self.set_pc(self.pc().wrapping_add(4));
+    }
+
+    /// The guest's PSTATE.
+    #[inline]
+    pub fn pstate(&self) -> u64 {
+        self.spsr.load(Relaxed)
+    }
+
+    /// Sets the guest's PSTATE.
+    #[inline]
+    pub fn set_pstate(&self, pstate: u64) {
+        self.spsr.store(pstate, Relaxed);
+    }
+
+    /// The state of a CPU that PSCI turned on: EL1h, DAIF masked, `context` in x0.
+    pub fn reset(&self, entry: u64, context: u64) {
+        for x in &self.x {
+            x.store(0, Relaxed);
+        }
+        self.set_x(0, context);
+        self.set_pc(entry);
+        self.set_pstate(0x3c5);
+    }
+}

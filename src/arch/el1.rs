@@ -1,0 +1,216 @@
+//! What a vCPU leaves in EL1's and EL0's registers when a CPU switches to another one,
+//! and the controls of EL2 that decide what it may do.
+
+use super::{barrier, regs};
+use aarch64_cpu::registers::*;
+use tock_registers::interfaces::{Readable, Writeable};
+
+unsafe extern "C" {
+    /// Stores q0-q31, FPCR, FPSR (boot/fp.S).
+    fn fp_save(state: &mut FpState);
+    /// Loads them.
+    fn fp_load(state: &FpState);
+}
+
+/// FP and SIMD registers, as boot/fp.S lays them out.
+#[repr(C, align(16))]
+#[derive(Clone, Debug)]
+pub struct FpState {
+    q: [u128; 32],
+    fpcr: u64,
+    fpsr: u64,
+}
+
+macro_rules! el1_registers {
+    ($($field:ident $register:ident),* $(,)?) => {
+        /// A vCPU's EL1 and EL0 state besides its general registers.
+        #[derive(Clone, Debug)]
+        pub struct El1State {
+            $($field: u64,)*
+            fp: FpState,
+        }
+
+        impl El1State {
+            /// The state of a CPU out of reset, as far as software may rely on it.
+            pub fn reset() -> Self {
+                let mut state = Self {
+                    $($field: 0,)*
+                    fp: FpState { q: [0; 32], fpcr: 0, fpsr: 0 },
+                };
+                // RES1 bits; MMU and caches off.
+                state.sctlr = 0x30d0_0800;
+                state
+            }
+
+            /// Takes the state out of this CPU.
+            pub fn save(&mut self) {
+                $(self.$field = $register.get();)*
+                // SAFETY: `fp` is laid out as boot/fp.S expects (checked below).
+                unsafe { fp_save(&mut self.fp) };
+            }
+
+            /// Puts the state into this CPU.
+            pub fn load(&self) {
+                $($register.set(self.$field);)*
+                // SAFETY: as for `save`; the image itself has no FP state to lose.
+                unsafe { fp_load(&self.fp) };
+            }
+        }
+    };
+}
+
+const _: () = assert!(core::mem::offset_of!(FpState, fpcr) == 512);
+
+el1_registers! {
+    sctlr SCTLR_EL1, cpacr CPACR_EL1, ttbr0 TTBR0_EL1, ttbr1 TTBR1_EL1, tcr TCR_EL1,
+    esr ESR_EL1, afsr0 AFSR0_EL1, afsr1 AFSR1_EL1, far FAR_EL1, mair MAIR_EL1,
+    amair AMAIR_EL1, vbar VBAR_EL1, contextidr CONTEXTIDR_EL1, tpidr_el0 TPIDR_EL0,
+    tpidrro_el0 TPIDRRO_EL0, tpidr_el1 TPIDR_EL1, cntkctl CNTKCTL_EL1, par PAR_EL1,
+    sp_el0 SP_EL0, sp_el1 SP_EL1, elr ELR_EL1, spsr SPSR_EL1, csselr CSSELR_EL1,
+    mdscr MDSCR_EL1, cntv_ctl CNTV_CTL_EL0, cntv_cval CNTV_CVAL_EL0,
+}
+
+impl El1State {
+    /// The virtual timer as saved: (control, compare value).
+    pub fn virtual_timer(&self) -> (u64, u64) {
+        (self.cntv_ctl, self.cntv_cval)
+    }
+}
+
+/// Trap SME, SVE, trace and activity monitors; FP and SIMD are the guest's.
+const CPTR_GUEST: u64 = 0x33ff | 1 << 20 | 1 << 30;
+
+/// HCR_EL2 while a guest runs, and otherwise too: it is never written on the exit path.
+///
+/// VM SWIO PTW FMO IMO AMO FB BSU=IS TWI TID3 TSC TIDCP TACR TLOR RW. PAuth keys and
+/// MTE stay trapped (API, APK, ATA = 0): the ID registers do not show them. Cache operations
+/// by set and way are not trapped: they can only write back and drop lines.
+pub const HCR_GUEST: u64 = 1
+    | 1 << 1
+    | 1 << 2
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 9
+    | 1 << 10
+    | 1 << 13
+    | 1 << 18
+    | 1 << 19
+    | 1 << 20
+    | 1 << 21
+    | 1 << 31
+    | 1 << 35;
+/// HCR_EL2.FWB: stage 2's attributes win over stage 1's.
+pub const HCR_FWB: u64 = 1 << 46;
+
+/// Sets this CPU's EL2 controls, once, before its first guest.
+pub fn init_controls(hcr: u64, vtcr: u64) {
+    HCR_EL2.set(hcr);
+    VTCR_EL2.set(vtcr);
+    // Counter reads are the guest's; the physical timer traps (it is emulated).
+    CNTHCTL_EL2.set(1);
+    CPTR_EL2.set(CPTR_GUEST);
+    regs::HSTR_EL2.set(0);
+    regs::HACR_EL2.set(0);
+    let dfr0 = ID_AA64DFR0_EL1.get();
+    let counters = if matches!(dfr0 >> 8 & 0xf, 0 | 0xf) {
+        0
+    } else {
+        regs::PMCR_EL0.get() >> 11 & 0x1f
+    };
+    // Debug, OS lock, debug ROM, PMU, SPE, trace: all trap.
+    regs::MDCR.set(counters | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19);
+    // Their reset values are unknown, and zero is "trap nothing more" or "not there".
+    if ID_AA64MMFR0_EL1.get() >> 56 & 0xf != 0 {
+        regs::FG_READ.set(0);
+        regs::FG_WRITE.set(0);
+        regs::FG_INSTRUCTION.set(0);
+        regs::FG_DEBUG_READ.set(0);
+        regs::FG_DEBUG_WRITE.set(0);
+    }
+    if ID_AA64MMFR1_EL1.get() >> 40 & 0xf != 0 {
+        regs::HCRX_EL2.set(0);
+    }
+    regs::VPIDR.set(MIDR_EL1.get());
+    barrier::isb();
+}
+
+/// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller.
+pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
+    VTTBR_EL2.set(vttbr);
+    regs::VMPIDR.set(vmpidr);
+    CNTVOFF_EL2.set(counter_offset);
+    barrier::isb();
+}
+
+/// Makes the guest take an exception to EL1 as the architecture would (Arm ARM D1.3):
+/// `esr` is complete, `far` is written when the class has one.
+pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>) {
+    let pstate = context.pstate();
+    ESR_EL1.set(esr);
+    if let Some(far) = far {
+        FAR_EL1.set(far);
+    }
+    ELR_EL1.set(context.pc());
+    SPSR_EL1.set(pstate);
+    // From EL0: vector 0x400; from EL1 with SP_EL1: 0x200; with SP_EL0: 0.
+    let offset = match pstate & 0xf {
+        0b0000 => 0x400,
+        0b0101 => 0x200,
+        _ => 0,
+    };
+    context.set_pc((VBAR_EL1.get() & !0x7ff).wrapping_add(offset));
+    // DAIF set, EL1h; PAN as SCTLR_EL1.SPAN says; NZCV and the rest cleared, SSBS from DSSBS.
+    let sctlr = SCTLR_EL1.get();
+    let mut new = 0x3c5;
+    new |= pstate & (1 << 22 | 1 << 24);
+    if sctlr & 1 << 23 == 0 {
+        new |= 1 << 22;
+    }
+    if sctlr & 1 << 44 != 0 {
+        new |= 1 << 12;
+    }
+    context.set_pstate(new);
+}
+
+/// The page of the IPA that the last stage-2 abort was about.
+pub fn faulting_ipa() -> u64 {
+    (HPFAR_EL2.get() & 0x0fff_ffff_fff0) << 8
+}
+
+/// The faulting virtual address of the last abort.
+pub fn far() -> u64 {
+    FAR_EL2.get()
+}
+
+/// The syndrome of the last exception.
+#[inline]
+pub fn esr() -> u64 {
+    ESR_EL2.get()
+}
+
+macro_rules! id_registers {
+    ($($crm:literal $op2:literal $name:literal),* $(,)?) => {
+        /// Reads ID register (op0 3, op1 0, CRn 0, `crm`, `op2`), of those that guests see.
+        pub fn id_register(crm: u8, op2: u8) -> u64 {
+            match (crm, op2) {
+                $(($crm, $op2) => {
+                    let value: u64;
+                    // SAFETY: reads an identification register.
+                    unsafe {
+                        core::arch::asm!(concat!("mrs {}, ", $name), out(reg) value,
+                            options(nomem, nostack, preserves_flags));
+                    }
+                    value
+                })*
+                _ => 0,
+            }
+        }
+    };
+}
+
+id_registers!(
+    4 0 "id_aa64pfr0_el1", 4 1 "id_aa64pfr1_el1",
+    6 0 "id_aa64isar0_el1", 6 1 "id_aa64isar1_el1", 6 2 "s3_0_c0_c6_2",
+    7 0 "id_aa64mmfr0_el1", 7 1 "id_aa64mmfr1_el1", 7 2 "id_aa64mmfr2_el1",
+);

@@ -1,0 +1,41 @@
+//! The generic timer (Arm ARM D12) as EL2 uses it: the physical count, and EL2's own
+//! physical timer (CNTHP), which wakes a CPU for time slices and sleeping vCPUs.
+
+use super::{barrier, regs};
+use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0};
+use tock_registers::interfaces::{Readable, Writeable};
+
+/// The physical count.
+#[inline]
+pub fn now() -> u64 {
+    barrier::isb();
+    CNTPCT_EL0.get()
+}
+
+/// Ticks in a second.
+pub fn frequency() -> u64 {
+    // Firmware may leave CNTFRQ zero; dividing by it must not stop EL2.
+    CNTFRQ_EL0.get().max(1)
+}
+
+/// Ticks in `microseconds`.
+pub fn ticks(microseconds: u64) -> u64 {
+    (frequency() * microseconds).div_ceil(1_000_000)
+}
+
+/// The count in microseconds since the counter started.
+pub fn microseconds() -> u64 {
+    (u128::from(now()) * 1_000_000 / u128::from(frequency())) as u64
+}
+
+/// Fires EL2's timer interrupt when the count reaches `deadline`; `None` stops it.
+pub fn set_deadline(deadline: Option<u64>) {
+    match deadline {
+        Some(deadline) => {
+            regs::CNTHP_CVAL_EL2.set(deadline);
+            regs::CNTHP_CTL.set(1);
+        }
+        None => regs::CNTHP_CTL.set(0),
+    }
+    barrier::isb();
+}

@@ -1,0 +1,80 @@
+//! TLB maintenance (Arm ARM D8.14). Every function only issues the operation: the
+//! barriers around it belong to the caller's protocol.
+
+
+use aarch64_cpu::registers::VTTBR_EL2;
+use core::arch::asm;
+use tock_registers::interfaces::{Readable, Writeable};
+
+macro_rules! tlbi {
+    ($(#[$doc:meta])* $name:ident, $op:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name() {
+            // SAFETY: dropping cached translations never changes what is mapped.
+            unsafe { asm!(concat!("tlbi ", $op), options(nostack, preserves_flags)) }
+        }
+    };
+    ($(#[$doc:meta])* $name:ident, $op:literal, operand) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(operand: u64) {
+            // SAFETY: as above.
+            unsafe { asm!(concat!("tlbi ", $op, ", {}"), in(reg) operand, options(nostack, preserves_flags)) }
+        }
+    };
+}
+
+tlbi!(
+    /// Stage 1 and 2 of the current VMID, all CPUs.
+    vmalls12e1is, "vmalls12e1is");
+tlbi!(
+    /// Stage 1 (and combined) of the current VMID, all CPUs.
+    vmalle1is, "vmalle1is");
+tlbi!(
+    /// Stage 1 (and combined) of the current VMID, this CPU.
+    vmalle1, "vmalle1");
+tlbi!(
+    /// Everything of EL1 and EL0, every VMID, all CPUs.
+    alle1is, "alle1is");
+tlbi!(
+    /// Stage 2 by IPA, current VMID, all CPUs. Operand: IPA >> 12, TTL in 47:44.
+    ipas2e1is, "ipas2e1is", operand);
+tlbi!(
+    /// Stage 2 by IPA, current VMID, this CPU.
+    ipas2e1, "ipas2e1", operand);
+
+tlbi!(
+    /// Stage 1 (and combined) by VA, all ASIDs, current VMID, this CPU.
+    vaae1, "vaae1", operand);
+
+/// Stage 2 by range (FEAT_TLBIRANGE), current VMID, all CPUs.
+#[inline(always)]
+pub fn ripas2e1is(operand: u64) {
+    // SAFETY: as for the other operations; the encoding (sys #4, c8, c0, #2) is only
+    // reached where ID_AA64ISAR0_EL1.TLB says that it exists.
+    unsafe { asm!("sys #4, c8, c0, #2, {}", in(reg) operand, options(nostack, preserves_flags)) }
+}
+
+/// Loads another VM's stage 2 for TLB maintenance by VMID; gives the one before.
+///
+/// A guest's own walks cannot use it: EL2 does not return to a guest before [`restore`].
+#[inline]
+pub fn select(vttbr: u64) -> u64 {
+    let previous = VTTBR_EL2.get();
+    if previous != vttbr {
+        VTTBR_EL2.set(vttbr);
+        super::barrier::isb();
+    }
+    previous
+}
+
+/// Loads back what [`select`] gave.
+#[inline]
+pub fn restore(previous: u64) {
+    if VTTBR_EL2.get() != previous {
+        VTTBR_EL2.set(previous);
+        super::barrier::isb();
+    }
+}
+

@@ -1,0 +1,106 @@
+//! EL2's own command line: `/chosen/bootargs`, words of the form `name=value`.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use log::LevelFilter;
+
+/// Which engine finds dirty pages, where a request does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DirtyEngine {
+    /// By the CPUs: the hardware's dirty bit where it can be trusted.
+    #[default]
+    Auto,
+    /// Write protection, whatever the CPUs have.
+    WriteProtect,
+    /// The hardware's dirty bit.
+    Dbm,
+}
+
+/// What happens when the last guest has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenIdle {
+    /// Stay, for the host and the shell.
+    #[default]
+    Stay,
+    /// Power the machine off.
+    PowerOff,
+}
+
+/// Whom a plain terminal talks to at the start.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Terminal {
+    /// EL2's shell.
+    #[default]
+    Shell,
+    /// The console of the VM with this name.
+    Vm(String),
+    /// EL2's shell, with every VM's lines shown behind its name.
+    All,
+}
+
+/// Whether guests start by themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Autostart {
+    /// As their manifest says.
+    #[default]
+    Manifest,
+    /// None of them.
+    Never,
+}
+
+/// The command line, taken apart.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// `log=error|warn|info|debug|trace`.
+    pub log: Option<LevelFilter>,
+    /// `dirty=auto|wp|dbm`.
+    pub dirty: DirtyEngine,
+    /// `poweroff=idle|never`; without it, what the manifest says.
+    pub when_idle: Option<WhenIdle>,
+    /// `console=shell|all|NAME`.
+    pub terminal: Terminal,
+    /// `autostart=yes|no`.
+    pub autostart: Autostart,
+    /// `selftest=NAME`: provoke a failure on purpose, for the tests of the crash console.
+    pub selftest: Option<String>,
+    /// Words that mean nothing here, for a warning.
+    pub unknown: Vec<String>,
+}
+
+impl Options {
+    /// Takes a command line apart. Never fails: what it does not know it lists.
+    pub fn parse(line: &str) -> Self {
+        let mut options = Self::default();
+        for word in line.split_ascii_whitespace() {
+            if !options.apply(word) {
+                options.unknown.push(word.to_string());
+            }
+        }
+        options
+    }
+
+    fn apply(&mut self, word: &str) -> bool {
+        let Some((name, value)) = word.split_once('=') else {
+            return false;
+        };
+        match (name, value) {
+            ("log", level) => match level.parse() {
+                Ok(level) => self.log = Some(level),
+                Err(_) => return false,
+            },
+            ("dirty", "auto") => self.dirty = DirtyEngine::Auto,
+            ("dirty", "wp") => self.dirty = DirtyEngine::WriteProtect,
+            ("dirty", "dbm") => self.dirty = DirtyEngine::Dbm,
+            ("poweroff", "idle") => self.when_idle = Some(WhenIdle::PowerOff),
+            ("poweroff", "never") => self.when_idle = Some(WhenIdle::Stay),
+            ("autostart", "yes") => self.autostart = Autostart::Manifest,
+            ("autostart", "no") => self.autostart = Autostart::Never,
+            ("console", "shell") => self.terminal = Terminal::Shell,
+            ("console", "all") => self.terminal = Terminal::All,
+            ("console", name) => self.terminal = Terminal::Vm(name.to_string()),
+            ("selftest", name) => self.selftest = Some(name.to_string()),
+            _ => return false,
+        }
+        true
+    }
+}

@@ -1,0 +1,70 @@
+//! The machine's PL011 (ARM DDI 0183).
+
+use crate::arch::mmio::Mmio;
+
+const DR: usize = 0x00;
+const FR: usize = 0x18;
+const IMSC: usize = 0x38;
+const ICR: usize = 0x44;
+const FR_RXFE: u32 = 1 << 4;
+const FR_TXFF: u32 = 1 << 5;
+const RX: u32 = 1 << 4;
+const TX: u32 = 1 << 5;
+const RX_TIMEOUT: u32 = 1 << 6;
+
+/// A PL011, set up by the firmware (baud rate, line format, enabled).
+#[derive(Clone, Copy, Debug)]
+pub struct Pl011(Mmio);
+
+impl Pl011 {
+    /// The UART behind a window of device registers.
+    pub const fn new(registers: Mmio) -> Self {
+        Self(registers)
+    }
+
+    /// Sends a byte if there is room for it.
+    pub fn try_send(&self, byte: u8) -> Result<(), Full> {
+        if self.0.read32(FR) & FR_TXFF != 0 {
+            return Err(Full);
+        }
+        self.0.write32(DR, u32::from(byte));
+        Ok(())
+    }
+
+    /// Sends a byte, waiting for room.
+    pub fn send(&self, byte: u8) {
+        while self.try_send(byte).is_err() {
+            core::hint::spin_loop();
+        }
+    }
+
+    /// Takes a received byte. Errors of the line (bits 11:8) are the frame CRC's matter.
+    pub fn receive(&self) -> Option<u8> {
+        (self.0.read32(FR) & FR_RXFE == 0).then(|| self.0.read32(DR) as u8)
+    }
+
+    /// Asks for an interrupt when something was received.
+    pub fn listen(&self) {
+        self.0.write32(IMSC, RX | RX_TIMEOUT);
+    }
+
+    /// Asks also for an interrupt when there is room to send.
+    pub fn request_room(&self) {
+        self.0.write32(IMSC, RX | RX_TIMEOUT | TX);
+    }
+
+    /// Clears the receive interrupts. Before draining: QEMU raises them on an edge, and
+    /// clearing after would lose what came in between.
+    pub fn clear_receive(&self) {
+        self.0.write32(ICR, RX | RX_TIMEOUT);
+    }
+
+    /// Clears the send interrupt.
+    pub fn clear_send(&self) {
+        self.0.write32(ICR, TX);
+    }
+}
+
+/// The FIFO has no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full;

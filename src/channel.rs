@@ -1,0 +1,230 @@
+//! The host channel: frames and text over the machine's one UART.
+//!
+//! Text is EL2's shell, or the console of the guest that the terminal is attached to.
+//! Frames are a session with the host tool. Nothing binary is sent before the host has said
+//! HELLO, and a session that the host left is over with the next HELLO: what it took and
+//! did not commit is dirty again.
+//!
+//! Locks, in order: `RECEIVER`, then `SESSION`; a guest console's are leaves. No lock is
+//! held while a request is carried out, because carrying it out may send events.
+
+mod commands;
+mod shell;
+
+use crate::board::options::Terminal;
+use crate::console;
+use crate::sched::job::{self, Step};
+use crate::vm::{self, Vm, exits};
+use alloc::boxed::Box;
+use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
+use log::warn;
+use spin::Mutex;
+use tidemark_wire::frame::{self, Decoder, Header, Item, Kind, Seq, Session};
+use tidemark_wire::message::{CONSOLE_OVERHEAD, Event, VmId};
+
+/// The longest payload that a host may send.
+const REQUEST_PAYLOAD: usize = 256;
+/// Bytes of console text in one event.
+const EVENT_TEXT: usize = 200;
+
+type Receiver = Decoder<{ frame::buffer_len(REQUEST_PAYLOAD) }>;
+
+static RECEIVER: Mutex<Receiver> = Mutex::new(Decoder::new());
+static SESSION: Mutex<Option<Open>> = Mutex::new(None);
+
+/// An open session.
+#[derive(Debug, Clone, Copy)]
+pub struct Open {
+    session: Session,
+    max_payload: usize,
+    next_event: Seq,
+}
+
+/// Bad frames since the start, for the log's sake.
+static BAD_FRAMES: AtomicU64 = AtomicU64::new(0);
+/// Whether text waits to be sent as events.
+static TEXT_WAITS: AtomicBool = AtomicBool::new(false);
+
+/// Whom the plain terminal shows and feeds: EL2's shell.
+const SHELL: u16 = u16::MAX;
+/// The shell, with every guest's lines shown.
+const ALL: u16 = u16::MAX - 1;
+/// `SHELL`, `ALL`, or the VM with this number.
+static TERMINAL: AtomicU16 = AtomicU16::new(SHELL);
+/// Ctrl-] leaves a guest's console.
+const LEAVE: u8 = 0x1d;
+
+/// Attaches the plain terminal, and lets bytes in.
+pub fn start(terminal: &Terminal) {
+    match terminal {
+        Terminal::Shell => {}
+        Terminal::All => TERMINAL.store(ALL, Relaxed),
+        Terminal::Vm(name) => match vm::by_name(name) {
+            Some(vm) => attach_terminal(vm),
+            None => warn!("console={name}: no such VM; the terminal is the shell"),
+        },
+    }
+    if matches!(TERMINAL.load(Relaxed), SHELL | ALL) {
+        shell::prompt();
+    }
+}
+
+fn attach_terminal(vm: &Vm) {
+    TERMINAL.store(vm.id.0, Relaxed);
+}
+
+/// The UART's interrupt.
+pub fn interrupt() {
+    let mut bytes = [0; 128];
+    let mut len = 0;
+    console::interrupt(|byte| {
+        // The console gives at most so many at once.
+        if let Some(place) = bytes.get_mut(len) {
+            *place = byte;
+            len += 1;
+        }
+    });
+    for &byte in bytes.iter().take(len) {
+        receive(byte);
+    }
+}
+
+enum Received {
+    Request(Header, [u8; REQUEST_PAYLOAD], usize),
+    Text(u8),
+    Nothing,
+}
+
+fn receive(byte: u8) {
+    let received = {
+        let mut receiver = RECEIVER.lock();
+        match receiver.push(byte) {
+            None => Received::Nothing,
+            Some(Item::Text(byte)) => Received::Text(byte),
+            Some(Item::Frame(frame)) => {
+                let mut payload = [0; REQUEST_PAYLOAD];
+                let len = frame.payload.len().min(REQUEST_PAYLOAD);
+                payload[..len].copy_from_slice(&frame.payload[..len]);
+                Received::Request(frame.header, payload, len)
+            }
+            Some(Item::Bad(bad)) => {
+                let reason = bad.reason;
+                let count = BAD_FRAMES.fetch_add(1, Relaxed) + 1;
+                // A noisy line must not fill the log.
+                if count.is_power_of_two() {
+                    warn!("link: {reason}; {count} bad frames so far, the host will ask again");
+                }
+                Received::Nothing
+            }
+        }
+    };
+    match received {
+        Received::Request(header, payload, len) if header.kind == Kind::Request => {
+            commands::request(header, &payload[..len]);
+        }
+        Received::Request(..) | Received::Nothing => {}
+        Received::Text(byte) => typed(byte),
+    }
+}
+
+/// A byte from a plain terminal.
+fn typed(byte: u8) {
+    let Some(vm) = vm::by_id(VmId(TERMINAL.load(Relaxed))) else {
+        shell::typed(byte);
+        return;
+    };
+    if byte == LEAVE {
+        TERMINAL.store(SHELL, Relaxed);
+        console::print(format_args!("\n"));
+        shell::prompt();
+    } else if vm.console.type_in(&[byte]) == 1 {
+        exits::device::input_arrived(vm);
+    }
+}
+
+/// A guest wrote to its console.
+pub fn guest_output(vm: &'static Vm, byte: u8) {
+    let unsent = vm.console.put(byte);
+    if vm.console.attached.load(Relaxed) {
+        if byte == b'\n' || unsent >= EVENT_TEXT as u64 {
+            send_text(vm);
+        } else {
+            send_text_soon();
+        }
+        return;
+    }
+    let terminal = TERMINAL.load(Relaxed);
+    if terminal == vm.id.0 {
+        console::write_text(&[byte]);
+    } else if terminal == ALL {
+        vm.console.whole_line(byte, |line| {
+            console::print(format_args!("{}| {}\n", vm.name(), line));
+        });
+    }
+}
+
+/// Sends what waits, a little later: bytes come singly.
+fn send_text_soon() {
+    if !TEXT_WAITS.swap(true, AcqRel) {
+        job::submit(Box::new(|| {
+            TEXT_WAITS.store(false, Release);
+            for vm in vm::all() {
+                if vm.console.attached.load(Relaxed) {
+                    send_text(vm);
+                }
+            }
+            Step::Done
+        }));
+    }
+}
+
+/// Sends a console's unsent text as events; what is lost on the way can be asked for.
+fn send_text(vm: &Vm) {
+    loop {
+        let mut text = [0; EVENT_TEXT];
+        let (offset, len) = {
+            let mut history = vm.console.history();
+            let (offset, len) = history.read(history.sent, &mut text);
+            history.sent = offset + len as u64;
+            (offset, len)
+        };
+        if len == 0 {
+            return;
+        }
+        event(&Event::Console {
+            vm: vm.id,
+            offset,
+            data: &text[..len],
+        });
+    }
+}
+
+/// Tells the host that a VM's state changed.
+pub fn state_changed(vm: &Vm) {
+    let state = vm.status.lock().state;
+    event(&Event::VmState { vm: vm.id, state });
+}
+
+/// Sends an event, if a session is open.
+fn event(event: &Event<'_>) {
+    let mut session = SESSION.lock();
+    let Some(open) = session.as_mut() else {
+        return;
+    };
+    let header = Header {
+        kind: Kind::Event,
+        seq: open.next_event,
+        session: open.session,
+    };
+    open.next_event = open.next_event.next();
+    let mut payload = [0; EVENT_TEXT + CONSOLE_OVERHEAD];
+    // Events are made to fit.
+    if let Ok(payload) = event.encode(&mut payload) {
+        send(&header, payload);
+    }
+}
+
+/// Puts one frame on the line, in one piece.
+fn send(header: &Header, payload: &[u8]) {
+    console::write_pieces(|mut push| frame::encode(header, payload, &mut push).is_ok());
+}

@@ -1,0 +1,202 @@
+//! The one line to the outside, shared by text and frames.
+//!
+//! Bytes wait in a ring and leave as the UART takes them: a bounded number with each
+//! write, the rest on its interrupts. When the ring is full the writer waits for the UART;
+//! nothing is dropped. Text never contains a zero byte, so a frame's delimiters are never
+//! text's. One lock, a leaf: nothing is called while it is held.
+
+use crate::arch::{cpu, timer};
+use crate::board::pl011::Pl011;
+use core::fmt::{self, Write};
+
+use log::{LevelFilter, Log, Metadata, Record};
+use spin::{Mutex, Once};
+
+const RING: usize = 32 * 1024;
+/// Bytes handed to the UART in one go.
+const STEP: usize = 64;
+
+struct Console {
+    uart: Option<Pl011>,
+    ring: [u8; RING],
+    start: usize,
+    len: usize,
+    delivery: Delivery,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Delivery {
+    /// Each byte waits for the UART: before interrupts work.
+    AtOnce,
+    /// Through the ring.
+    Interrupts,
+}
+
+static CONSOLE: Mutex<Console> = Mutex::new(Console {
+    uart: None,
+    ring: [0; RING],
+    start: 0,
+    len: 0,
+    delivery: Delivery::AtOnce,
+});
+
+/// The UART for the crash console, which takes no lock.
+static RAW: Once<Pl011> = Once::new();
+
+impl Console {
+    fn push(&mut self, byte: u8) {
+        let Some(uart) = self.uart else { return };
+        if self.delivery == Delivery::AtOnce {
+            uart.send(byte);
+            return;
+        }
+        if self.len == RING {
+            uart.send(self.ring[self.start]);
+            self.start = (self.start + 1) % RING;
+            self.len -= 1;
+        }
+        self.ring[(self.start + self.len) % RING] = byte;
+        self.len += 1;
+    }
+
+    /// Hands the UART what it takes, and asks for an interrupt if something is left.
+    fn pump(&mut self) {
+        let Some(uart) = self.uart else { return };
+        if self.delivery == Delivery::AtOnce {
+            return;
+        }
+        for _ in 0..STEP {
+            if self.len == 0 || uart.try_send(self.ring[self.start]).is_err() {
+                break;
+            }
+            self.start = (self.start + 1) % RING;
+            self.len -= 1;
+        }
+        if self.len > 0 {
+            uart.request_room();
+        } else {
+            uart.listen();
+        }
+    }
+}
+
+/// Gives the console its UART; bytes go out at once until [`use_interrupts`].
+pub fn init(uart: Pl011) {
+    RAW.call_once(|| uart);
+    CONSOLE.lock().uart = Some(uart);
+}
+
+/// The UART, for the crash console.
+pub fn raw_uart() -> Option<Pl011> {
+    RAW.get().copied()
+}
+
+/// From here on the UART's interrupts move the bytes.
+pub fn use_interrupts() {
+    let mut console = CONSOLE.lock();
+    console.delivery = Delivery::Interrupts;
+    if let Some(uart) = console.uart {
+        uart.clear_receive();
+        uart.listen();
+    }
+}
+
+/// Back to waiting for the UART, with all that waits sent first: for the last words.
+pub fn flush() {
+    let mut console = CONSOLE.lock();
+    while console.len > 0 {
+        console.pump();
+    }
+    console.delivery = Delivery::AtOnce;
+}
+
+/// The UART's interrupt: gives what was received to `sink`, and sends on. Bounded by the
+/// receive FIFO's depth twice over; what comes later interrupts again.
+pub fn interrupt(mut sink: impl FnMut(u8)) {
+    let Some(uart) = raw_uart() else { return };
+    uart.clear_receive();
+    for _ in 0..2 * STEP {
+        match uart.receive() {
+            Some(byte) => sink(byte),
+            None => break,
+        }
+    }
+    uart.clear_send();
+    CONSOLE.lock().pump();
+}
+
+/// Writes a frame, delimiters included, in one piece: `write` pushes its parts.
+pub fn write_pieces(write: impl FnOnce(&mut dyn FnMut(&[u8])) -> bool) {
+    let mut console = CONSOLE.lock();
+    let whole = write(&mut |bytes: &[u8]| {
+        for &byte in bytes {
+            console.push(byte);
+        }
+    });
+    debug_assert!(whole, "frames are made to fit");
+    console.pump();
+}
+
+/// Writes text as it is, zero bytes left out.
+pub fn write_text(bytes: &[u8]) {
+    let mut console = CONSOLE.lock();
+    for &byte in bytes.iter().filter(|&&byte| byte != 0) {
+        console.push(byte);
+    }
+    console.pump();
+}
+
+struct Text<'a>(&'a mut Console);
+
+impl Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for byte in text.bytes().filter(|&byte| byte != 0) {
+            if byte == b'\n' {
+                self.0.push(b'\r');
+            }
+            self.0.push(byte);
+        }
+        Ok(())
+    }
+}
+
+/// Writes formatted text in one piece, newlines as the terminal wants them.
+pub fn print(arguments: fmt::Arguments<'_>) {
+    let mut console = CONSOLE.lock();
+    // Writing to the ring cannot fail.
+    let _ = Text(&mut console).write_fmt(arguments);
+    console.pump();
+}
+
+struct Logger;
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let now = timer::microseconds();
+        print(format_args!(
+            "[{:5}.{:06}] {:<5} cpu{} {}\n",
+            now / 1_000_000,
+            now % 1_000_000,
+            record.level(),
+            cpu::index(),
+            record.args()
+        ));
+    }
+
+    fn flush(&self) {}
+}
+
+
+/// Makes the console the log's end.
+pub fn init_log(level: Option<LevelFilter>) {
+    // It can only fail when a logger is set already, and this is called once.
+    let _ = log::set_logger(&Logger);
+    log::set_max_level(level.unwrap_or(LevelFilter::Info));
+}

@@ -1,0 +1,116 @@
+//! EL2's own memory: its stage 1 (W^X, guard pages), the heap for its small objects,
+//! and the frames that guests and tables are made of.
+
+use crate::board::map::{MemoryMap, Ranges};
+
+pub mod frames;
+pub mod heap;
+pub mod layout;
+pub mod stage1;
+
+/// A frame, and a page of any table: 4 KiB.
+pub const PAGE: usize = 4096;
+
+/// A half-open range of physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First address.
+    pub start: u64,
+    /// First address past it.
+    pub end: u64,
+}
+
+impl Range {
+    /// A range by address and size; `None` where it wraps.
+    pub fn new(start: u64, size: u64) -> Option<Self> {
+        Some(Self {
+            start,
+            end: start.checked_add(size)?,
+        })
+    }
+
+    /// Bytes in it.
+    pub fn size(&self) -> u64 {
+        self.end.saturating_sub(self.start)
+    }
+
+    /// The range widened to whole pages.
+    pub fn whole_pages(&self) -> Self {
+        let mask = PAGE as u64 - 1;
+        Self {
+            start: self.start & !mask,
+            end: self.end.saturating_add(mask) & !mask,
+        }
+    }
+
+    /// Whether the two have an address in common.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
+    /// What is left of it without `hole`: nothing, one range or two.
+    pub fn without(&self, hole: &Self) -> [Option<Self>; 2] {
+        let part = |start: u64, end: u64| (start < end).then_some(Self { start, end });
+        if !self.overlaps(hole) {
+            return [part(self.start, self.end), None];
+        }
+        [
+            part(self.start, hole.start.min(self.end)),
+            part(hole.end.max(self.start), self.end),
+        ]
+    }
+}
+
+/// The smallest heap that EL2 starts with.
+const SMALLEST_HEAP: u64 = 4 << 20;
+/// The largest: slots' bitmaps and the frame table are the large objects.
+const LARGEST_HEAP: u64 = 64 << 20;
+
+/// Maps all memory, takes the heap from it, and hands the rest to the frame allocator.
+///
+/// # Panics
+///
+/// When there is not enough memory to run at all: nothing but EL2 is there yet.
+pub fn init(map: &MemoryMap, dtb: usize) {
+    for range in map.memory.iter() {
+        // Memory that firmware keeps is not even mapped.
+        let mut usable = Ranges::new();
+        usable.push(range);
+        for reserved in map.reserved.iter() {
+            usable = usable.without(reserved);
+        }
+        for range in usable.iter() {
+            stage1::map_identity(range, stage1::Access::ReadWrite)
+                .unwrap_or_else(|error| panic!("memory at {range:x?}: {error:?}"));
+        }
+    }
+    let mut free = map.memory;
+    for taken in map
+        .reserved
+        .iter()
+        .chain([layout::image()])
+        .chain(stage1::devicetree_range(dtb))
+        .chain(map.bundle)
+    {
+        free = free.without(taken.whole_pages());
+    }
+    let largest = free
+        .iter()
+        .max_by_key(Range::size)
+        .expect("the devicetree describes no free memory");
+    let heap = (largest.size() / 32)
+        .next_power_of_two()
+        .clamp(SMALLEST_HEAP, LARGEST_HEAP);
+    assert!(largest.size() > heap, "less than 4 MiB of free memory");
+    // From the end: what guests get is then aligned to large blocks from the start.
+    let start = (largest.end - heap) & !(PAGE as u64 - 1);
+    let heap = Range {
+        start,
+        end: largest.end,
+    };
+    // SAFETY: mapped above, and cut out of what the frame allocator gets.
+    unsafe { heap::init(heap) };
+    for range in free.without(heap).iter() {
+        frames::add(range);
+    }
+}

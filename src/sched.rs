@@ -1,0 +1,349 @@
+//! Which vCPU a CPU runs, and what it does when none wants to.
+//!
+//! Each vCPU has a home CPU and a place in that CPU's queue when it is ready. An exit that
+//! needs no change of vCPU never comes here. `pick_next` ends by naming the registers that
+//! the assembly loads: with a vCPU, or after idling until there is one.
+//!
+//! Idling is work: jobs (`job`) take bounded steps between looks for an interrupt. Busy
+//! CPUs take a step at each tick while there are jobs.
+//!
+//! A vCPU stays loaded on its CPU while it waits; only another vCPU's turn unloads it. So a
+//! guest that waits and wakes pays for no switch.
+//!
+//! Locks: a queue's lock is a leaf, taken inside a vCPU's `run`.
+
+pub mod job;
+
+use crate::arch::context::Context;
+use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
+use crate::arch::{barrier, gic, timer};
+use crate::board;
+use crate::vm::vcpu::{LiveListRegisters, NEVER, Run, Vcpu};
+use crate::vm::{exits, lifecycle};
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicUsize, Ordering::*};
+use spin::Mutex;
+use tidemark_devices::vgic::Kick;
+
+/// The SGI that makes another CPU look at its queue and its vCPU.
+pub const KICK: u32 = 0;
+
+/// How long a vCPU runs while another waits for its CPU, in microseconds.
+const SLICE: u64 = 4_000;
+/// How often a busy CPU takes a step of a job, in microseconds.
+const JOB_TICK: u64 = 1_000;
+/// How long one visit to the jobs may take, in microseconds: the bound for EL2.
+const JOB_BUDGET: u64 = 150;
+
+/// Ready vCPUs of a CPU, in order.
+static QUEUES: [Mutex<VecDeque<&'static Vcpu>>; MAX_CPUS] =
+    [const { Mutex::new(VecDeque::new()) }; MAX_CPUS];
+/// All vCPUs whose home a CPU is.
+static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] =
+    [const { Mutex::new(Vec::new()) }; MAX_CPUS];
+/// The vCPU whose state is in this CPU's registers.
+static LOADED: PerCpu<Option<&'static Vcpu>> = PerCpu::new(None);
+/// When the running vCPU's slice ends.
+static SLICE_END: PerCpu<u64> = PerCpu::new(NEVER);
+/// CPUs that run, in all.
+static CPUS: AtomicUsize = AtomicUsize::new(1);
+
+/// Says how many CPUs there are to share the vCPUs among.
+pub fn set_cpus(count: usize) {
+    CPUS.store(count, Relaxed);
+}
+
+/// How many CPUs run.
+pub fn cpus() -> usize {
+    CPUS.load(Relaxed)
+}
+
+/// Gives a vCPU its home: CPUs in turn.
+pub fn adopt(vcpu: &'static Vcpu) {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let home = NEXT.fetch_add(1, Relaxed) % cpus();
+    vcpu.home.store(home, Relaxed);
+    HOMED[home].lock().push(vcpu);
+}
+
+/// The vCPU that this CPU just left.
+#[inline]
+pub fn current() -> Option<&'static Vcpu> {
+    LOADED.get()
+}
+
+/// Calls a CPU, if it is another one.
+pub fn kick_cpu(index: usize) {
+    if index != cpu::index() {
+        gic::send_sgi(KICK, cpu::affinity_of(index));
+    }
+}
+
+/// Calls all other CPUs.
+pub fn kick_all() {
+    for index in 0..cpus() {
+        kick_cpu(index);
+    }
+}
+
+/// Something changed for `vcpu`: it is woken if it waits, and looked at if it runs.
+pub fn wake(vcpu: &'static Vcpu) {
+    let mut run = vcpu.run.lock();
+    match *run {
+        Run::Blocked => make_ready(vcpu, &mut run),
+        Run::Running => {
+            let home = vcpu.home.load(Relaxed);
+            drop(run);
+            kick_cpu(home);
+        }
+        Run::Off | Run::Starting | Run::Queued | Run::Parked => {}
+    }
+}
+
+/// Puts a vCPU that may run into its CPU's queue, or aside if its VM is paused.
+pub fn make_ready(vcpu: &'static Vcpu, run: &mut Run) {
+    if lifecycle::is_held(vcpu.vm) {
+        *run = Run::Parked;
+        return;
+    }
+    *run = if *run == Run::Off {
+        Run::Starting
+    } else {
+        Run::Queued
+    };
+    let home = vcpu.home.load(Relaxed);
+    QUEUES[home].lock().push_back(vcpu);
+    if home == cpu::index() {
+        // Whoever runs here now must not keep the CPU past a slice.
+        if let Some(loaded) = current() {
+            loaded.attention.store(true, Relaxed);
+        }
+    } else {
+        kick_cpu(home);
+    }
+}
+
+/// Wakes the vCPUs of `vm` that the vGIC named.
+#[inline]
+pub fn kick(vcpu: &'static Vcpu, kick: Kick) {
+    if kick.is_none() {
+        return;
+    }
+    if kick.contains(vcpu.index) {
+        // Its own is seen to before the guest goes on.
+        vcpu.attention.store(true, Relaxed);
+    }
+    kick_others(vcpu, kick.without(vcpu.index));
+}
+
+fn kick_others(vcpu: &'static Vcpu, kick: Kick) {
+    for index in kick.iter() {
+        if let Some(other) = vcpu.vm.vcpus().get(index.index()) {
+            other.attention.store(true, SeqCst);
+            wake(other);
+        }
+    }
+}
+
+/// Brings a loaded vCPU's list registers up to date.
+pub fn sync(vcpu: &'static Vcpu) {
+    if vcpu.vm.vgic.needs_sync(vcpu.index) {
+        sync_always(vcpu);
+    }
+}
+
+/// The same, whether or not something is known to be new: for the maintenance interrupt.
+pub fn sync_always(vcpu: &'static Vcpu) {
+    let kick = vcpu.vm.vgic.sync(vcpu.index, &mut LiveListRegisters);
+    kick_others(vcpu, kick.without(vcpu.index));
+}
+
+/// The end of every exit: the same vCPU goes on unless something else is to be done.
+#[inline]
+pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
+    if !vcpu.attention.load(Relaxed) {
+        return &vcpu.context;
+    }
+    attend(vcpu)
+}
+
+/// Sees to what `attention` was set for.
+#[inline(never)]
+fn attend(vcpu: &'static Vcpu) -> &'static Context {
+    vcpu.attention.store(false, Relaxed);
+    let held = lifecycle::is_held(vcpu.vm);
+    let mut run = vcpu.run.lock();
+    if *run == Run::Running && !held {
+        let waiting = !QUEUES[cpu::index()].lock().is_empty();
+        if !waiting {
+            drop(run);
+            sync(vcpu);
+            arm_timer();
+            return &vcpu.context;
+        }
+        let now = timer::now();
+        if SLICE_END.get() == NEVER {
+            SLICE_END.set(now + timer::ticks(SLICE));
+        }
+        if now < SLICE_END.get() {
+            drop(run);
+            sync(vcpu);
+            arm_timer();
+            return &vcpu.context;
+        }
+        *run = Run::Queued;
+        QUEUES[cpu::index()].lock().push_back(vcpu);
+    } else if *run == Run::Running {
+        // What it wrote is seen by all from here on (invariant 13: a barrier on its own
+        // CPU before the last harvest trusts the tables).
+        barrier::dsb_sy();
+        *run = Run::Parked;
+    }
+    drop(run);
+    lifecycle::vcpu_left(vcpu.vm);
+    pick_next()
+}
+
+/// The vCPU waits for an interrupt: its CPU goes to another, or idles.
+pub fn block(vcpu: &'static Vcpu) -> &'static Context {
+    {
+        let mut run = vcpu.run.lock();
+        if *run == Run::Running {
+            *run = Run::Blocked;
+            barrier::dsb_sy();
+        }
+    }
+    // A sender that saw it running before this only kicked; look again (D: state, then
+    // `run`; here: `run`, then state).
+    sync_always(vcpu);
+    if vcpu.vm.vgic.has_deliverable(vcpu.index) {
+        wake(vcpu);
+    }
+    lifecycle::vcpu_left(vcpu.vm);
+    pick_next()
+}
+
+/// The vCPU is off, or its VM has ended: it does not come back by itself.
+pub fn turn_off(vcpu: &'static Vcpu) -> &'static Context {
+    *vcpu.run.lock() = Run::Off;
+    barrier::dsb_sy();
+    lifecycle::vcpu_left(vcpu.vm);
+    pick_next()
+}
+
+/// Finds what to run next, idling until there is something.
+pub fn pick_next() -> &'static Context {
+    loop {
+        exits::interrupt::take_all();
+        if let Some(vcpu) = take_ready() {
+            switch_to(vcpu);
+            return &vcpu.context;
+        }
+        SLICE_END.set(NEVER);
+        arm_timer();
+        if job::run_for(timer::ticks(JOB_BUDGET)) == job::Found::Nothing
+            && !gic::interrupt_pending()
+        {
+            barrier::wfi();
+        }
+    }
+}
+
+/// The next ready vCPU of this CPU that may run, marked as running.
+fn take_ready() -> Option<&'static Vcpu> {
+    loop {
+        let vcpu = QUEUES[cpu::index()].lock().pop_front()?;
+        let mut run = vcpu.run.lock();
+        match *run {
+            Run::Queued | Run::Starting if lifecycle::is_held(vcpu.vm) => {
+                *run = Run::Parked;
+                drop(run);
+                lifecycle::vcpu_left(vcpu.vm);
+            }
+            Run::Queued | Run::Starting => {
+                *run = Run::Running;
+                return Some(vcpu);
+            }
+            // Turned off, or parked, while it stood in the queue.
+            _ => {}
+        }
+    }
+}
+
+fn switch_to(vcpu: &'static Vcpu) {
+    let loaded = LOADED.get();
+    let same = loaded.is_some_and(|loaded| core::ptr::eq(loaded, vcpu));
+    if !same || vcpu.is_fresh() {
+        if let Some(loaded) = loaded {
+            loaded.unload();
+        }
+        vcpu.load();
+        LOADED.set(Some(vcpu));
+        if let Some(cpu) = cpu::current() {
+            cpu.set_context(&vcpu.context);
+        }
+    }
+    vcpu.attention.store(false, Relaxed);
+    sync_always(vcpu);
+    let alone = QUEUES[cpu::index()].lock().is_empty();
+    SLICE_END.set(if alone {
+        NEVER
+    } else {
+        timer::now() + timer::ticks(SLICE)
+    });
+    arm_timer();
+}
+
+/// Sets EL2's timer for whatever this CPU must not miss.
+fn arm_timer() {
+    let mut deadline = SLICE_END.get();
+    if job::waiting() {
+        deadline = deadline.min(timer::now() + timer::ticks(JOB_TICK));
+    }
+    let loaded = LOADED.get();
+    if let Some(physical) = loaded.and_then(|vcpu| vcpu.physical_timer.lock().deadline()) {
+        deadline = deadline.min(physical);
+    }
+    for vcpu in HOMED[cpu::index()].lock().iter() {
+        deadline = deadline.min(vcpu.deadline.load(Relaxed));
+    }
+    timer::set_deadline((deadline != NEVER).then_some(deadline));
+}
+
+/// EL2's timer fired: time slices, sleepers, emulated timers, jobs.
+pub fn tick() {
+    timer::set_deadline(None);
+    let now = timer::now();
+    if let Some(loaded) = LOADED.get() {
+        exits::timer::fire_physical(loaded, now);
+        loaded.attention.store(true, Relaxed);
+    }
+    let mut due: [Option<&'static Vcpu>; 8] = [None; 8];
+    {
+        let homed = HOMED[cpu::index()].lock();
+        let late = homed
+            .iter()
+            .filter(|vcpu| vcpu.deadline.load(Relaxed) <= now);
+        for (place, vcpu) in due.iter_mut().zip(late) {
+            vcpu.deadline.store(NEVER, Relaxed);
+            *place = Some(vcpu);
+        }
+    }
+    for vcpu in due.into_iter().flatten() {
+        exits::timer::fire_physical(vcpu, now);
+        wake(vcpu);
+    }
+    if job::waiting() {
+        job::run_for(timer::ticks(JOB_BUDGET));
+    }
+}
+
+/// The end of a CPU's bring-up: it looks for work for good.
+pub fn run() -> ! {
+    board::gic().enable_private(board::interrupts().hypervisor_timer);
+    board::gic().enable_private(board::interrupts().virtual_timer);
+    board::gic().enable_private(board::interrupts().maintenance);
+    let context = pick_next();
+    crate::arch::exception::enter_first(context)
+}

@@ -1,0 +1,68 @@
+//! Long work, in bounded steps.
+//!
+//! A job is a step function that says whether it wants another turn. Any CPU may take the
+//! next step of any job; one job is never stepped by two CPUs at once.
+
+use crate::arch::{gic, timer};
+use alloc::boxed::Box;
+use alloc::collections::VecDeque;
+use core::sync::atomic::{AtomicUsize, Ordering::*};
+use spin::Mutex;
+
+/// What a step says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// There is more to do.
+    Again,
+    /// The job is over.
+    Done,
+}
+
+/// Whether there was a job to step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// At least one step was taken.
+    Work,
+    /// There was none.
+    Nothing,
+}
+
+/// A job: each call is one bounded step.
+pub type Job = Box<dyn FnMut() -> Step + Send>;
+
+static JOBS: Mutex<VecDeque<Job>> = Mutex::new(VecDeque::new());
+/// Jobs that are queued or being stepped.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+/// Gives the CPUs a job.
+pub fn submit(job: Job) {
+    WAITING.fetch_add(1, Relaxed);
+    JOBS.lock().push_back(job);
+    super::kick_all();
+}
+
+/// Whether there are jobs.
+pub fn waiting() -> bool {
+    WAITING.load(Relaxed) != 0
+}
+
+/// Takes steps until the time is up, an interrupt waits, or nothing is left to do.
+pub fn run_for(ticks: u64) -> Found {
+    let Some(mut job) = JOBS.lock().pop_front() else {
+        return Found::Nothing;
+    };
+    let end = timer::now() + ticks;
+    loop {
+        match job() {
+            Step::Done => {
+                WAITING.fetch_sub(1, Relaxed);
+                return Found::Work;
+            }
+            Step::Again => {}
+        }
+        if timer::now() >= end || gic::interrupt_pending() {
+            JOBS.lock().push_back(job);
+            return Found::Work;
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Virtual machines: what one is made of, and the table of them.
+//!
+//! A VM is made once, from the bundle's manifest, and stays in the table until the machine
+//! stops; what starts and ends are its runs. Lock order inside a VM: `run` of a vCPU, then
+//! `parked` of the same vCPU; the devices' locks and the vGIC's are leaves.
+
+pub mod bundle;
+pub mod console;
+pub mod exits;
+mod id_registers;
+pub mod lifecycle;
+mod loader;
+pub mod memory;
+pub mod stage2;
+mod tree;
+pub mod vcpu;
+pub mod work;
+
+use crate::arch::timer;
+use alloc::boxed::Box;
+use alloc::string::String;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use memory::GuestMemory;
+use spin::{Mutex, Once};
+use tidemark_devices::pl011::Pl011;
+use tidemark_devices::pl031::{Pl031, UnixSeconds};
+use tidemark_devices::vgic::Vgic;
+use tidemark_wire::bundle::VmSpec;
+use tidemark_wire::message::{VmId, VmState};
+use vcpu::Vcpu;
+
+/// A guest and all that is kept for it.
+pub struct Vm {
+    /// Its number: its place in the table.
+    pub id: VmId,
+    /// What the manifest says of it.
+    pub spec: VmSpec,
+    /// Its memory, and how it is mapped.
+    pub memory: GuestMemory,
+    /// Its interrupt controller.
+    pub vgic: Vgic,
+    /// Its UART.
+    pub uart: Mutex<Pl011>,
+    /// Its clock.
+    pub clock: Mutex<Pl031>,
+    /// What it wrote to its console, and what waits to be read there.
+    pub console: console::GuestConsole,
+    /// What is being done for a host.
+    pub work: Mutex<work::VmWork>,
+    /// How it is, and why.
+    pub status: Mutex<Status>,
+    /// Its vCPUs stay off their CPUs.
+    pub held: AtomicBool,
+    /// What it has cost.
+    pub counters: Counters,
+    /// The physical count that its virtual counter starts from.
+    pub counter_offset: AtomicU64,
+    /// Starts so far: frames and translations of an earlier one are never this one's.
+    pub generation: AtomicU32,
+    vcpus: Once<Box<[Vcpu]>>,
+}
+
+/// How a VM is.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// Its state, as the host knows it.
+    pub state: VmState,
+    /// Why it stopped or failed.
+    pub reason: String,
+    /// What was asked of it and is not done yet.
+    pub wish: Wish,
+    /// How often it was restarted.
+    pub restarts: u32,
+    /// How often it was let go on after a pause: what was true of one pause is not of the next.
+    pub pauses: u32,
+}
+
+/// A change of state on its way: it happens when no vCPU runs. A later one in this order
+/// wins over an earlier one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wish {
+    /// None.
+    Nothing,
+    /// To pause.
+    Pause,
+    /// To start anew.
+    Reset,
+    /// To end.
+    Stop,
+    /// To end, because of a failure.
+    Fail,
+}
+
+/// What a VM has cost, counted as it happens.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// HVC and SMC.
+    pub hypercalls: AtomicU64,
+    /// Device accesses.
+    pub mmio: AtomicU64,
+    /// WFI.
+    pub wfi: AtomicU64,
+    /// Physical interrupts while it ran.
+    pub interrupts: AtomicU64,
+    /// Other exits.
+    pub others: AtomicU64,
+    /// Stage-2 faults on its memory.
+    pub faults: AtomicU64,
+}
+
+/// Adds one. Counters are read for people: a plain load and store that may lose a count to
+/// another vCPU's would be wrong in tests, an atomic add costs one instruction with LSE and
+/// four without.
+#[inline]
+pub fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Relaxed);
+}
+
+impl Vm {
+    /// A VM with memory but without a run.
+    pub fn new(id: VmId, spec: VmSpec, memory: GuestMemory) -> &'static Self {
+        let vcpus = usize::from(spec.vcpus);
+        let vm = Box::leak(Box::new(Self {
+            id,
+            memory,
+            vgic: Vgic::new(vcpus),
+            uart: Mutex::new(Pl011::new()),
+            clock: Mutex::new(Pl031::new()),
+            console: console::GuestConsole::new(),
+            work: Mutex::new(work::VmWork::default()),
+            status: Mutex::new(Status {
+                state: VmState::Stopped,
+                reason: "not started".into(),
+                wish: Wish::Nothing,
+                restarts: 0,
+                pauses: 0,
+            }),
+            held: AtomicBool::new(true),
+            counters: Counters::default(),
+            counter_offset: AtomicU64::new(timer::now()),
+            generation: AtomicU32::new(0),
+            vcpus: Once::new(),
+            spec,
+        }));
+        let vm: &'static Self = vm;
+        vm.vcpus
+            .call_once(|| (0..vcpus).filter_map(|n| Vcpu::new(vm, n)).collect());
+        vm
+    }
+
+    /// Its vCPUs.
+    pub fn vcpus(&self) -> &[Vcpu] {
+        self.vcpus.get().map_or(&[], |vcpus| vcpus)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+}
+
+static TABLE: Once<Box<[&'static Vm]>> = Once::new();
+
+/// Makes the VMs known. Once, at boot.
+pub fn publish(vms: Box<[&'static Vm]>) {
+    TABLE.call_once(|| vms);
+}
+
+/// All VMs, by id.
+pub fn all() -> &'static [&'static Vm] {
+    TABLE.get().map_or(&[], |table| table)
+}
+
+/// The VM with this id.
+pub fn by_id(id: VmId) -> Option<&'static Vm> {
+    all().get(usize::from(id.0)).copied()
+}
+
+/// The VM that a person names: by name, or by number.
+pub fn by_name(name: &str) -> Option<&'static Vm> {
+    all()
+        .iter()
+        .find(|vm| vm.name() == name)
+        .copied()
+        .or_else(|| by_id(VmId(name.parse().ok()?)))
+}
+
+/// The time of day in the machine's clock when EL2 started, less the count then.
+static EPOCH: AtomicU64 = AtomicU64::new(0);
+
+/// Sets the time of day, in Unix seconds.
+pub fn set_time(now: u64) {
+    EPOCH.store(now.saturating_sub(timer::microseconds() / 1_000_000), Relaxed);
+}
+
+/// The time of day, as guests' clocks count it.
+pub fn unix_time() -> UnixSeconds {
+    UnixSeconds((EPOCH.load(Relaxed) + timer::microseconds() / 1_000_000) as u32)
+}

@@ -1,0 +1,126 @@
+//! Exits: why a guest came to EL2, and what is done about it. One file a class.
+//!
+//! The functions named here are where boot/vectors.S goes. Each ends with the registers to
+//! go on with. Nothing a guest does stops EL2: what it may not do becomes the exception
+//! that the architecture has for it, or, where there is none, the end of that VM.
+
+mod abort;
+pub mod device;
+mod hypercall;
+pub mod interrupt;
+mod sysreg;
+pub mod timer;
+
+use super::vcpu::Vcpu;
+use super::{Wish, count, lifecycle};
+use crate::arch::context::Context;
+use crate::arch::el1;
+use crate::arch::exception::Syndrome;
+use crate::sched;
+use alloc::format;
+use log::debug;
+
+/// What a handler decided.
+pub enum Next {
+    /// The guest goes on.
+    GoOn,
+    /// The guest waits for an interrupt.
+    Block,
+    /// The vCPU is off.
+    Off,
+}
+
+fn next(vcpu: &'static Vcpu, next: Next) -> &'static Context {
+    match next {
+        Next::GoOn => sched::go_on(vcpu),
+        Next::Block => sched::block(vcpu),
+        Next::Off => sched::turn_off(vcpu),
+    }
+}
+
+/// The vCPU that exited. There is one: a guest cannot run before it is loaded.
+#[inline]
+fn current() -> &'static Vcpu {
+    sched::current().expect("an exit without a vCPU")
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn guest_sync(_context: &Context) -> &'static Context {
+    let vcpu = current();
+    let syndrome = Syndrome(el1::esr());
+    let decision = match syndrome.class() {
+        0x16 => hypercall::hvc(vcpu),
+        0x24 => abort::data(vcpu, syndrome),
+        0x18 => sysreg::access(vcpu, syndrome),
+        0x01 => wait(vcpu, syndrome),
+        0x20 => abort::instruction(vcpu, syndrome),
+        0x17 => hypercall::smc(vcpu),
+        _ => undefined(vcpu, syndrome),
+    };
+    next(vcpu, decision)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn guest_irq(_context: &Context) -> &'static Context {
+    let vcpu = current();
+    count(&vcpu.vm.counters.interrupts);
+    interrupt::take_all();
+    sched::sync(vcpu);
+    sched::go_on(vcpu)
+}
+
+/// Group 0 is the firmware's; should one arrive, there is nothing to take it for.
+#[unsafe(no_mangle)]
+extern "C" fn guest_fiq(context: &Context) -> &'static Context {
+    guest_irq(context)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn guest_serror(_context: &Context) -> &'static Context {
+    let vcpu = current();
+    let syndrome = Syndrome(el1::esr());
+    // An access of the guest's that went wrong on the bus: its own end, nobody else's.
+    fail(vcpu, &format!("SError, ESR {:#x}", syndrome.0));
+    sched::go_on(vcpu)
+}
+
+/// AArch32 is not offered (ID_AA64PFR0_EL1.EL0), so nothing lawful comes here.
+#[unsafe(no_mangle)]
+extern "C" fn guest_aarch32(_context: &Context) -> &'static Context {
+    let vcpu = current();
+    interrupt::take_all();
+    fail(vcpu, "it ran AArch32 code, which its CPU does not have");
+    sched::go_on(vcpu)
+}
+
+/// WFI gives the CPU away; WFE does not trap. WFIT and WFET are not offered.
+fn wait(vcpu: &'static Vcpu, _syndrome: Syndrome) -> Next {
+    count(&vcpu.vm.counters.wfi);
+    vcpu.context.skip_instruction();
+    Next::Block
+}
+
+/// What the guest's CPU does not have is undefined to it.
+fn undefined(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    count(&vcpu.vm.counters.others);
+    debug!(
+        "{}: vCPU {}: {syndrome} at {:#x}: undefined",
+        vcpu.vm.name(),
+        vcpu.index.index(),
+        vcpu.context.pc()
+    );
+    // EC 0, IL.
+    el1::inject_sync(&vcpu.context, 1 << 25, None);
+    Next::GoOn
+}
+
+/// Ends the VM: it did what cannot be answered.
+fn fail(vcpu: &'static Vcpu, reason: &str) {
+    let reason = format!(
+        "vCPU {} at {:#x}: {reason}",
+        vcpu.index.index(),
+        vcpu.context.pc()
+    );
+    // It runs, so it can be ended.
+    let _ = lifecycle::wish(vcpu.vm, Wish::Fail, &reason);
+}

@@ -1,0 +1,112 @@
+//! Stage-2 aborts: memory that is not mapped yet, a write that is tracked, a device.
+
+use super::{Next, device, fail};
+use crate::arch::el1;
+use crate::arch::exception::Syndrome;
+use crate::vm::count;
+use crate::vm::vcpu::Vcpu;
+use tidemark_devices::virt::{self, RAM_BASE};
+use tidemark_stage2::{Fault, FaultAccess, FaultKind, GuestVa, Ipa, Outcome};
+
+const S1PTW: u64 = 1 << 7;
+const WRITE: u64 = 1 << 6;
+const FAR_NOT_VALID: u64 = 1 << 10;
+const VALID_SYNDROME: u64 = 1 << 24;
+
+/// A data abort from a guest.
+#[inline]
+pub fn data(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    let page = el1::faulting_ipa();
+    // Devices stand below the RAM, and their accesses are the frequent ones.
+    if page < RAM_BASE
+        && syndrome.0 & (S1PTW | VALID_SYNDROME) == VALID_SYNDROME
+        && syndrome.0 & 0x3c == 0x04
+        && let Some(device) = virt::decode(page | el1::far() & 0xfff)
+    {
+        return device::access(vcpu, syndrome, device);
+    }
+    let access = if syndrome.0 & WRITE != 0 {
+        FaultAccess::Write
+    } else {
+        FaultAccess::Read
+    };
+    memory(vcpu, syndrome, page, access)
+}
+
+/// An instruction abort from a guest.
+pub fn instruction(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    memory(vcpu, syndrome, el1::faulting_ipa(), FaultAccess::Execute)
+}
+
+fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAccess) -> Next {
+    let kind = match syndrome.0 & 0x3c {
+        0x04 => FaultKind::Translation,
+        0x08 => FaultKind::AccessFlag,
+        0x0c => FaultKind::Permission,
+        _ => return other(vcpu, syndrome),
+    };
+    let walk = syndrome.0 & S1PTW != 0;
+    // A walk that may not do what it wants wants to write: stage 2 never forbids reading
+    // (the guest's hardware updates its own descriptors, invariant 12).
+    let access = if walk && kind == FaultKind::Permission {
+        FaultAccess::Write
+    } else {
+        access
+    };
+    let fault = Fault {
+        ipa: Ipa::new(page),
+        access,
+        kind,
+        va: (!walk && syndrome.0 & FAR_NOT_VALID == 0).then(|| GuestVa::new(el1::far())),
+    };
+    count(&vcpu.vm.counters.faults);
+    match vcpu.vm.memory.stage2().handle_fault(fault) {
+        Outcome::Resume | Outcome::Retry => Next::GoOn,
+        Outcome::NotMemory => external(vcpu, syndrome),
+        // A ROM's bus ignores writes; with a syndrome they can be skipped.
+        Outcome::ReadOnly if syndrome.0 & VALID_SYNDROME != 0 && !walk => {
+            vcpu.context.skip_instruction();
+            Next::GoOn
+        }
+        Outcome::ReadOnly => external(vcpu, syndrome),
+        Outcome::OutOfTables => {
+            fail(vcpu, "no memory is left for its translation tables");
+            Next::GoOn
+        }
+    }
+}
+
+/// Aborts that are not faults of stage 2.
+fn other(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    match syndrome.0 & 0x3f {
+        // TLB conflict: drop everything of this VMID (Arm ARM I_JCCRT), and try again.
+        0x30 => {
+            crate::arch::tlb::vmalls12e1is();
+            crate::arch::barrier::dsb_ish();
+            Next::GoOn
+        }
+        _ => external(vcpu, syndrome),
+    }
+}
+
+/// Nothing is there: a synchronous external abort, as the bus would give it.
+pub fn external(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    const EXTERNAL: u64 = 0x10;
+    log::debug!(
+        "{}: vCPU {}: {syndrome}, IPA {:#x}, at {:#x}: nothing there",
+        vcpu.vm.name(),
+        vcpu.index.index(),
+        el1::faulting_ipa() | el1::far() & 0xfff,
+        vcpu.context.pc()
+    );
+    let from_el0 = vcpu.context.pstate() & 0xf == 0;
+    let class = match (syndrome.class(), from_el0) {
+        (0x20, true) => 0x20,
+        (0x20, false) => 0x21,
+        (_, true) => 0x24,
+        (_, false) => 0x25,
+    };
+    let esr = class << 26 | 1 << 25 | syndrome.0 & WRITE | EXTERNAL;
+    el1::inject_sync(&vcpu.context, esr, Some(el1::far()));
+    Next::GoOn
+}

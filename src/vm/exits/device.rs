@@ -1,0 +1,125 @@
+//! Accesses to the emulated devices.
+
+use super::Next;
+use crate::arch::exception::Syndrome;
+use crate::channel;
+use crate::sched;
+use crate::vm::vcpu::Vcpu;
+use crate::vm::{Vm, count, unix_time};
+use tidemark_devices::AccessSize;
+use tidemark_devices::virt::{Device, RTC_INTERRUPT, UART_INTERRUPT};
+
+/// Does what a load or store to a device says (data abort ISS: SAS, SSE, SRT, SF, WnR).
+#[inline]
+pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
+    count(&vcpu.vm.counters.mmio);
+    let size = AccessSize::from_sas(syndrome.0 >> 22);
+    let register = (syndrome.0 >> 16 & 0x1f) as usize;
+    vcpu.context.skip_instruction();
+    if syndrome.0 & 1 << 6 != 0 {
+        let bits = 8 * size.bytes() as u32;
+        let value = vcpu.context.x(register) & (u64::MAX >> (64 - bits));
+        write(vcpu, device, size, value);
+    } else {
+        let value = read(vcpu, device, size);
+        let sign_extend = syndrome.0 & 1 << 21 != 0;
+        let wide = syndrome.0 & 1 << 15 != 0;
+        vcpu.context
+            .set_x(register, extend(value, size, sign_extend, wide));
+    }
+    Next::GoOn
+}
+
+/// What a load of `size` leaves in its register.
+fn extend(value: u64, size: AccessSize, sign_extend: bool, wide: bool) -> u64 {
+    let unused = 64 - 8 * size.bytes() as u32;
+    let value = if sign_extend {
+        ((value << unused) as i64 >> unused) as u64
+    } else {
+        value << unused >> unused
+    };
+    if wide { value } else { value & 0xffff_ffff }
+}
+
+fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
+    let vm = vcpu.vm;
+    match device {
+        Device::Gic(frame, offset) => {
+            let stale = vm.vgic.refresh(frame, offset);
+            if !stale.is_none() {
+                sched::sync_always(vcpu);
+                sched::kick(vcpu, stale.without(vcpu.index));
+            }
+            vm.vgic.mmio_read(vcpu.index, frame, offset, size)
+        }
+        Device::Uart(offset) => {
+            let value = vm.uart.lock().read(offset & !3);
+            feed_uart(vm);
+            update_uart_line(vcpu);
+            u64::from(value)
+        }
+        Device::Rtc(offset) => u64::from(vm.clock.lock().read(offset & !3, unix_time())),
+        // A transport with no device: virtio 1.2, 4.2.3.1: device id 0 is to be ignored.
+        Device::Virtio(_, 0x000) => 0x7472_6976,
+        Device::Virtio(_, 0x004) => 2,
+        Device::Virtio(..) => 0,
+    }
+}
+
+fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
+    let vm = vcpu.vm;
+    match device {
+        Device::Gic(frame, offset) => {
+            let kick = vm.vgic.mmio_write(vcpu.index, frame, offset, size, value);
+            sched::kick(vcpu, kick);
+        }
+        Device::Uart(offset) => {
+            let sent = vm.uart.lock().write(offset & !3, value as u32);
+            if let Some(byte) = sent {
+                channel::guest_output(vm, byte);
+            }
+            feed_uart(vm);
+            update_uart_line(vcpu);
+        }
+        Device::Rtc(offset) => {
+            let level = {
+                let mut clock = vm.clock.lock();
+                clock.write(offset & !3, value as u32, unix_time());
+                clock.irq_level()
+            };
+            sched::kick(vcpu, vm.vgic.set_spi_level(RTC_INTERRUPT, level));
+        }
+        Device::Virtio(..) => {}
+    }
+}
+
+/// Moves typed bytes into the guest's FIFO, as far as there is room.
+pub fn feed_uart(vm: &Vm) {
+    let mut uart = vm.uart.lock();
+    while uart.rx_room() > 0 {
+        let Some(byte) = vm.console.next_input() else {
+            break;
+        };
+        // There is room.
+        let _ = uart.push_rx(byte);
+    }
+}
+
+fn update_uart_line(vcpu: &'static Vcpu) {
+    let level = vcpu.vm.uart.lock().irq_level();
+    sched::kick(vcpu, vcpu.vm.vgic.set_spi_level(UART_INTERRUPT, level));
+}
+
+/// Input came for a guest: its FIFO is filled and its interrupt raised, from any CPU.
+pub fn input_arrived(vm: &'static Vm) {
+    feed_uart(vm);
+    let level = vm.uart.lock().irq_level();
+    let kick = vm.vgic.set_spi_level(UART_INTERRUPT, level);
+    for index in kick.iter() {
+        if let Some(vcpu) = vm.vcpus().get(index.index()) {
+            vcpu.attention
+                .store(true, core::sync::atomic::Ordering::SeqCst);
+            sched::wake(vcpu);
+        }
+    }
+}

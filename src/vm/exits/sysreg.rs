@@ -1,0 +1,81 @@
+//! Trapped system registers.
+
+use super::timer::{self, Register};
+use super::{Next, undefined};
+use crate::arch::exception::Syndrome;
+use crate::sched;
+use crate::vm::vcpu::Vcpu;
+use crate::vm::{count, id_registers, stage2};
+use tidemark_devices::vgic::SgiRegister;
+
+/// Which way a trapped MRS or MSR goes (ISS bit 0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Read,
+    Write,
+}
+
+/// Does what a trapped MRS or MSR says (ISS: op0 21:20, op2 19:17, op1 16:14, CRn 13:10,
+/// Rt 9:5, CRm 4:1).
+pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    count(&vcpu.vm.counters.others);
+    let iss = syndrome.0;
+    let bits = |shift: u32, mask: u64| (iss >> shift & mask) as u8;
+    let register = (
+        bits(20, 3),
+        bits(14, 7),
+        bits(10, 15),
+        bits(1, 15),
+        bits(17, 7),
+    );
+    let rt = (iss >> 5 & 0x1f) as usize;
+    let way = if iss & 1 == 1 { Way::Read } else { Way::Write };
+    let context = &vcpu.context;
+    let value = || context.x(rt);
+    match (register, way) {
+        ((3, 0, 12, 11, op2 @ 5..=7), Way::Write) => {
+            let which = match op2 {
+                5 => SgiRegister::Group1,
+                6 => SgiRegister::AliasGroup1,
+                _ => SgiRegister::Group0,
+            };
+            let kick = vcpu.vm.vgic.sgi(vcpu.index, value(), which);
+            sched::kick(vcpu, kick);
+        }
+        ((3, 0, 0, crm @ 1..=7, op2), Way::Read) => {
+            let pa_range = pa_range(stage2::features().1);
+            context.set_x(rt, id_registers::read(crm, op2, pa_range));
+        }
+        ((3, 3, 14, 2, op2 @ 0..=2), way) => {
+            let which = match op2 {
+                0 => Register::Value,
+                1 => Register::Control,
+                _ => Register::Compare,
+            };
+            match way {
+                Way::Read => context.set_x(rt, timer::read(vcpu, which)),
+                Way::Write => timer::write(vcpu, which, value()),
+            }
+        }
+        // OSLSR_EL1: the OS lock is there (OSLM = 0b10) and not locked.
+        ((2, 0, 1, 1, 4), Way::Read) => context.set_x(rt, 1 << 3),
+        // Breakpoints, watchpoints, OS lock, MDSCR: there is no debugging; and ACTLR_EL1.
+        ((2, 0 | 3, ..) | (3, 0, 1, 0, 1), Way::Read) => context.set_x(rt, 0),
+        ((2, 0 | 3, ..) | (3, 0, 1, 0, 1), Way::Write) => {}
+        _ => return undefined(vcpu, syndrome),
+    }
+    context.skip_instruction();
+    Next::GoOn
+}
+
+/// ID_AA64MMFR0_EL1.PARange for an address space this wide.
+fn pa_range(bits: u8) -> u64 {
+    match bits {
+        0..36 => 0,
+        36..40 => 1,
+        40..42 => 2,
+        42..44 => 3,
+        44..48 => 4,
+        _ => 5,
+    }
+}

@@ -1,0 +1,75 @@
+//! The guest's physical timer (CNTP), emulated: EL2 keeps the hardware's for itself. The
+//! virtual timer (CNTV) is the guest's own and does not trap.
+
+use crate::arch::timer;
+use crate::sched;
+use crate::vm::vcpu::Vcpu;
+use core::sync::atomic::Ordering::Relaxed;
+use tidemark_devices::virt::PHYSICAL_TIMER;
+use tidemark_devices::vgic::Link;
+
+const ENABLE: u64 = 1;
+const MASK: u64 = 2;
+const FIRED: u64 = 4;
+
+/// Which of the three registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    /// CNTP_TVAL_EL0.
+    Value,
+    /// CNTP_CTL_EL0.
+    Control,
+    /// CNTP_CVAL_EL0.
+    Compare,
+}
+
+/// Reads one.
+pub fn read(vcpu: &Vcpu, register: Register) -> u64 {
+    let state = *vcpu.physical_timer.lock();
+    let now = timer::now();
+    match register {
+        Register::Value => state.compare.wrapping_sub(now) & 0xffff_ffff,
+        Register::Control => {
+            let fired = state.control & ENABLE != 0 && now >= state.compare;
+            state.control | if fired { FIRED } else { 0 }
+        }
+        Register::Compare => state.compare,
+    }
+}
+
+/// Writes one.
+pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
+    {
+        let mut state = vcpu.physical_timer.lock();
+        match register {
+            Register::Value => {
+                state.compare = timer::now().wrapping_add(value as i32 as i64 as u64);
+            }
+            Register::Control => state.control = value & (ENABLE | MASK),
+            Register::Compare => state.compare = value,
+        }
+        state.raised = false;
+    }
+    let kick = vcpu.vm.vgic.lower_ppi(vcpu.index, PHYSICAL_TIMER);
+    sched::kick(vcpu, kick);
+    fire_physical(vcpu, timer::now());
+    // The timer of EL2 is set anew at the end of this exit.
+    vcpu.attention.store(true, Relaxed);
+}
+
+/// Raises the interrupt if the time has come.
+pub fn fire_physical(vcpu: &'static Vcpu, now: u64) {
+    let mut state = vcpu.physical_timer.lock();
+    if state.deadline().is_some_and(|deadline| deadline <= now) {
+        // The line stays high until the guest writes a register; until then there is
+        // nothing to wait for.
+        state.raised = true;
+        drop(state);
+        let kick = vcpu
+            .vm
+            .vgic
+            .raise_ppi(vcpu.index, PHYSICAL_TIMER, Link::Software);
+        sched::kick(vcpu, kick);
+        sched::wake(vcpu);
+    }
+}

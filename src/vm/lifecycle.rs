@@ -1,0 +1,243 @@
+//! Starting, pausing, restarting and ending a VM.
+//!
+//! A change is wished for by anyone at any time ([`wish`]): the VM is held, its vCPUs are
+//! called, and whoever takes the last one off its CPU makes the change ([`settle`]). Nobody
+//! waits. Lock order: `status`, then a vCPU's `run`.
+
+use super::loader::Loader;
+use super::vcpu::Run;
+use super::{Vm, Wish};
+use crate::arch::{barrier, timer};
+use crate::board::options::WhenIdle;
+use crate::sched::{self, job};
+use crate::{channel, console};
+use alloc::boxed::Box;
+use alloc::string::String;
+use core::sync::atomic::{AtomicBool, Ordering::*};
+use log::{error, info, warn};
+use tidemark_wire::message::VmState;
+
+/// Whether the machine goes off with its last guest.
+static POWER_OFF_WHEN_IDLE: AtomicBool = AtomicBool::new(false);
+
+/// Says what happens when the last guest has ended.
+pub fn when_idle(what: WhenIdle) {
+    POWER_OFF_WHEN_IDLE.store(what == WhenIdle::PowerOff, Relaxed);
+}
+
+/// Whether the VM's vCPUs must stay off their CPUs for now.
+#[inline]
+pub fn is_held(vm: &Vm) -> bool {
+    vm.held.load(SeqCst)
+}
+
+/// Starts a VM that does not run.
+pub fn start(vm: &'static Vm) {
+    {
+        let mut status = vm.status.lock();
+        if !matches!(status.state, VmState::Stopped | VmState::Failed) {
+            return;
+        }
+        status.state = VmState::Starting;
+        status.pauses += 1;
+        status.reason.clear();
+        vm.held.store(true, SeqCst);
+    }
+    load(vm);
+}
+
+fn load(vm: &'static Vm) {
+    channel::state_changed(vm);
+    match Loader::new(vm) {
+        Ok(mut loader) => job::submit(Box::new(move || loader.step())),
+        Err(reason) => failed(vm, reason),
+    }
+}
+
+/// The loader is through: the first vCPU runs.
+pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
+    vm.vgic.reset();
+    vm.uart.lock().reset();
+    *vm.clock.lock() = tidemark_devices::pl031::Pl031::new();
+    vm.console.forget_input();
+    vm.counter_offset.store(timer::now(), Relaxed);
+    vm.generation.fetch_add(1, Relaxed);
+    {
+        let mut status = vm.status.lock();
+        status.state = VmState::Running;
+        // What was wished for meanwhile comes next.
+        vm.held.store(status.wish != Wish::Nothing, SeqCst);
+    }
+    info!("{}: running", vm.name());
+    if let Some(first) = vm.vcpus().first() {
+        first.reset(entry, context);
+        sched::make_ready(first, &mut first.run.lock());
+    }
+    channel::state_changed(vm);
+    settle(vm);
+}
+
+/// The VM could not be started.
+pub fn failed(vm: &'static Vm, reason: String) {
+    error!("{}: {reason}", vm.name());
+    {
+        let mut status = vm.status.lock();
+        status.state = VmState::Failed;
+        status.reason = reason;
+        status.wish = Wish::Nothing;
+    }
+    channel::state_changed(vm);
+    look_for_the_end();
+}
+
+/// Asks for a change; it is made when no vCPU of the VM runs.
+///
+/// # Errors
+///
+/// Gives the state that does not allow it.
+pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
+    {
+        let mut status = vm.status.lock();
+        let possible = match wish {
+            Wish::Nothing => true,
+            Wish::Pause => matches!(status.state, VmState::Running | VmState::Paused),
+            _ => matches!(
+                status.state,
+                VmState::Running | VmState::Paused | VmState::Starting
+            ),
+        };
+        if !possible {
+            return Err(status.state);
+        }
+        if status.state == VmState::Paused && wish == Wish::Pause {
+            return Ok(());
+        }
+        // The stronger wish stays.
+        if status.wish < wish {
+            status.wish = wish;
+            status.reason = reason.into();
+        }
+        vm.held.store(true, SeqCst);
+    }
+    for vcpu in vm.vcpus() {
+        vcpu.attention.store(true, SeqCst);
+        let running = *vcpu.run.lock() == Run::Running;
+        if running {
+            sched::kick_cpu(vcpu.home.load(Relaxed));
+        }
+    }
+    settle(vm);
+    Ok(())
+}
+
+/// Lets a paused VM go on, or takes back a wish to pause.
+///
+/// # Errors
+///
+/// Gives the state that does not allow it.
+pub fn resume(vm: &'static Vm) -> Result<(), VmState> {
+    {
+        let mut status = vm.status.lock();
+        match status.state {
+            VmState::Paused => status.state = VmState::Running,
+            VmState::Running => {}
+            other => return Err(other),
+        }
+        if status.wish == Wish::Pause {
+            status.wish = Wish::Nothing;
+        }
+        status.pauses += 1;
+        vm.held.store(status.wish != Wish::Nothing, SeqCst);
+    }
+    for vcpu in vm.vcpus() {
+        let mut run = vcpu.run.lock();
+        if *run == Run::Parked {
+            sched::make_ready(vcpu, &mut run);
+        }
+    }
+    channel::state_changed(vm);
+    Ok(())
+}
+
+/// A vCPU has left its CPU: was it the last that a change waits for?
+#[inline]
+pub fn vcpu_left(vm: &'static Vm) {
+    if is_held(vm) {
+        settle(vm);
+    }
+}
+
+/// Makes the change that was wished for, if no vCPU runs any more.
+fn settle(vm: &'static Vm) {
+    let mut status = vm.status.lock();
+    // While it is being loaded nothing runs, and the loader settles when it is through.
+    if status.wish == Wish::Nothing || status.state == VmState::Starting {
+        return;
+    }
+    if vm.vcpus().iter().any(|vcpu| *vcpu.run.lock() == Run::Running) {
+        return;
+    }
+    barrier::dsb_sy();
+    let wish = core::mem::replace(&mut status.wish, Wish::Nothing);
+    if wish > Wish::Pause {
+        for vcpu in vm.vcpus() {
+            *vcpu.run.lock() = Run::Off;
+        }
+    }
+    match wish {
+        Wish::Nothing => {}
+        Wish::Pause => status.state = VmState::Paused,
+        Wish::Reset => {
+            status.state = VmState::Starting;
+            status.restarts += 1;
+            status.pauses += 1;
+            status.reason.clear();
+        }
+        Wish::Stop => status.state = VmState::Stopped,
+        Wish::Fail => status.state = VmState::Failed,
+    }
+    let reason = status.reason.clone();
+    drop(status);
+    match wish {
+        Wish::Nothing => {}
+        Wish::Pause => channel::state_changed(vm),
+        Wish::Reset => {
+            info!("{}: restarting", vm.name());
+            load(vm);
+        }
+        Wish::Stop => {
+            info!("{}: stopped ({reason})", vm.name());
+            channel::state_changed(vm);
+            look_for_the_end();
+        }
+        Wish::Fail => {
+            warn!("{}: failed: {reason}", vm.name());
+            channel::state_changed(vm);
+            look_for_the_end();
+        }
+    }
+}
+
+/// Powers the machine off if that was asked for and no guest is left.
+fn look_for_the_end() {
+    let over = super::all().iter().all(|vm| {
+        matches!(
+            vm.status.lock().state,
+            VmState::Stopped | VmState::Failed
+        )
+    });
+    if over && POWER_OFF_WHEN_IDLE.load(Relaxed) {
+        power_off();
+    }
+}
+
+/// Ends the machine, everything said.
+pub fn power_off() -> ! {
+    let failed = super::all()
+        .iter()
+        .any(|vm| vm.status.lock().state == VmState::Failed);
+    let verdict = if failed { "failed" } else { "ok" };
+    console::print(format_args!("tidemark: verdict {verdict}\n"));
+    console::flush();
+    crate::arch::smc::system_off()
+}

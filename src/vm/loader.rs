@@ -1,0 +1,262 @@
+//! Putting a guest's files into its memory: a job of bounded steps.
+//!
+//! Fresh memory is zeroed first, once: its last owner's data is nobody's business. At a
+//! restart the guest's own memory stays as it is, as on a board, and only the files are
+//! laid anew. Each file's CRC is computed as it is copied; a guest whose files are damaged
+//! does not start.
+
+use super::memory::GuestMemory;
+use super::tree::{self, Initrd};
+use super::{Vm, lifecycle};
+use crate::memory::PAGE;
+use crate::sched::job::Step;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering::Relaxed;
+use log::debug;
+use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
+use tidemark_wire::bundle::{Blob, Boot};
+use tidemark_wire::checksum::Crc32c;
+
+/// Bytes copied in one step.
+const COPY_STEP: usize = 64 * 1024;
+/// Frames zeroed in one step: 1 MiB.
+const ZERO_STEP: usize = 256;
+/// A kernel goes this far into the RAM; the devicetree stands before it.
+const KERNEL_OFFSET: u64 = 2 << 20;
+/// The largest devicetree that Linux maps.
+const LARGEST_TREE: u64 = 2 << 20;
+const BLOCK: u64 = 2 << 20;
+
+struct Piece {
+    what: &'static str,
+    from: &'static [u8],
+    to: u64,
+    crc32c: u32,
+}
+
+enum Phase {
+    Zero { slot: usize, run: usize, page: usize },
+    Map { slot: usize, page: u64 },
+    Copy { piece: usize, done: usize, crc: Crc32c },
+    Start,
+}
+
+/// The state of the job.
+pub struct Loader {
+    vm: &'static Vm,
+    pieces: Vec<Piece>,
+    initrd: Option<Initrd>,
+    entry: u64,
+    phase: Phase,
+}
+
+/// What an arm64 Image header says (Linux Documentation/arch/arm64/booting.rst).
+struct Image {
+    text_offset: u64,
+    size: u64,
+}
+
+impl Image {
+    /// `None` where it is none: then it is a flat binary, loaded and entered at its start.
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+        if bytes.get(0x38..0x3c)? != b"ARM\x64" {
+            return None;
+        }
+        Some(Self {
+            text_offset: word(8)?,
+            size: word(16)?,
+        })
+    }
+}
+
+impl Loader {
+    /// Plans where everything goes.
+    ///
+    /// # Errors
+    ///
+    /// Says what does not fit, or is not there.
+    pub fn new(vm: &'static Vm) -> Result<Self, String> {
+        let mut loader = Self {
+            vm,
+            pieces: Vec::new(),
+            initrd: None,
+            entry: 0,
+            phase: if vm.generation.load(Relaxed) == 0 {
+                Phase::Zero {
+                    slot: 0,
+                    run: 0,
+                    page: 0,
+                }
+            } else {
+                Phase::Map { slot: 0, page: 0 }
+            },
+        };
+        let ram_end = RAM_BASE + vm.spec.memory_bytes;
+        match &vm.spec.boot {
+            Boot::Firmware { image } => {
+                loader.piece("firmware", *image, FLASH_BASE)?;
+                loader.entry = FLASH_BASE;
+            }
+            Boot::Kernel { kernel, initrd, .. } => {
+                let bytes = blob(*kernel)?;
+                let header = Image::read(bytes).unwrap_or(Image {
+                    text_offset: 0,
+                    size: 0,
+                });
+                let start = (RAM_BASE + KERNEL_OFFSET)
+                    .checked_add(header.text_offset)
+                    .ok_or("the kernel's text_offset is out of range")?;
+                let end = start
+                    .checked_add(header.size.max(kernel.len))
+                    .filter(|&end| end <= ram_end)
+                    .ok_or_else(|| {
+                        format!(
+                            "the kernel needs {} MiB, more than its {} MiB of memory: raise `memory` in the manifest",
+                            (header.size.max(kernel.len) + KERNEL_OFFSET) >> 20,
+                            vm.spec.memory_bytes >> 20
+                        )
+                    })?;
+                loader.piece("kernel", *kernel, start)?;
+                loader.entry = start;
+                if let Some(initrd) = initrd {
+                    let start = end.next_multiple_of(BLOCK);
+                    let end = start
+                        .checked_add(initrd.len)
+                        .filter(|&end| end <= ram_end)
+                        .ok_or(
+                            "the initrd does not fit behind the kernel: raise `memory` in the manifest",
+                        )?;
+                    loader.piece("initrd", *initrd, start)?;
+                    loader.initrd = Some(Initrd { start, end });
+                }
+            }
+        }
+        Ok(loader)
+    }
+
+    fn piece(&mut self, what: &'static str, blob_: Blob, to: u64) -> Result<(), String> {
+        self.pieces.push(Piece {
+            what,
+            from: blob(blob_)?,
+            to,
+            crc32c: blob_.crc32c,
+        });
+        Ok(())
+    }
+
+    /// One bounded step.
+    pub fn step(&mut self) -> Step {
+        match self.try_step() {
+            Ok(step) => step,
+            Err(reason) => {
+                lifecycle::failed(self.vm, reason);
+                Step::Done
+            }
+        }
+    }
+
+    fn try_step(&mut self) -> Result<Step, String> {
+        let memory = &self.vm.memory;
+        match &mut self.phase {
+            Phase::Zero { slot, run, page } => {
+                let Some(of) = memory.slots().get(*slot) else {
+                    self.phase = Phase::Map { slot: 0, page: 0 };
+                    return Ok(Step::Again);
+                };
+                match of.runs.get(*run) {
+                    None => {
+                        *slot += 1;
+                        *run = 0;
+                    }
+                    Some((_, frames)) if *page >= frames.pages() => {
+                        *run += 1;
+                        *page = 0;
+                    }
+                    Some((_, frames)) => {
+                        frames.zero(*page, ZERO_STEP);
+                        frames.clean(*page, ZERO_STEP);
+                        *page += ZERO_STEP;
+                    }
+                }
+            }
+            Phase::Map { slot, page } => match memory.slots().get(*slot) {
+                None => {
+                    self.phase = Phase::Copy {
+                        piece: 0,
+                        done: 0,
+                        crc: Crc32c::new(),
+                    };
+                }
+                Some(of) => match memory.stage2().map_ahead(of.id, *page) {
+                    Ok(tidemark_stage2::Progress::More { done, .. }) => *page = done,
+                    Ok(tidemark_stage2::Progress::Done) => {
+                        *slot += 1;
+                        *page = 0;
+                    }
+                    Err(error) => return Err(format!("mapping its memory: {error}")),
+                },
+            },
+            Phase::Copy { piece, done, crc } => {
+                let Some(current) = self.pieces.get(*piece) else {
+                    self.phase = Phase::Start;
+                    return Ok(Step::Again);
+                };
+                let rest = &current.from[(*done).min(current.from.len())..];
+                let now = &rest[..rest.len().min(COPY_STEP)];
+                if now.is_empty() {
+                    if core::mem::take(crc).finish() != current.crc32c {
+                        return Err(format!(
+                            "its {} is damaged (CRC-32C): pack the bundle again",
+                            current.what
+                        ));
+                    }
+                    *piece += 1;
+                    *done = 0;
+                } else {
+                    crc.update(now);
+                    let to = current.to + *done as u64;
+                    write(memory, current.what, to, now)?;
+                    *done += now.len();
+                }
+            }
+            Phase::Start => {
+                self.start()?;
+                return Ok(Step::Done);
+            }
+        }
+        Ok(Step::Again)
+    }
+
+    fn start(&self) -> Result<(), String> {
+        let tree = tree::build(self.vm, self.initrd)
+            .map_err(|error| format!("building its devicetree: {error:?}"))?;
+        if tree.len() as u64 > LARGEST_TREE.min(KERNEL_OFFSET) {
+            return Err("its devicetree is larger than 2 MiB".into());
+        }
+        write(&self.vm.memory, "devicetree", RAM_BASE, &tree)?;
+        crate::arch::cache::invalidate_instructions();
+        debug!("{}: entry {:#x}", self.vm.name(), self.entry);
+        lifecycle::loaded(self.vm, self.entry, RAM_BASE);
+        Ok(())
+    }
+}
+
+fn write(memory: &GuestMemory, what: &str, to: u64, bytes: &[u8]) -> Result<(), String> {
+    memory
+        .write(to, bytes)
+        .map_err(|_| format!("its {what} does not fit its memory"))?;
+    // The guest's first instructions run with its caches off.
+    memory.clean(to, bytes.len() as u64);
+    Ok(())
+}
+
+fn blob(blob: Blob) -> Result<&'static [u8], String> {
+    super::bundle::get()
+        .and_then(|bundle| bundle.unchecked_blob(blob))
+        .ok_or_else(|| "its files are not in the bundle".into())
+}
+
+const _: () = assert!(ZERO_STEP * PAGE == 1 << 20);

@@ -1,0 +1,213 @@
+//! A guest's memory: the frames behind its slots, and stage 2 over them.
+//!
+//! Every write by EL2 into guest memory goes through [`GuestMemory::write`], which tells
+//! the dirty log. Reads see what the guest sees at that moment, word by word.
+
+use super::stage2::{Hw, features};
+use crate::memory::PAGE;
+use crate::memory::frames::Run;
+use alloc::vec::Vec;
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use tidemark_devices::virt::RAM_BASE;
+use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Vmid};
+
+/// The guest's RAM.
+pub const RAM: SlotId = SlotId(0);
+/// A firmware image, read-only, at address 0.
+pub const FLASH: SlotId = SlotId(1);
+
+/// The largest run taken at once: 1 GiB, the largest block.
+const LARGEST_RUN: usize = 1 << 18;
+/// The smallest: 2 MiB, so that all of it can be mapped by blocks.
+const SMALLEST_RUN: usize = 1 << 9;
+
+/// A guest's memory.
+pub struct GuestMemory {
+    stage2: Stage2<Hw>,
+    slots: Vec<Slot>,
+}
+
+/// One range of it.
+#[derive(Debug)]
+pub struct Slot {
+    /// Its number.
+    pub id: SlotId,
+    /// Where the guest sees it.
+    pub base: u64,
+    /// Its size in pages.
+    pub pages: u64,
+    /// What the guest may do there.
+    pub access: Access,
+    /// The frames, in order, each with the address that the guest sees it at.
+    pub runs: Vec<(u64, Run)>,
+}
+
+/// Memory for a guest could not be had.
+#[derive(Debug, Clone, Copy)]
+pub enum MemoryError {
+    /// So many bytes are not free.
+    NotEnough(u64),
+    /// The machine has no such VMID: too many guests.
+    NoVmid(u16),
+    /// Stage 2 refused.
+    Stage2(Error),
+}
+
+impl fmt::Display for MemoryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotEnough(bytes) => write!(
+                f,
+                "{} MiB of memory are not free in blocks of 2 MiB; give the machine more memory or the guests less",
+                bytes >> 20
+            ),
+            Self::NoVmid(vmid) => write!(f, "VMID {vmid} is past what the CPUs have: fewer guests"),
+            Self::Stage2(error) => write!(f, "stage 2: {error}"),
+        }
+    }
+}
+
+/// An address that is not in the guest's memory, or a range that leaves it.
+#[derive(Debug, Clone, Copy)]
+pub struct OutOfMemoryRange;
+
+impl GuestMemory {
+    /// Memory with `ram` bytes at the board's RAM address, and `flash` bytes at 0.
+    pub fn new(vmid: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
+        let (features, ipa_bits) = features();
+        let vmid = Vmid::new(vmid, features.vmid).ok_or(MemoryError::NoVmid(vmid))?;
+        let stage2 =
+            Stage2::new(Hw, ipa_bits, vmid, features).map_err(MemoryError::Stage2)?;
+        let mut memory = Self {
+            stage2,
+            slots: Vec::new(),
+        };
+        memory.add(RAM, RAM_BASE, ram, Access::ReadWrite)?;
+        if flash > 0 {
+            memory.add(FLASH, 0, flash, Access::ReadOnly)?;
+        }
+        Ok(memory)
+    }
+
+    fn add(&mut self, id: SlotId, base: u64, bytes: u64, access: Access) -> Result<(), MemoryError> {
+        let block = (SMALLEST_RUN * PAGE) as u64;
+        let pages = bytes.div_ceil(block) * SMALLEST_RUN as u64;
+        let mut runs = Vec::new();
+        let mut left = pages as usize;
+        let mut size = LARGEST_RUN;
+        while left > 0 {
+            if size > left {
+                size /= 2;
+                continue;
+            }
+            match Run::take(size) {
+                Some(run) => {
+                    let at = base + (pages as usize - left) as u64 * PAGE as u64;
+                    runs.push((at, run));
+                    left -= size;
+                }
+                None if size > SMALLEST_RUN => size /= 2,
+                None => return Err(MemoryError::NotEnough(bytes)),
+            }
+        }
+        let extents: Vec<_> = runs
+            .iter()
+            .map(|(_, run)| Extent {
+                pa: Pa::new(run.address()),
+                pages: run.pages() as u64,
+            })
+            .collect();
+        let first = Gfn::new(base >> 12).ok_or(MemoryError::NotEnough(bytes))?;
+        self.stage2
+            .add_slot(id, first, pages, access, &extents)
+            .map_err(MemoryError::Stage2)?;
+        self.slots.push(Slot {
+            id,
+            base,
+            pages,
+            access,
+            runs,
+        });
+        Ok(())
+    }
+
+    /// Stage 2 over it.
+    #[inline]
+    pub fn stage2(&self) -> &Stage2<Hw> {
+        &self.stage2
+    }
+
+    /// Its slots.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// The slot with this number.
+    pub fn slot(&self, id: u16) -> Option<&Slot> {
+        self.slots.iter().find(|slot| slot.id.0 == id)
+    }
+
+    /// The words from `ipa` (a multiple of 8) to the end of its run.
+    pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
+        self.slots.iter().find_map(|slot| slot.words(ipa))
+    }
+
+    /// Writes `bytes` at `ipa` (a multiple of 8), and says so to the dirty log.
+    pub fn write(&self, ipa: u64, bytes: &[u8]) -> Result<(), OutOfMemoryRange> {
+        let mut at = ipa;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let words = self.words(at).ok_or(OutOfMemoryRange)?;
+            let (now, later) = left.split_at(left.len().min(words.len() * 8));
+            for (word, bytes) in words.iter().zip(now.chunks(8)) {
+                let value = match bytes.try_into() {
+                    Ok(whole) => u64::from_le_bytes(whole),
+                    Err(_) => {
+                        // The last, partial word keeps its other bytes.
+                        let mut whole = word.load(Relaxed).to_le_bytes();
+                        for (to, &from) in whole.iter_mut().zip(bytes) {
+                            *to = from;
+                        }
+                        u64::from_le_bytes(whole)
+                    }
+                };
+                word.store(value, Relaxed);
+            }
+            at += now.len() as u64;
+            left = later;
+        }
+        self.stage2
+            .mark_dirty(Ipa::new(ipa), bytes.len() as u64)
+            .map_err(|_| OutOfMemoryRange)
+    }
+
+    /// Writes `len` bytes at `ipa` back to memory and out of the caches, as far as they are
+    /// the guest's.
+    pub fn clean(&self, ipa: u64, len: u64) {
+        let first = ipa & !(PAGE as u64 - 1);
+        let end = ipa.saturating_add(len);
+        for (base, run) in self.slots.iter().flat_map(|slot| &slot.runs) {
+            let run_end = base + (run.pages() * PAGE) as u64;
+            let (start, end) = (first.max(*base), end.min(run_end));
+            if start < end {
+                let pages = (end - start).div_ceil(PAGE as u64) as usize;
+                run.clean((start - base) as usize / PAGE, pages);
+            }
+        }
+    }
+
+    /// Whether `ipa` is in RAM.
+    pub fn contains(&self, ipa: u64) -> bool {
+        self.words(ipa & !7).is_some()
+    }
+}
+
+impl Slot {
+    /// The words from `ipa` (a multiple of 8) to the end of its run.
+    pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
+        let after = self.runs.partition_point(|(base, _)| *base <= ipa);
+        let (base, run) = self.runs.get(after.checked_sub(1)?)?;
+        run.words().get((ipa - base) as usize / 8..).filter(|words| !words.is_empty())
+    }
+}

@@ -1,0 +1,142 @@
+//! What `crates/stage2` needs of the hardware, and what it is told about it.
+
+use crate::arch::features::Features;
+use crate::arch::{barrier, tlb};
+use crate::memory::frames::{self, Run};
+use spin::Once;
+use tidemark_stage2::{
+    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Stage2, Support, Table, Vmid, VmidWidth,
+};
+
+/// The machine, as stage 2 uses it.
+#[derive(Debug, Clone, Copy)]
+pub struct Hw;
+
+impl Hardware for Hw {
+    #[inline]
+    fn table(&self, pa: Pa) -> &Table {
+        // SAFETY: `pa` came from `alloc_tables`: mapped, inner-shareable write-back memory,
+        // aligned to 4 KiB, that nothing else uses until `free_tables`; a Table is 512
+        // atomics, for which any content is valid, and the hardware's walks and updates
+        // are single-copy atomic accesses to them.
+        unsafe { &*(pa.raw() as *const Table) }
+    }
+
+    fn alloc_tables(&self, count: usize) -> Option<Pa> {
+        let run = Run::take(count)?;
+        run.zero(0, count);
+        Some(Pa::new(run.leak()))
+    }
+
+    fn free_tables(&self, pa: Pa, count: usize) {
+        frames::give_back_tables(pa.raw(), count);
+    }
+
+    #[inline]
+    fn dsb_ishst(&self) {
+        barrier::dsb_ishst();
+    }
+
+    #[inline]
+    fn dsb_ish(&self) {
+        barrier::dsb_ish();
+    }
+
+    #[inline]
+    fn dsb_nsh(&self) {
+        barrier::dsb_nsh();
+    }
+
+    #[inline]
+    fn isb(&self) {
+        barrier::isb();
+    }
+
+    #[inline]
+    fn select(&self, vttbr: u64) -> u64 {
+        tlb::select(vttbr)
+    }
+
+    #[inline]
+    fn restore(&self, previous: u64) {
+        tlb::restore(previous);
+    }
+
+    fn tlbi_ipas2e1is(&self, operand: IpaOperand) {
+        tlb::ipas2e1is(operand.bits());
+    }
+
+    fn tlbi_ripas2e1is(&self, operand: RangeOperand) {
+        tlb::ripas2e1is(operand.bits());
+    }
+
+    fn tlbi_vmalle1is(&self) {
+        tlb::vmalle1is();
+    }
+
+    fn tlbi_vmalls12e1is(&self) {
+        tlb::vmalls12e1is();
+    }
+
+    fn tlbi_ipas2e1(&self, operand: IpaOperand) {
+        tlb::ipas2e1(operand.bits());
+    }
+
+    #[inline]
+    fn tlbi_vaae1(&self, va: GuestVa) {
+        tlb::vaae1(va.operand());
+    }
+
+    fn tlbi_vmalle1(&self) {
+        tlb::vmalle1();
+    }
+}
+
+static FEATURES: Once<(stage2::Features, u8)> = Once::new();
+
+/// The widest address space that guests get: enough for 1 TiB, and one lookup less than 48
+/// bits would need.
+const IPA_BITS: u8 = 40;
+
+/// Tells stage 2 what the CPUs have in common. Once, before the first VM.
+pub fn init(cpus: &Features) {
+    let support = |present: bool| {
+        if present {
+            Support::Present
+        } else {
+            Support::Absent
+        }
+    };
+    FEATURES.call_once(|| {
+        let features = stage2::Features {
+            dbm: support(cpus.dbm_usable()),
+            bbm2: support(cpus.bbm >= 2),
+            fwb: support(cpus.fwb >= 1),
+            tlb_range: support(cpus.tlb >= 2),
+            ttl: support(cpus.ttl >= 1),
+            vmid: if cpus.vmid_bits == 16 {
+                VmidWidth::Sixteen
+            } else {
+                VmidWidth::Eight
+            },
+            pa_bits: cpus.pa_bits,
+        };
+        (features, cpus.pa_bits.min(IPA_BITS))
+    });
+}
+
+/// What the CPUs have in common, and the width of guests' address spaces.
+pub fn features() -> (stage2::Features, u8) {
+    FEATURES
+        .get()
+        .copied()
+        .unwrap_or((stage2::Features::BASELINE, 32))
+}
+
+/// VTCR_EL2 for every CPU: all guests' spaces have one shape.
+pub fn vtcr() -> u64 {
+    let (features, ipa_bits) = features();
+    Vmid::new(1, features.vmid)
+        .and_then(|vmid| Stage2::new(Hw, ipa_bits, vmid, features).ok())
+        .map_or(0, |stage2| stage2.vtcr())
+}

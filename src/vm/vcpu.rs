@@ -1,0 +1,256 @@
+//! A vCPU: its registers while it does not run, and where it stands with the scheduler.
+
+use super::Vm;
+use crate::arch::context::Context;
+use crate::arch::el1::{self, El1State};
+use crate::arch::gic::{self, VirtualInterface};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use spin::Mutex;
+use tidemark_devices::VcpuIndex;
+use tidemark_devices::psci::PowerState;
+use tidemark_devices::vgic::{ListRegisters, Underflow};
+
+/// A vCPU.
+pub struct Vcpu {
+    /// Its general registers.
+    pub context: Context,
+    /// Whose it is.
+    pub vm: &'static Vm,
+    /// Which one of the VM's.
+    pub index: VcpuIndex,
+    /// The CPU that it runs on, by index.
+    pub home: AtomicUsize,
+    /// Something other than returning to the guest is to be done at the next exit.
+    pub attention: AtomicBool,
+    /// Where it stands with the scheduler.
+    pub run: Mutex<Run>,
+    /// The rest of its state, while another vCPU is loaded on its CPU.
+    parked: Mutex<Parked>,
+    /// Its parked state was set anew and wins over what its CPU still holds.
+    fresh: AtomicBool,
+    /// When its timers want it awake, as a physical count, while it is not loaded.
+    pub deadline: AtomicU64,
+    /// The emulated physical timer.
+    pub physical_timer: Mutex<PhysicalTimer>,
+}
+
+/// Where a vCPU stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// Turned off (PSCI), or its VM has no run.
+    Off,
+    /// Turned on, and not run yet: in its CPU's queue.
+    Starting,
+    /// Waits for an interrupt.
+    Blocked,
+    /// In its CPU's queue.
+    Queued,
+    /// On its CPU.
+    Running,
+    /// Would run, but its VM is paused.
+    Parked,
+}
+
+/// CNTP as the guest sees it; EL2 keeps the hardware's for itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PhysicalTimer {
+    /// CNTP_CTL without ISTATUS.
+    pub control: u64,
+    /// CNTP_CVAL.
+    pub compare: u64,
+    /// Its interrupt is raised already.
+    pub raised: bool,
+}
+
+impl PhysicalTimer {
+    /// When it fires, if it is yet to.
+    pub fn deadline(&self) -> Option<u64> {
+        (self.control & 0b11 == 0b01 && !self.raised).then_some(self.compare)
+    }
+}
+
+struct Parked {
+    el1: El1State,
+    interface: VirtualInterface,
+    list_registers: [u64; 16],
+    underflow: Underflow,
+}
+
+/// A deadline that never comes.
+pub const NEVER: u64 = u64::MAX;
+
+impl Vcpu {
+    /// A vCPU that is off; `None` past the most that a VM may have.
+    pub fn new(vm: &'static Vm, index: usize) -> Option<Self> {
+        Some(Self {
+            context: Context::new(),
+            vm,
+            index: VcpuIndex::new(index)?,
+            home: AtomicUsize::new(0),
+            attention: AtomicBool::new(false),
+            run: Mutex::new(Run::Off),
+            parked: Mutex::new(Parked {
+                el1: El1State::reset(),
+                interface: VirtualInterface::default(),
+                list_registers: [0; 16],
+                underflow: Underflow::Off,
+            }),
+            fresh: AtomicBool::new(false),
+            deadline: AtomicU64::new(NEVER),
+            physical_timer: Mutex::new(PhysicalTimer::default()),
+        })
+    }
+
+    /// Gives it the state of a CPU that PSCI turns on. It does not run.
+    pub fn reset(&self, entry: u64, context: u64) {
+        let mut parked = self.parked.lock();
+        parked.el1 = El1State::reset();
+        parked.interface = VirtualInterface::default();
+        // Withdrawn, so that the vGIC's books agree that nothing is on its way.
+        let _ = self.vm.vgic.withdraw(self.index, &mut *parked);
+        parked.list_registers = [0; 16];
+        self.context.reset(entry, context);
+        *self.physical_timer.lock() = PhysicalTimer::default();
+        self.deadline.store(NEVER, Relaxed);
+        self.fresh.store(true, Release);
+    }
+
+    /// Takes its state out of this CPU, where it was loaded.
+    pub fn unload(&self) {
+        if self.fresh.load(Acquire) {
+            // It was reset since: what the CPU holds is of an earlier life.
+            VirtualInterface::save();
+            discard_list_registers();
+            return;
+        }
+        let mut parked = self.parked.lock();
+        parked.el1.save();
+        for n in 0..gic::list_register_count() {
+            parked.list_registers[n] = gic::read_list_register(n);
+        }
+        parked.interface = VirtualInterface::save();
+        for n in 0..gic::list_register_count() {
+            if let Some(physical) = hardware_link(parked.list_registers[n]) {
+                // Another vCPU's timer must be able to fire meanwhile.
+                crate::board::gic().clear_private_active(physical);
+            }
+        }
+        let (control, compare) = parked.el1.virtual_timer();
+        let deadline = if control & 0b11 == 0b01 {
+            compare.wrapping_add(self.vm.counter_offset.load(Relaxed))
+        } else {
+            NEVER
+        };
+        drop(parked);
+        let physical = self.physical_timer.lock().deadline().unwrap_or(NEVER);
+        self.deadline.store(deadline.min(physical), Relaxed);
+    }
+
+    /// Puts its state into this CPU.
+    pub fn load(&self) {
+        self.fresh.store(false, Relaxed);
+        let parked = self.parked.lock();
+        el1::set_vm(
+            self.vm.memory.stage2().vttbr(),
+            // RES1 bit 31; a CPU of a multiprocessor.
+            1 << 31 | self.index.affinity(),
+            self.vm.counter_offset.load(Relaxed),
+        );
+        parked.interface.load();
+        for n in 0..gic::list_register_count() {
+            if let Some(physical) = hardware_link(parked.list_registers[n]) {
+                crate::board::gic().set_private_active(physical);
+            }
+            gic::write_list_register(n, parked.list_registers[n]);
+        }
+        if parked.underflow == Underflow::On {
+            gic::request_underflow_interrupt();
+        }
+        parked.el1.load();
+        self.deadline.store(NEVER, Relaxed);
+    }
+
+    /// Whether its parked state must be loaded although this CPU has it loaded.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh.load(Acquire)
+    }
+
+    /// What PSCI says of it.
+    pub fn power(&self) -> PowerState {
+        match *self.run.lock() {
+            Run::Off => PowerState::Off,
+            Run::Starting => PowerState::OnPending,
+            _ => PowerState::On,
+        }
+    }
+}
+
+/// Empties this CPU's list registers, and lets go of what they held active.
+fn discard_list_registers() {
+    for n in 0..gic::list_register_count() {
+        if let Some(physical) = hardware_link(gic::read_list_register(n)) {
+            crate::board::gic().clear_private_active(physical);
+        }
+        gic::write_list_register(n, 0);
+    }
+}
+
+/// The physical interrupt that a list register holds active, if it does.
+fn hardware_link(register: u64) -> Option<u32> {
+    (register >> 61 & 1 == 1 && register >> 62 != 0).then_some((register >> 32 & 0x1fff) as u32)
+}
+
+impl ListRegisters for Parked {
+    fn count(&self) -> usize {
+        gic::list_register_count()
+    }
+
+    fn read(&self, n: usize) -> u64 {
+        self.list_registers.get(n).copied().unwrap_or(0)
+    }
+
+    fn write(&mut self, n: usize, value: u64) {
+        if let Some(register) = self.list_registers.get_mut(n) {
+            *register = value;
+        }
+    }
+
+    fn set_underflow_interrupt(&mut self, underflow: Underflow) {
+        self.underflow = underflow;
+    }
+
+    fn deactivate(&mut self, _physical: u16) {
+        // Nothing is active in the redistributor for a vCPU that is not loaded (`unload`).
+    }
+}
+
+/// The list registers of the vCPU that is loaded on this CPU.
+pub struct LiveListRegisters;
+
+impl ListRegisters for LiveListRegisters {
+    #[inline]
+    fn count(&self) -> usize {
+        gic::list_register_count()
+    }
+
+    #[inline]
+    fn read(&self, n: usize) -> u64 {
+        gic::read_list_register(n)
+    }
+
+    #[inline]
+    fn write(&mut self, n: usize, value: u64) {
+        gic::write_list_register(n, value);
+    }
+
+    fn set_underflow_interrupt(&mut self, underflow: Underflow) {
+        match underflow {
+            Underflow::On => gic::request_underflow_interrupt(),
+            Underflow::Off => gic::cancel_underflow_interrupt(),
+        }
+    }
+
+    fn deactivate(&mut self, physical: u16) {
+        gic::deactivate(u32::from(physical));
+    }
+}

@@ -1,0 +1,390 @@
+//! Long work on a VM that a host asks for: starting and stopping its dirty log, harvests,
+//! hashes. Each is a job; asking again tells how far it is, and then how it ended.
+//!
+//! A VM's `work` lock is held during a step, so that ending a session cannot meet a harvest
+//! half way through one. Lock order: `work`, then what stage 2 takes.
+
+use super::Vm;
+use crate::board::options::DirtyEngine;
+use crate::sched::job::{self, Step};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use sha2::{Digest, Sha256};
+use tidemark_stage2::{self as s2, Error, LogStage, Progress};
+use tidemark_wire::message::*;
+
+/// Pages hashed in one step.
+const HASH_STEP: usize = 4;
+
+/// How far a piece of work is.
+#[derive(Debug)]
+pub enum Work<T> {
+    /// Not yet there.
+    Going {
+        /// Done so far.
+        done: u64,
+        /// In all.
+        total: u64,
+    },
+    /// There.
+    Done(T),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Start(s2::Engine, s2::Granularity),
+    Stop,
+    Take(s2::Epoch),
+}
+
+/// What is being done for a VM.
+#[derive(Default)]
+pub struct VmWork {
+    operation: Option<Operation>,
+    progress: (u64, u64),
+    failure: Option<ErrorReply>,
+    /// The counters when the log was started.
+    since: s2::Counters,
+    last_taken: u64,
+    hash: Option<Hash>,
+}
+
+struct Hash {
+    slot: u16,
+    /// The pause that it is of.
+    pause: u32,
+    state: Option<Sha256>,
+    run: usize,
+    page: usize,
+    done: u64,
+    total: u64,
+    digest: Option<[u8; 32]>,
+}
+
+static DEFAULT_ENGINE: AtomicU8 = AtomicU8::new(0);
+
+/// Sets what `Auto` means: the command line's `dirty=`.
+pub fn set_default_engine(engine: DirtyEngine) {
+    DEFAULT_ENGINE.store(engine as u8, Relaxed);
+}
+
+fn engine(vm: &Vm, choice: EngineChoice) -> s2::Engine {
+    match choice {
+        EngineChoice::WriteProtect => s2::Engine::WriteProtect,
+        EngineChoice::Dbm => s2::Engine::Dbm,
+        EngineChoice::Auto => match DEFAULT_ENGINE.load(Relaxed) {
+            1 => s2::Engine::WriteProtect,
+            2 => s2::Engine::Dbm,
+            _ => vm.memory.stage2().best_engine(),
+        },
+    }
+}
+
+/// What the host is told of stage 2's refusals.
+pub fn refusal(error: Error) -> ErrorReply {
+    match error {
+        Error::NotLogging => ErrorReply::NotLogging,
+        Error::AlreadyLogging => ErrorReply::AlreadyLogging,
+        Error::Busy | Error::TakeUnfinished(_) | Error::SlotDying(_) => ErrorReply::Busy,
+        Error::EngineUnavailable => ErrorReply::EngineUnavailable,
+        Error::EpochOutstanding(epoch) => ErrorReply::EpochOutstanding {
+            epoch: Epoch(epoch.0),
+        },
+        Error::NoSuchEpoch { outstanding, .. } => ErrorReply::NoSuchEpoch {
+            outstanding: outstanding.map(|epoch| Epoch(epoch.0)),
+        },
+        Error::StaleEpoch { .. } => ErrorReply::NoSuchEpoch { outstanding: None },
+        Error::NoSuchSlot(_) => ErrorReply::NoSuchSlot,
+        Error::OutOfTables | Error::OutOfMemory => ErrorReply::OutOfMemory,
+        _ => ErrorReply::OutOfRange,
+    }
+}
+
+/// Takes one step of what is being done; the lock is the caller's.
+fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
+    let stage2 = vm.memory.stage2();
+    let result = match work.operation {
+        None => return Step::Done,
+        Some(Operation::Start(engine, granularity)) => stage2.start_log(engine, granularity),
+        Some(Operation::Stop) => stage2.stop_log(),
+        Some(Operation::Take(epoch)) => stage2.take(epoch),
+    };
+    match result {
+        Ok(Progress::More { done, total }) => {
+            work.progress = (done, total);
+            Step::Again
+        }
+        Ok(Progress::Done) => {
+            work.operation = None;
+            Step::Done
+        }
+        Err(error) => {
+            work.operation = None;
+            work.failure = Some(refusal(error));
+            Step::Done
+        }
+    }
+}
+
+/// Begins an operation, or tells how far it is. `Ok(None)`: it is over.
+fn drive(vm: &'static Vm, wanted: Operation) -> Result<Option<(u64, u64)>, ErrorReply> {
+    let mut work = vm.work.lock();
+    if let Some(failure) = work.failure.take() {
+        return Err(failure);
+    }
+    match work.operation {
+        Some(going) if going == wanted => return Ok(Some(work.progress)),
+        Some(_) => return Err(ErrorReply::Busy),
+        None => {}
+    }
+    work.operation = Some(wanted);
+    work.progress = (0, 0);
+    // The first step at once: most work on a small guest is over with it.
+    if step(vm, &mut work) == Step::Done {
+        return match work.failure.take() {
+            Some(failure) => Err(failure),
+            None => Ok(None),
+        };
+    }
+    let progress = work.progress;
+    drop(work);
+    job::submit(Box::new(move || step(vm, &mut vm.work.lock())));
+    Ok(Some(progress))
+}
+
+fn going<T>((done, total): (u64, u64)) -> Work<T> {
+    Work::Going { done, total }
+}
+
+/// Starts a VM's log.
+pub fn start_log(
+    vm: &'static Vm,
+    choice: EngineChoice,
+    granularity: Granularity,
+) -> Result<Work<()>, ErrorReply> {
+    let engine = engine(vm, choice);
+    let granularity = match granularity {
+        Granularity::Page => s2::Granularity::Page,
+        Granularity::Adaptive => s2::Granularity::Adaptive,
+        Granularity::Block => s2::Granularity::Block,
+    };
+    let stage2 = vm.memory.stage2();
+    let status = stage2.log_status();
+    if status.stage == LogStage::On && vm.work.lock().operation.is_none() {
+        let same = status
+            .mode
+            .is_some_and(|mode| mode.engine == engine && mode.granularity == granularity);
+        return if same {
+            Ok(Work::Done(()))
+        } else {
+            Err(ErrorReply::AlreadyLogging)
+        };
+    }
+    if status.stage == LogStage::Off {
+        vm.work.lock().since = stage2.counters();
+    }
+    let progress = drive(vm, Operation::Start(engine, granularity))?;
+    Ok(progress.map_or(Work::Done(()), going))
+}
+
+/// Stops a VM's log; what is outstanding is given up, nothing is owed any more.
+pub fn stop_log(vm: &'static Vm) -> Result<Work<()>, ErrorReply> {
+    let stage = vm.memory.stage2().log_status().stage;
+    if stage == LogStage::Off && vm.work.lock().operation.is_none() {
+        return Ok(Work::Done(()));
+    }
+    let progress = drive(vm, Operation::Stop)?;
+    Ok(progress.map_or(Work::Done(()), going))
+}
+
+/// Harvests into `epoch`.
+pub fn take(vm: &'static Vm, epoch: Epoch) -> Result<Work<TakeReport>, ErrorReply> {
+    let stage2 = vm.memory.stage2();
+    let wanted = s2::Epoch(epoch.0);
+    if vm.work.lock().operation.is_none() && stage2.log_status().outstanding == Some(wanted) {
+        // Over, or asked for again because the answer was lost.
+        match stage2.taken(wanted) {
+            Ok(slots) => return Ok(Work::Done(report(epoch, &slots))),
+            Err(Error::TakeUnfinished(_)) => {}
+            Err(error) => return Err(refusal(error)),
+        }
+    }
+    match drive(vm, Operation::Take(wanted))? {
+        Some(progress) => Ok(going(progress)),
+        None => {
+            vm.work.lock().last_taken = epoch.0;
+            let slots = stage2.taken(wanted).map_err(refusal)?;
+            Ok(Work::Done(report(epoch, &slots)))
+        }
+    }
+}
+
+fn report(epoch: Epoch, slots: &[s2::SlotDirty]) -> TakeReport {
+    let slots: Vec<_> = slots
+        .iter()
+        .map(|slot| SlotDirty {
+            slot: SlotId(slot.slot.0),
+            base_ipa: slot.base.ipa().raw(),
+            pages: slot.pages,
+            dirty_pages: slot.dirty_pages,
+        })
+        .collect();
+    TakeReport {
+        epoch,
+        dirty_pages: slots.iter().map(|slot| slot.dirty_pages).sum(),
+        slots,
+    }
+}
+
+/// The host has what `epoch` took.
+pub fn commit(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
+    let _work = vm.work.lock();
+    vm.memory
+        .stage2()
+        .commit(s2::Epoch(epoch.0))
+        .map_err(refusal)
+}
+
+/// The host has not got what `epoch` took: it is dirty again.
+pub fn abort(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
+    let mut work = vm.work.lock();
+    if work.operation == Some(Operation::Take(s2::Epoch(epoch.0))) {
+        work.operation = None;
+    }
+    vm.memory
+        .stage2()
+        .abort(s2::Epoch(epoch.0))
+        .map_err(refusal)
+}
+
+/// The host is gone: what it took and did not commit is dirty again.
+pub fn abandon(vm: &Vm) -> Option<u64> {
+    let mut work = vm.work.lock();
+    if matches!(work.operation, Some(Operation::Take(_))) {
+        work.operation = None;
+    }
+    work.failure = None;
+    vm.memory
+        .stage2()
+        .abort_outstanding()
+        .map(|epoch| epoch.0)
+}
+
+/// The state of a VM's log.
+pub fn status(vm: &Vm) -> DirtyStatus {
+    let stage2 = vm.memory.stage2();
+    let log = stage2.log_status();
+    let now = stage2.counters();
+    let work = vm.work.lock();
+    let logging = log.mode.map(|mode| Logging {
+        engine: match mode.engine {
+            s2::Engine::WriteProtect => Engine::WriteProtect,
+            s2::Engine::Dbm => Engine::Dbm,
+        },
+        granularity: match mode.granularity {
+            s2::Granularity::Page => Granularity::Page,
+            s2::Granularity::Adaptive => Granularity::Adaptive,
+            s2::Granularity::Block => Granularity::Block,
+        },
+    });
+    DirtyStatus {
+        logging,
+        outstanding: log.outstanding.map(|epoch| Epoch(epoch.0)),
+        last_taken: Epoch(
+            work.last_taken
+                .max(log.outstanding.map_or(0, |epoch| epoch.0))
+                .max(log.last_committed.map_or(0, |epoch| epoch.0)),
+        ),
+        last_committed: Epoch(log.last_committed.map_or(0, |epoch| epoch.0)),
+        live_pages_hint: log.live_pages,
+        write_faults: now.write_faults - work.since.write_faults,
+        splits: now.splits - work.since.splits,
+        harvests: now.harvests - work.since.harvests,
+    }
+}
+
+/// Hashes a slot of a paused VM.
+pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, ErrorReply> {
+    let of = vm.memory.slot(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
+    let pause = {
+        let status = vm.status.lock();
+        if !matches!(
+            status.state,
+            VmState::Paused | VmState::Stopped | VmState::Failed
+        ) {
+            return Err(ErrorReply::NotPaused);
+        }
+        status.pauses
+    };
+    let mut work = vm.work.lock();
+    if let Some(hash) = &work.hash
+        && hash.slot == slot.0
+        && hash.pause == pause
+    {
+        return Ok(match hash.digest {
+            Some(digest) => Work::Done((digest, of.pages)),
+            None => going((hash.done, hash.total)),
+        });
+    }
+    let busy = work
+        .hash
+        .as_ref()
+        .is_some_and(|hash| hash.digest.is_none() && hash.pause == pause);
+    if busy {
+        return Err(ErrorReply::Busy);
+    }
+    work.hash = Some(Hash {
+        slot: slot.0,
+        pause,
+        state: Some(Sha256::new()),
+        run: 0,
+        page: 0,
+        done: 0,
+        total: of.pages,
+        digest: None,
+    });
+    drop(work);
+    job::submit(Box::new(move || hash_step(vm, slot.0, pause)));
+    Ok(going((0, of.pages)))
+}
+
+fn hash_step(vm: &'static Vm, slot: u16, pause: u32) -> Step {
+    let mut work = vm.work.lock();
+    let still = {
+        let status = vm.status.lock();
+        status.pauses == pause
+    };
+    let Some(hash) = work
+        .hash
+        .as_mut()
+        .filter(|hash| hash.slot == slot && hash.pause == pause)
+    else {
+        return Step::Done;
+    };
+    let (Some(of), Some(state), true) = (vm.memory.slot(slot), hash.state.as_mut(), still) else {
+        // Resumed meanwhile: the hash would be of nothing.
+        work.hash = None;
+        return Step::Done;
+    };
+    for _ in 0..HASH_STEP {
+        let Some((_, run)) = of.runs.get(hash.run) else {
+            let digest = hash.state.take().map(|state| state.finalize().into());
+            hash.digest = digest;
+            return Step::Done;
+        };
+        let mut bytes = [0; crate::memory::PAGE];
+        let words = run.words().iter().skip(hash.page * 512);
+        for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.load(Relaxed).to_le_bytes());
+        }
+        state.update(bytes);
+        hash.done += 1;
+        hash.page += 1;
+        if hash.page == run.pages() {
+            hash.run += 1;
+            hash.page = 0;
+        }
+    }
+    Step::Again
+}
