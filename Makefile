@@ -41,6 +41,7 @@ bench: qemu image guests tools ## measure inside EL2, results in target/bench/el
 host-test: toolchain
 	$(say) "tests of the crates on this machine"
 	@$(HOST) test $(Q) --no-fail-fast
+	@$(HOST) test $(Q) --no-fail-fast --lib -p tidemark-guests
 
 serial-test: qemu image guests tools
 	$(say) "tests over the serial line"
@@ -86,7 +87,7 @@ fmt: lint ## put every source file into its form
 
 clippy: lint ## lints of everything, warnings are errors
 	$(say) "lints: crates of this machine"
-	@$(HOST) clippy $(Q) --all-targets -- -D warnings
+	@$(HOST) clippy $(Q) --all-targets --test serial -- -D warnings
 	$(say) "lints: image and guests"
 	@$(IMAGE) clippy $(Q) --release -p tidemark -p tidemark-guests -- -D warnings
 

@@ -126,6 +126,7 @@ install() {
         installed "$package" || wanted+=("$package")
     done
     [ ${#wanted[@]} -gt 0 ] || return 0
+    need_root "${wanted[@]}"
     say "installing ${wanted[*]}"
     for package in "${wanted[@]}"; do
         [ -n "$(apt_candidate "$package")" ] || known=no

@@ -11,10 +11,11 @@ cache=${XDG_CACHE_HOME:-${HOME:-$target}/.cache}/tidemark
 log=$target/setup.log
 triple=aarch64-unknown-none-softfloat
 
-say() { printf 'setup: %s\n' "$*"; }
-warn() { printf 'setup: warning: %s\n' "$*" >&2; }
+me=${0##*/}
+say() { printf '%s: %s\n' "$me" "$*"; }
+warn() { printf '%s: warning: %s\n' "$me" "$*" >&2; }
 die() {
-    printf 'setup: %s\n' "$*" >&2
+    printf '%s: %s\n' "$me" "$*" >&2
     exit 1
 }
 
@@ -38,19 +39,26 @@ must() {
     die "$message (whole output: $log)"
 }
 
-# Runs a command as root, through sudo if need be.
+# need_root PACKAGE...: checks, before anything is tried, that packages can be installed.
+need_root() {
+    local way="install as root: apt-get install $*"
+    [ "$(id -u)" = 0 ] && return
+    have sudo || die "there is no sudo; $way"
+    # The password prompt must be seen; without a terminal there is nobody to ask.
+    if [ -t 1 ] && [ -r /dev/tty ]; then
+        say "sudo, to install $*"
+        sudo -v </dev/tty || die "no root; $way"
+    else
+        sudo -n true 2>/dev/null || die "sudo asks for a password, and there is no terminal; $way"
+    fi
+}
+
+# Runs a command as root; need_root has been called.
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
-    elif have sudo; then
-        # The password prompt must be seen; without a terminal there is nobody to ask.
-        if [ -t 1 ] && [ -r /dev/tty ]; then
-            sudo -v </dev/tty
-        fi
-        sudo -n "$@"
     else
-        echo "needs root, and there is no sudo: run as root: $*" >&2
-        return 1
+        sudo -n "$@"
     fi
 }
 

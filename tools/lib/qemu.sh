@@ -46,6 +46,7 @@ install_qemu() {
         install qemu-system-arm
         return
     fi
+    need_root -t "$(. /etc/os-release && echo "$VERSION_CODENAME")-backports" qemu-system-arm
     say "installing QEMU from Debian's backports"
     make_scratch
     if private_apt "$scratch/host" "$(dpkg --print-architecture)" with &&

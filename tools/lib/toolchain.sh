@@ -95,24 +95,31 @@ debian_rust() {
     fi
     is_debian || die "$1. Install Rust with rustup (then: rustup target add $triple),
   or Rust $(rust_wanted) or newer with its library sources (rust-src) in /usr"
-    [ -n "$(apt_candidate rustc-web)$(apt_candidate rustc)" ] ||
+    local flavour
+    if ! flavour=$(debian_flavour); then
+        # Not known, or an old one is: the lists may be missing or old themselves.
+        need_root rustc-web cargo-web
         must "cannot fetch Debian's package lists" apt_update
-    local version flavour=
-    # The -web packages follow new releases within a stable Debian.
-    version=$(apt_candidate rustc-web)
-    if [ -n "$version" ] && version_at_least "${version%%[+~-]*}" "$(rust_wanted)"; then
-        flavour=-web
-    else
-        version=$(apt_candidate rustc)
-        version_at_least "${version%%[+~-]*}" "$(rust_wanted)" ||
-            die "$1, and Debian's is ${version:-not there}; install Rust $(rust_wanted) or newer with rustup"
+        flavour=$(debian_flavour) ||
+            die "$1, nor in Debian's packages; install Rust $(rust_wanted) or newer with rustup"
     fi
-    if [ -n "$flavour" ]; then
-        install rustc-web cargo-web rust-web-src rust-web-clippy
-    else
-        install rustc cargo rust-src rust-clippy
-    fi
+    # shellcheck disable=SC2086
+    install $flavour
     hash -r
+}
+
+# Which of Debian's packages have a Rust that is new enough. The -web ones follow new
+# releases within a stable Debian.
+debian_flavour() {
+    local flavour version
+    for flavour in "rustc-web cargo-web rust-web-src rust-web-clippy" "rustc cargo rust-src rust-clippy"; do
+        version=$(apt_candidate "${flavour%% *}")
+        if [ -n "$version" ] && version_at_least "${version%%[+~-]*}" "$(rust_wanted)"; then
+            echo "$flavour"
+            return
+        fi
+    done
+    return 1
 }
 
 # Where Debian's Rust has the library's sources.
