@@ -1,6 +1,6 @@
 //! Putting a guest's files into its memory: a job of bounded steps.
 //!
-//! Fresh memory is zeroed first, once: its last owner's data is nobody's business. At a
+//! Fresh memory is cleared first, once: its last owner's data is nobody's business. At a
 //! restart the guest's own memory stays as it is, as on a board, and only the files are
 //! laid anew. Each file's CRC is computed as it is copied; a guest whose files are damaged
 //! does not start.
@@ -21,8 +21,8 @@ use tidemark_wire::checksum::Crc32c;
 
 /// Bytes copied in one step.
 const COPY_STEP: usize = 64 * 1024;
-/// Frames zeroed in one step: 1 MiB.
-const ZERO_STEP: usize = 256;
+/// Frames cleared in one step: 1 MiB.
+const CLEAR_STEP: usize = 256;
 /// A kernel goes this far into the RAM; the devicetree stands before it.
 const KERNEL_OFFSET: u64 = 2 << 20;
 /// The largest devicetree that Linux maps.
@@ -37,7 +37,7 @@ struct Piece {
 }
 
 enum Phase {
-    Zero { slot: usize, run: usize, page: usize },
+    Clear { slot: usize, run: usize, page: usize },
     Map { slot: usize, page: u64 },
     Copy { piece: usize, done: usize, crc: Crc32c },
     Start,
@@ -85,7 +85,7 @@ impl Loader {
             initrd: None,
             entry: 0,
             phase: if vm.generation.load(Relaxed) == 0 {
-                Phase::Zero {
+                Phase::Clear {
                     slot: 0,
                     run: 0,
                     page: 0,
@@ -161,7 +161,7 @@ impl Loader {
     fn try_step(&mut self) -> Result<Step, String> {
         let memory = &self.vm.memory;
         match &mut self.phase {
-            Phase::Zero { slot, run, page } => {
+            Phase::Clear { slot, run, page } => {
                 let Some(of) = memory.slots().get(*slot) else {
                     self.phase = Phase::Map { slot: 0, page: 0 };
                     return Ok(Step::Again);
@@ -176,9 +176,9 @@ impl Loader {
                         *page = 0;
                     }
                     Some((_, frames)) => {
-                        frames.zero(*page, ZERO_STEP);
-                        frames.clean(*page, ZERO_STEP);
-                        *page += ZERO_STEP;
+                        of.clear(frames, *page, CLEAR_STEP);
+                        frames.clean(*page, CLEAR_STEP);
+                        *page += CLEAR_STEP;
                     }
                 }
             }
@@ -259,4 +259,4 @@ fn blob(blob: Blob) -> Result<&'static [u8], String> {
         .ok_or_else(|| "its files are not in the bundle".into())
 }
 
-const _: () = assert!(ZERO_STEP * PAGE == 1 << 20);
+const _: () = assert!(CLEAR_STEP * PAGE == 1 << 20);

@@ -9,13 +9,19 @@ use crate::memory::frames::Run;
 use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use tidemark_devices::virt::RAM_BASE;
+use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Vmid};
 
 /// The guest's RAM.
 pub const RAM: SlotId = SlotId(0);
-/// A firmware image, read-only, at address 0.
+/// The first flash bank, at address 0: the firmware, read-only.
 pub const FLASH: SlotId = SlotId(1);
+/// The second flash bank, where firmware keeps its variables: erased, read-only. Only its
+/// first block has frames; the rest of both banks reads as erased too, more slowly
+/// (`exits::abort`).
+pub const VARIABLES: SlotId = SlotId(2);
+/// What erased flash reads as.
+pub const ERASED: u64 = !0;
 
 /// The largest run taken at once: 1 GiB, the largest block.
 const LARGEST_RUN: usize = 1 << 18;
@@ -85,7 +91,9 @@ impl GuestMemory {
         };
         memory.add(RAM, RAM_BASE, ram, Access::ReadWrite)?;
         if flash > 0 {
-            memory.add(FLASH, 0, flash, Access::ReadOnly)?;
+            memory.add(FLASH, FLASH_BASE, flash, Access::ReadOnly)?;
+            let block = (SMALLEST_RUN * PAGE) as u64;
+            memory.add(VARIABLES, FLASH_BASE + FLASH_SIZE, block, Access::ReadOnly)?;
         }
         Ok(memory)
     }
@@ -204,6 +212,20 @@ impl GuestMemory {
 }
 
 impl Slot {
+    /// Puts frames of one of its runs into the state of a new board: RAM is zero, flash is
+    /// erased.
+    pub fn clear(&self, run: &Run, first: usize, pages: usize) {
+        match self.access {
+            Access::ReadWrite => run.zero(first, pages),
+            Access::ReadOnly => {
+                let words = PAGE / size_of::<u64>();
+                for word in run.words().iter().skip(first * words).take(pages * words) {
+                    word.store(ERASED, Relaxed);
+                }
+            }
+        }
+    }
+
     /// The words from `ipa` (a multiple of 8) to the end of its run.
     pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
         let after = self.runs.partition_point(|(base, _)| *base <= ipa);

@@ -120,7 +120,7 @@ impl Vcpu {
         if self.fresh.load(Acquire) {
             // It was reset since: what the CPU holds is of an earlier life.
             VirtualInterface::save();
-            discard_list_registers();
+            release_timer();
             return;
         }
         let mut parked = self.parked.lock();
@@ -129,12 +129,7 @@ impl Vcpu {
             parked.list_registers[n] = gic::read_list_register(n);
         }
         parked.interface = VirtualInterface::save();
-        for n in 0..gic::list_register_count() {
-            if let Some(physical) = hardware_link(parked.list_registers[n]) {
-                // Another vCPU's timer must be able to fire meanwhile.
-                crate::board::gic().clear_private_active(physical);
-            }
-        }
+        release_timer();
         let (control, compare) = parked.el1.virtual_timer();
         let deadline = if control & 0b11 == 0b01 {
             compare.wrapping_add(self.vm.counter_offset.load(Relaxed))
@@ -185,14 +180,11 @@ impl Vcpu {
     }
 }
 
-/// Empties this CPU's list registers, and lets go of what they held active.
-fn discard_list_registers() {
-    for n in 0..gic::list_register_count() {
-        if let Some(physical) = hardware_link(gic::read_list_register(n)) {
-            crate::board::gic().clear_private_active(physical);
-        }
-        gic::write_list_register(n, 0);
-    }
+/// Lets the virtual timer fire for the next vCPU. It is active as long as this one has not
+/// ended its interrupt, which may be in a list register, wait for one, or have been
+/// forgotten by a reset.
+fn release_timer() {
+    crate::board::gic().clear_private_active(crate::board::interrupts().virtual_timer);
 }
 
 /// The physical interrupt that a list register holds active, if it does.

@@ -5,7 +5,7 @@ use crate::arch::el1;
 use crate::arch::exception::Syndrome;
 use crate::vm::count;
 use crate::vm::vcpu::Vcpu;
-use tidemark_devices::virt::{self, RAM_BASE};
+use tidemark_devices::virt::{self, FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_stage2::{Fault, FaultAccess, FaultKind, GuestVa, Ipa, Outcome};
 
 const S1PTW: u64 = 1 << 7;
@@ -62,6 +62,11 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
     count(&vcpu.vm.counters.faults);
     match vcpu.vm.memory.stage2().handle_fault(fault) {
         Outcome::Resume | Outcome::Retry => Next::GoOn,
+        Outcome::NotMemory
+            if page < FLASH_BASE + 2 * FLASH_SIZE && syndrome.0 & VALID_SYNDROME != 0 && !walk =>
+        {
+            device::erased_flash(vcpu, syndrome)
+        }
         Outcome::NotMemory => external(vcpu, syndrome),
         // A ROM's bus ignores writes; with a syndrome they can be skipped.
         Outcome::ReadOnly if syndrome.0 & VALID_SYNDROME != 0 && !walk => {

@@ -4,6 +4,7 @@ use super::Next;
 use crate::arch::exception::Syndrome;
 use crate::channel;
 use crate::sched;
+use crate::vm::memory::ERASED;
 use crate::vm::vcpu::Vcpu;
 use crate::vm::{Vm, count, unix_time};
 use tidemark_devices::AccessSize;
@@ -12,20 +13,41 @@ use tidemark_devices::virt::{Device, RTC_INTERRUPT, UART_INTERRUPT};
 /// Does what a load or store to a device says (data abort ISS: SAS, SSE, SRT, SF, WnR).
 #[inline]
 pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
-    count(&vcpu.vm.counters.mmio);
     let size = AccessSize::from_sas(syndrome.0 >> 22);
+    emulate(vcpu, syndrome, size, |write_value| match write_value {
+        Some(value) => {
+            write(vcpu, device, size, value);
+            0
+        }
+        None => read(vcpu, device, size),
+    })
+}
+
+/// Flash that no frames stand for: it reads as erased, and writes do nothing.
+pub fn erased_flash(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    let size = AccessSize::from_sas(syndrome.0 >> 22);
+    emulate(vcpu, syndrome, size, |_| ERASED)
+}
+
+/// Steps over a load or store whose data `with` takes (a store's value) or gives.
+#[inline]
+fn emulate(
+    vcpu: &'static Vcpu,
+    syndrome: Syndrome,
+    size: AccessSize,
+    with: impl FnOnce(Option<u64>) -> u64,
+) -> Next {
+    count(&vcpu.vm.counters.mmio);
     let register = (syndrome.0 >> 16 & 0x1f) as usize;
     vcpu.context.skip_instruction();
     if syndrome.0 & 1 << 6 != 0 {
         let bits = 8 * size.bytes() as u32;
-        let value = vcpu.context.x(register) & (u64::MAX >> (64 - bits));
-        write(vcpu, device, size, value);
+        with(Some(vcpu.context.x(register) & (u64::MAX >> (64 - bits))));
     } else {
-        let value = read(vcpu, device, size);
         let sign_extend = syndrome.0 & 1 << 21 != 0;
         let wide = syndrome.0 & 1 << 15 != 0;
-        vcpu.context
-            .set_x(register, extend(value, size, sign_extend, wide));
+        let value = extend(with(None), size, sign_extend, wide);
+        vcpu.context.set_x(register, value);
     }
     Next::GoOn
 }
