@@ -18,6 +18,9 @@
 
 use crate::{Level, primecell};
 
+#[cfg(test)]
+mod tests;
+
 /// Part 0x031 by Arm, revision 1: what QEMU's `virt` shows; Linux's `rtc-pl031` binds to it.
 const PERIPHERAL_ID: u32 = 0x0014_1031;
 

@@ -21,6 +21,9 @@
 
 use crate::VcpuIndex;
 
+#[cfg(test)]
+mod tests;
+
 /// PSCI 1.1 as PSCI_VERSION gives it.
 pub const PSCI_VERSION: u64 = 0x0001_0001;
 /// SMCCC 1.1 as SMCCC_VERSION gives it. Not later: 1.2 promises more result registers than are written.
@@ -242,7 +245,7 @@ fn arch_features(function: u32) -> u64 {
     }
 }
 
-/// Decides CPU_ON: `target` is the target's state (`None` if the guest has no such vCPU), `entry_is_memory` whether the guest has memory at the entry point.
+/// Decides CPU_ON: `target` is the target's state (`None` if the guest has no such vCPU), `entry` what is at the entry point.
 pub fn cpu_on(target: Option<PowerState>, entry: EntryPoint) -> Status {
     match (target, entry) {
         (None, _) => Status::InvalidParameters,

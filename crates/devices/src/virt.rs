@@ -99,3 +99,82 @@ pub fn decode(ipa: u64) -> Option<Device> {
         offset % VIRTIO_STRIDE,
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_find_their_devices() {
+        let vcpu = |index| VcpuIndex::new(index).expect("small");
+        for (ipa, device) in [
+            (0x0800_0000, Some(Device::Gic(Frame::Distributor, 0))),
+            (0x0800_ffff, Some(Device::Gic(Frame::Distributor, 0xffff))),
+            (0x0801_0000, None),
+            (0x0809_ffff, None),
+            (
+                0x080a_0000,
+                Some(Device::Gic(Frame::Redistributor(vcpu(0)), 0)),
+            ),
+            (
+                0x080b_0080,
+                Some(Device::Gic(Frame::Redistributor(vcpu(0)), 0x1_0080)),
+            ),
+            (
+                0x080c_0008,
+                Some(Device::Gic(Frame::Redistributor(vcpu(1)), 8)),
+            ),
+            (
+                0x0829_ffff,
+                Some(Device::Gic(Frame::Redistributor(vcpu(15)), 0x1_ffff)),
+            ),
+            (0x082a_0000, None),
+            (0x0900_0000, Some(Device::Uart(0))),
+            (0x0900_0fff, Some(Device::Uart(0xfff))),
+            (0x0900_1000, None),
+            (0x0901_0ffc, Some(Device::Rtc(0xffc))),
+            (0x0901_1000, None),
+            (0x09ff_ffff, None),
+            (0x0a00_0000, Some(Device::Virtio(0, 0))),
+            (0x0a00_3fff, Some(Device::Virtio(31, 0x1ff))),
+            (0x0a00_4000, None),
+            (0, None),
+            (RAM_BASE, None),
+            (u64::MAX, None),
+        ] {
+            assert_eq!(decode(ipa), device, "{ipa:#x}");
+        }
+    }
+
+    #[test]
+    fn interrupts_are_those_of_qemus_virt() {
+        assert_eq!((UART_INTERRUPT.intid(), RTC_INTERRUPT.intid()), (33, 34));
+        assert_eq!((VIRTUAL_TIMER.intid(), PHYSICAL_TIMER.intid()), (27, 30));
+        assert_eq!(virtio_interrupt(0).map(Spi::intid), Some(48));
+        assert_eq!(virtio_interrupt(31).map(Spi::intid), Some(79));
+        assert_eq!(virtio_interrupt(32), None);
+        assert_eq!(virtio_interrupt(u64::MAX), None);
+    }
+
+    #[test]
+    fn intids_are_checked() {
+        assert_eq!(Ppi::new(15).or(Ppi::new(32)).or(Ppi::new(u32::MAX)), None);
+        assert_eq!(Spi::new(31).or(Spi::new(160)).or(Spi::new(32 + 256)), None);
+        assert_eq!(
+            (Ppi::new(16).map(Ppi::intid), Ppi::new(31).map(Ppi::intid)),
+            (Some(16), Some(31))
+        );
+        assert_eq!(
+            (Spi::new(32).map(Spi::intid), Spi::new(159).map(Spi::intid)),
+            (Some(32), Some(159))
+        );
+        assert_eq!(VcpuIndex::new(16), None);
+        assert_eq!(
+            VcpuIndex::from_affinity(0x8000_000f),
+            VcpuIndex::new(15),
+            "MPIDR's other bits"
+        );
+        assert_eq!(VcpuIndex::from_affinity(0x100), None);
+        assert_eq!(VcpuIndex::from_affinity(1 << 32), None);
+    }
+}

@@ -13,7 +13,7 @@
 //! - In a list register, pending came from `latch` iff `soft`: listing moves the bit from `latch` to `soft`, taking it
 //!   back moves it from `soft` to `latch`. So a pending edge or SGI is in exactly one of `latch`, `soft`, or was seen by the guest.
 //! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
-//! - `soft`, `linked`, `in_pending`, `in_active` and `deactivate` are within `listed`; `hardware` is within `latch`.
+//! - `soft`, `linked`, `in_pending`, `in_active`, `told` and `deactivate` are within `listed`; `hardware` is within `latch`.
 //! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
 //!
 //! # Concurrency
@@ -99,6 +99,8 @@ pub(super) struct Word {
     pub(super) in_pending: u32,
     /// Active in a list register when last folded.
     pub(super) in_active: u32,
+    /// Listed, and its end will be told by a maintenance interrupt.
+    pub(super) told: u32,
     /// To be made inactive in its list register.
     pub(super) deactivate: u32,
     /// Unlisted, with a physical interrupt to deactivate.
@@ -127,6 +129,7 @@ impl Word {
         linked: 0,
         in_pending: 0,
         in_active: 0,
+        told: 0,
         deactivate: 0,
         release: 0,
     };
@@ -165,7 +168,9 @@ impl Word {
     /// Interrupts a fold or a fill would do something about.
     pub(super) const fn work(&self, deliverable: u32) -> u32 {
         let unsupported = self.in_pending & !(deliverable & (self.soft | self.held()));
-        let merge = self.latch & deliverable | self.active | self.deactivate | unsupported;
+        // Pending again at their end, of which nobody would tell.
+        let untold = (self.latch | self.held()) & !self.told & !self.linked;
+        let merge = self.latch & deliverable | self.active | self.deactivate | unsupported | untold;
         self.fresh(deliverable) | self.stranded() | self.listed & merge | self.release
     }
 
@@ -417,6 +422,10 @@ impl Word {
     fn note(&mut self, bit: u32, lr: Lr) {
         self.in_pending &= !bit;
         self.in_active &= !bit;
+        self.told &= !bit;
+        if lr.asks_maintenance() {
+            self.told |= bit;
+        }
         if lr.is_pending() {
             self.in_pending |= bit;
         }
@@ -431,6 +440,7 @@ impl Word {
         self.linked &= !bit;
         self.in_pending &= !bit;
         self.in_active &= !bit;
+        self.told &= !bit;
         self.deactivate &= !bit;
     }
 }

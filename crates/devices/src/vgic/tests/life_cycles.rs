@@ -353,3 +353,16 @@ fn reading_state_in_list_registers_asks_for_a_sync() {
             .is_none()
     );
 }
+
+#[test]
+fn an_edge_made_level_while_active_comes_again_at_its_end() {
+    let mut board = Board::new(1);
+    board.edge(0, 40);
+    board.enable(0, 40);
+    board.line(40, Level::High);
+    board.cpu(0).acknowledge();
+    board.gicd(0xc08, 0);
+    assert!(board.cpu(0).end(40), "now its end is of interest");
+    board.sync(0);
+    assert_eq!(board.cpu(0).state(40), P);
+}

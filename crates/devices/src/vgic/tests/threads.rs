@@ -157,3 +157,48 @@ fn no_interrupt_is_lost() {
         receiver.join().expect("a receiver failed");
     }
 }
+
+/// A receiver that syncs without pause, so that many SGIs are sent in the middle of a sync.
+#[test]
+fn an_sgi_sent_into_a_running_sync_is_not_lost() {
+    const COUNTED: u32 = 3;
+    let vgic = Vgic::new(2);
+    let _ = vgic.mmio_write(V0, Frame::Distributor, 0, AccessSize::Word, 1);
+    let _ = vgic.mmio_write(
+        V0,
+        Frame::Redistributor(V0),
+        GICR_SGI + 0x100,
+        AccessSize::Word,
+        0xffff,
+    );
+    let taken = AtomicU32::new(0);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut cpu = CpuInterface::new(4);
+            while !done.load(Ordering::SeqCst) {
+                let _ = vgic.sync(V0, &mut cpu);
+                while let Some(intid) = cpu.acknowledge() {
+                    cpu.end(intid);
+                    if intid == COUNTED {
+                        taken.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+            }
+        });
+        scope.spawn(|| {
+            for round in 1..=100_000 {
+                let _ = vgic.sgi(vcpu(1), u64::from(COUNTED) << 24 | 1, SgiRegister::Group1);
+                let start = Instant::now();
+                while taken.load(Ordering::SeqCst) != round {
+                    if start.elapsed() > LOST {
+                        done.store(true, Ordering::SeqCst);
+                        panic!("SGI number {round} was lost");
+                    }
+                    core::hint::spin_loop();
+                }
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+    });
+}
