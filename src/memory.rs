@@ -73,9 +73,11 @@ const LARGEST_HEAP: u64 = 64 << 20;
 /// When there is not enough memory to run at all: nothing but EL2 is there yet.
 pub fn init(map: &MemoryMap, dtb: usize) {
     for range in map.memory.iter() {
-        // Memory that firmware keeps is not even mapped.
+        // Memory that firmware keeps is not even mapped. The image is mapped already, part
+        // by part, and the hole in it is the guard page.
         let mut usable = Ranges::new();
         usable.push(range);
+        usable = usable.without(layout::image().whole_pages());
         for reserved in map.reserved.iter() {
             usable = usable.without(reserved);
         }
