@@ -3,7 +3,7 @@
 //! - [`image`] makes the hypervisor's flat arm64 Image: the loadable segments at their
 //!   places, the header checked, and the function names written into the room that the
 //!   linker script reserved for them.
-//! - [`flat`] only flattens, which is all that the bare-metal guests need.
+//! - [`mod@flat`] only flattens, which is all that the bare-metal guests need.
 //! - [`initramfs`] packs a directory as a Linux initial file system.
 //!
 //! Everything is a pure function from bytes to bytes (the directory walk apart), so the
