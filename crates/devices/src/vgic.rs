@@ -22,8 +22,8 @@
 //!
 //! - Whatever the guest writes, nothing panics, and undefined accesses read as zero and write nothing.
 //! - An interrupt is in at most one list register of the guest.
-//! - After a sync every list register holds something, or nothing more is deliverable to this vCPU; and no list register
-//!   holds a pending interrupt that is less urgent than one left out. If one was left out, the underflow interrupt is on.
+//! - After a sync every list register holds something, or nothing more is deliverable to this vCPU; and none holds
+//!   an inactive pending interrupt that is less urgent than one left out. If one was left out, the underflow interrupt is on.
 //! - Active interrupts never leave their list register but by the guest's doing (or [`Vgic::withdraw`]).
 //!
 //! # Concurrency
@@ -43,6 +43,8 @@
 //!
 //! - A guest that has more interrupts active than there are list registers gets no other until one ends; real guests nest by
 //!   priority, and seldom more than two deep.
+//! - With more deliverable than there are list registers, an interrupt that was pending and active comes back, when it ends, ahead
+//!   of a more urgent one that was left out, until the next sync.
 //! - Deactivation by ICC_DIR_EL1 on a PE other than the one that took an SPI is not seen.
 //! - GICR_WAKER is stored and holds back no interrupt, as on KVM: some guests never write it.
 //!

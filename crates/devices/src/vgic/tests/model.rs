@@ -69,6 +69,8 @@ struct Pair {
     model: Vec<Interrupt>,
     groups: bool,
     stacks: [Vec<usize>; VCPUS],
+    /// Ended while pending and active, so pending in their list registers without the controller having had a say.
+    returned: Vec<usize>,
 }
 
 impl Pair {
@@ -87,6 +89,7 @@ impl Pair {
             model,
             groups: true,
             stacks: [Vec::new(), Vec::new()],
+            returned: Vec::new(),
         }
     }
 
@@ -141,8 +144,11 @@ impl Pair {
     fn end(&mut self, index: usize) {
         if let Some(number) = self.stacks[index].pop() {
             self.model[number].active = false;
-            if self.board.cpus[index].end(key(number).1) {
+            let (_, intid) = key(number);
+            if self.board.cpus[index].end(intid) {
                 self.board.sync(index);
+            } else if self.board.cpus[index].state(intid) == 1 {
+                self.returned.push(number);
             }
         }
     }
@@ -158,6 +164,7 @@ impl Pair {
             return;
         }
         assert_eq!(self.board.cpus[index].acknowledge(), Some(intid));
+        self.returned.retain(|returned| *returned != number);
         self.model[number].latch = false;
         self.model[number].active = true;
         self.stacks[index].push(number);
