@@ -153,8 +153,9 @@ pub enum Request<'a> {
         /// 8 to [`crate::MEMORY_READ_MAX`] bytes, a multiple of 8, within one slot.
         len: u32,
     },
-    /// Sends the VM's console as [`Event::Console`] from here on. [`Response::ConsoleData`]
-    /// without data tells the offset of the first byte to come.
+    /// Sends what the VM prints from now on as [`Event::Console`]. [`Response::ConsoleData`]
+    /// without data tells the offset to begin at; what lies before the first event is there
+    /// for `ConsoleRead`.
     ConsoleAttach {
         /// Which.
         vm: VmId,

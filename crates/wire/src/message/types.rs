@@ -300,11 +300,11 @@ pub struct SlotDirty {
     pub dirty_pages: u64,
 }
 
-/// Where to begin with a console.
+/// Which offset `ConsoleAttach` is answered with.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum ConsoleFrom {
-    /// With what is printed from now on.
+    /// That of the next byte to be printed.
     Now,
-    /// With the oldest byte the target still has.
+    /// That of the oldest byte the target still has.
     Oldest,
 }

@@ -1,0 +1,146 @@
+//! The two threads of a link: one decodes what comes, one writes what goes.
+
+use std::io::{Read, Write};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::{io, thread};
+use tidemark_wire::RESPONSE_PAYLOAD_MAX;
+use tidemark_wire::frame::{BadReason, Decoder, Header, Item, buffer_len};
+
+/// Items the reader may be ahead of the client; then the line's own flow control holds.
+const AHEAD: usize = 256;
+
+/// What arrives at the client.
+pub(super) enum Incoming {
+    Frame(Header, Vec<u8>),
+    Text(Vec<u8>),
+    Bad(BadReason, Vec<u8>),
+    Closed,
+    Injected(Vec<u8>),
+    InjectedEnd,
+}
+
+/// Puts bytes of another thread, such as keystrokes, among a client's outputs.
+#[derive(Clone)]
+pub struct Injector(SyncSender<Incoming>);
+
+/// The client is gone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ClientGone;
+
+impl Injector {
+    /// Hands `bytes` over.
+    ///
+    /// # Errors
+    /// [`ClientGone`].
+    pub fn send(&self, bytes: &[u8]) -> Result<(), ClientGone> {
+        self.0
+            .send(Incoming::Injected(bytes.to_vec()))
+            .map_err(|_| ClientGone)
+    }
+
+    /// Tells that there will be no more.
+    ///
+    /// # Errors
+    /// [`ClientGone`].
+    pub fn end(&self) -> Result<(), ClientGone> {
+        self.0.send(Incoming::InjectedEnd).map_err(|_| ClientGone)
+    }
+}
+
+pub(super) struct Threads {
+    pub(super) incoming: Receiver<Incoming>,
+    pub(super) injector: Injector,
+    pub(super) outgoing: Sender<Vec<u8>>,
+}
+
+/// Starts both threads. They end when the stream ends or the client is dropped.
+pub(super) fn start(
+    reader: Box<dyn Read + Send>,
+    writer: Box<dyn Write + Send>,
+) -> io::Result<Threads> {
+    let (to_client, incoming) = mpsc::sync_channel(AHEAD);
+    let (outgoing, from_client) = mpsc::channel();
+    let injector = Injector(to_client.clone());
+    let write_failed = to_client.clone();
+    thread::Builder::new()
+        .name("tidectl-reader".into())
+        .spawn(move || read(reader, &to_client))?;
+    thread::Builder::new()
+        .name("tidectl-writer".into())
+        .spawn(move || write(writer, &from_client, &write_failed))?;
+    Ok(Threads {
+        incoming,
+        injector,
+        outgoing,
+    })
+}
+
+fn write(
+    mut writer: Box<dyn Write + Send>,
+    from_client: &Receiver<Vec<u8>>,
+    failed: &SyncSender<Incoming>,
+) {
+    for bytes in from_client {
+        if writer
+            .write_all(&bytes)
+            .and_then(|()| writer.flush())
+            .is_err()
+        {
+            // Not waited for: the reader usually says it first.
+            let _ = failed.try_send(Incoming::Closed);
+            return;
+        }
+    }
+}
+
+fn read(mut reader: Box<dyn Read + Send>, to_client: &SyncSender<Incoming>) {
+    let mut decoder = Box::new(Decoder::<{ buffer_len(RESPONSE_PAYLOAD_MAX) }>::new());
+    let mut buffer = vec![0; 65536];
+    let mut text = Vec::new();
+    loop {
+        let got = match reader.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(got) => got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        for &byte in buffer.iter().take(got) {
+            let said = match decoder.push(byte) {
+                None => continue,
+                Some(Item::Text(byte)) => {
+                    text.push(byte);
+                    continue;
+                }
+                Some(item) => owned(item),
+            };
+            if flush(&mut text, to_client).is_err() || to_client.send(said).is_err() {
+                return;
+            }
+        }
+        if flush(&mut text, to_client).is_err() {
+            return;
+        }
+    }
+    if let Some(item) = decoder.finish() {
+        let _ = to_client.send(owned(item));
+    }
+    let _ = to_client.send(Incoming::Closed);
+}
+
+fn owned(item: Item<'_>) -> Incoming {
+    match item {
+        Item::Frame(frame) => Incoming::Frame(frame.header, frame.payload.to_vec()),
+        Item::Bad(bad) => Incoming::Bad(bad.reason, bad.text.to_vec()),
+        Item::Text(byte) => Incoming::Text(vec![byte]),
+    }
+}
+
+/// Sends the text gathered so far, so that it keeps its place among the frames.
+fn flush(text: &mut Vec<u8>, to_client: &SyncSender<Incoming>) -> Result<(), ClientGone> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    to_client
+        .send(Incoming::Text(std::mem::take(text)))
+        .map_err(|_| ClientGone)
+}

@@ -1,0 +1,487 @@
+//! What a target can do, as typed calls.
+
+use super::Client;
+use super::exchange::{kind, unexpected};
+use crate::bitmaps::{Bitmaps, SlotBitmap};
+use crate::{Error, Result};
+use std::thread;
+use std::time::{Duration, Instant};
+use tidemark_wire::bitmap;
+use tidemark_wire::message::{
+    DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Request, Response, SlotId,
+    TakeReport, VmId, VmInfo, VmState, VmSummary,
+};
+use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, pages};
+
+/// How a harvest ends when all went well. When not, it is always given back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// The target forgets it.
+    Commit,
+    /// The target takes it back, as if nothing had been asked.
+    GiveBack,
+}
+
+/// A part of a bitmap or of memory still to be read: first page or address, and length.
+#[derive(Clone, Copy)]
+struct Piece<A, L> {
+    at: A,
+    len: L,
+}
+
+fn ok(response: Response<'_>) -> Option<()> {
+    match response {
+        Response::Ok => Some(()),
+        _ => None,
+    }
+}
+
+fn state(response: Response<'_>) -> Option<VmState> {
+    match response {
+        Response::State(state) => Some(state),
+        _ => None,
+    }
+}
+
+impl Client {
+    /// All VMs.
+    ///
+    /// # Errors
+    /// As [`Client::call`], which holds for all calls here.
+    pub fn list(&mut self) -> Result<Vec<VmSummary>> {
+        self.call("listing VMs", &Request::List, |response| match response {
+            Response::Vms(vms) => Some(vms),
+            _ => None,
+        })
+    }
+
+    /// The VM of that name or id.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`].
+    pub fn find(&mut self, name_or_id: &str) -> Result<VmSummary> {
+        let vms = self.list()?;
+        let id = name_or_id.parse().ok().map(VmId);
+        // A name is never digits alone, so the two cannot be confused.
+        let found = vms
+            .iter()
+            .find(|vm| vm.name == name_or_id || Some(vm.id) == id);
+        found.cloned().ok_or_else(|| Error::NoSuchVm {
+            asked: name_or_id.into(),
+            known: vms.into_iter().map(|vm| vm.name).collect(),
+        })
+    }
+
+    /// All about a VM.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn info(&mut self, vm: VmId) -> Result<VmInfo> {
+        self.call(
+            "asking about a VM",
+            &Request::Info { vm },
+            |response| match response {
+                Response::Info(info) => Some(info),
+                _ => None,
+            },
+        )
+    }
+
+    /// Pauses a VM and waits until it is.
+    ///
+    /// # Errors
+    /// [`Error::TooSlow`], or [`Error::VmGone`] when it has ended.
+    pub fn pause(&mut self, vm: VmId) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            match self.call("pausing a VM", &Request::Pause { vm }, state)? {
+                VmState::Paused => return Ok(()),
+                VmState::Stopped | VmState::Failed => return Err(self.gone(vm)),
+                VmState::Running | VmState::Starting => {}
+            }
+            if begun.elapsed() > self.options.timeout {
+                let after = self.options.timeout;
+                return Err(Error::TooSlow {
+                    what: format!("pausing VM {vm}"),
+                    after,
+                });
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn gone(&mut self, vm: VmId) -> Error {
+        match self.info(vm) {
+            Ok(info) => Error::VmGone {
+                vm: info.summary.name,
+                state: info.summary.state.to_string(),
+                reason: info.reason,
+            },
+            Err(error) => error,
+        }
+    }
+
+    /// Lets a VM run again.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn resume(&mut self, vm: VmId) -> Result<VmState> {
+        self.call("resuming a VM", &Request::Resume { vm }, state)
+    }
+
+    /// Lets a VM run again if it is paused; one that has ended meanwhile is left alone.
+    pub(crate) fn resume_if_paused(&mut self, vm: VmId) -> Result<()> {
+        if self.info(vm)?.summary.state == VmState::Paused {
+            self.resume(vm)?;
+        }
+        Ok(())
+    }
+
+    /// Lets time pass, still passing outputs on and heeding Ctrl-C.
+    ///
+    /// # Errors
+    /// A closed line, Ctrl-C.
+    pub fn idle(&mut self, time: Duration) -> Result<()> {
+        let until = Instant::now() + time;
+        while let Some(left) = until
+            .checked_duration_since(Instant::now())
+            .filter(|t| !t.is_zero())
+        {
+            self.poll(left)?;
+        }
+        Ok(())
+    }
+
+    /// Restarts a VM.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn reset(&mut self, vm: VmId) -> Result<VmState> {
+        let restarts = self.info(vm)?.restarts;
+        self.call("resetting a VM", &Request::Reset { vm, restarts }, state)
+    }
+
+    /// Stops a VM for good.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn stop(&mut self, vm: VmId) -> Result<VmState> {
+        self.call("stopping a VM", &Request::Stop { vm }, state)
+    }
+
+    /// Powers the machine off; a line that closes says so as well as an answer.
+    ///
+    /// # Errors
+    /// As [`Client::call`], less that one.
+    pub fn power_off(&mut self) -> Result<()> {
+        match self.call("powering off", &Request::PowerOff, ok) {
+            Err(Error::Closed { .. }) => Ok(()),
+            done => done,
+        }
+    }
+
+    /// SHA-256 of a slot's memory, of a paused VM.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn hash(
+        &mut self,
+        vm: VmId,
+        slot: SlotId,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<[u8; 32]> {
+        let request = Request::Hash { vm, slot };
+        self.ask_until_done(
+            "hashing memory",
+            &request,
+            progress,
+            |response| match response {
+                Response::HashDone { sha256, .. } => Some(sha256),
+                _ => None,
+            },
+        )
+    }
+
+    /// Starts a VM's dirty log.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn start_log(
+        &mut self,
+        vm: VmId,
+        engine: EngineChoice,
+        granularity: Granularity,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        let request = Request::DirtyStart {
+            vm,
+            engine,
+            granularity,
+        };
+        self.ask_until_done("starting the dirty log", &request, progress, ok)
+    }
+
+    /// Stops a VM's dirty log and waits until its blocks are back.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn stop_log(&mut self, vm: VmId, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        let request = Request::DirtyStop { vm };
+        self.ask_until_done("stopping the dirty log", &request, progress, ok)
+    }
+
+    /// The state of a VM's dirty log.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn log_status(&mut self, vm: VmId) -> Result<DirtyStatus> {
+        let request = Request::DirtyStatus { vm };
+        self.call(
+            "asking about the dirty log",
+            &request,
+            |response| match response {
+                Response::DirtyStatus(status) => Some(status),
+                _ => None,
+            },
+        )
+    }
+
+    /// Takes the next epoch. Whoever calls this must commit or give back; [`Client::harvest`]
+    /// does so by itself.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn take(&mut self, vm: VmId, progress: &mut dyn FnMut(u64, u64)) -> Result<TakeReport> {
+        let status = self.log_status(vm)?;
+        let during = "taking the dirty bitmap";
+        let refused = |reply| Error::Target {
+            during: during.into(),
+            reply,
+        };
+        if status.logging.is_none() {
+            return Err(refused(ErrorReply::NotLogging));
+        }
+        if let Some(epoch) = status.outstanding {
+            return Err(refused(ErrorReply::EpochOutstanding { epoch }));
+        }
+        let epoch = Epoch(status.last_taken.0.wrapping_add(1));
+        let request = Request::DirtyTake { vm, epoch };
+        let taken = self.ask_until_done(during, &request, progress, |response| match response {
+            Response::TakeDone(report) if report.epoch == epoch => Some(report),
+            _ => None,
+        });
+        if taken.is_err() {
+            // It may have begun.
+            self.undisturbed(|client| drop(client.abort(vm, epoch)));
+        }
+        taken
+    }
+
+    /// Tells the target to forget an epoch.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn commit(&mut self, vm: VmId, epoch: Epoch) -> Result<()> {
+        self.call(
+            "committing an epoch",
+            &Request::DirtyCommit { vm, epoch },
+            ok,
+        )
+    }
+
+    /// Gives an epoch back to the target.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn abort(&mut self, vm: VmId, epoch: Epoch) -> Result<()> {
+        self.call(
+            "giving an epoch back",
+            &Request::DirtyAbort { vm, epoch },
+            ok,
+        )
+    }
+
+    /// Takes an epoch, has `keep` put it somewhere safe, and ends it as asked; if anything
+    /// fails before that, gives it back.
+    ///
+    /// # Errors
+    /// As [`Client::call`], and whatever `keep` says.
+    pub fn harvest<T>(
+        &mut self,
+        vm: VmId,
+        ending: Ending,
+        progress: &mut dyn FnMut(u64, u64),
+        keep: impl FnOnce(&mut Self, &TakeReport) -> Result<T>,
+    ) -> Result<T> {
+        let report = self.take(vm, progress)?;
+        match keep(self, &report) {
+            Ok(value) => {
+                match ending {
+                    // What it stands for is safe: not even Ctrl-C should undo it now.
+                    Ending::Commit => self.undisturbed(|client| client.commit(vm, report.epoch))?,
+                    Ending::GiveBack => {
+                        self.undisturbed(|client| client.abort(vm, report.epoch))?
+                    }
+                }
+                Ok(value)
+            }
+            Err(error) => {
+                // If this fails too, the next session's hello gives it back.
+                self.undisturbed(|client| drop(client.abort(vm, report.epoch)));
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads the bitmaps of an epoch that was taken.
+    ///
+    /// # Errors
+    /// As [`Client::call`], and [`Error::Protocol`] when bitmap and report disagree.
+    pub fn read_bitmaps(
+        &mut self,
+        vm: VmId,
+        report: &TakeReport,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Bitmaps> {
+        let total: u64 = report.slots.iter().map(|slot| slot.pages).sum();
+        let mut before = 0;
+        let mut slots = Vec::new();
+        for slot in &report.slots {
+            let mut bits = SlotBitmap::new(slot.slot, slot.base_ipa, slot.pages)?;
+            // A clean slot needs no reading.
+            if slot.dirty_pages > 0 {
+                let mut tell = |done| progress(before + done, total);
+                self.read_bitmap(vm, report.epoch, &mut bits, &mut tell)?;
+            }
+            if bits.dirty_pages() != slot.dirty_pages {
+                return Err(Error::Protocol {
+                    during: "reading a bitmap".into(),
+                    problem: format!(
+                        "slot {} has {} bits set, but {} pages were reported",
+                        slot.slot,
+                        bits.dirty_pages(),
+                        slot.dirty_pages
+                    ),
+                });
+            }
+            before += slot.pages;
+            slots.push(bits);
+        }
+        Ok(Bitmaps {
+            epoch: report.epoch,
+            slots,
+        })
+    }
+
+    fn read_bitmap(
+        &mut self,
+        vm: VmId,
+        epoch: Epoch,
+        bits: &mut SlotBitmap,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        let during = "reading a bitmap";
+        let (slot, pages) = (bits.slot, bits.pages);
+        let step = u64::from(BITMAP_READ_PAGES_MAX);
+        let work = (0..pages.div_ceil(step)).map(move |n| Piece {
+            at: n * step,
+            len: (pages - n * step).min(step) as u32,
+        });
+        let ask = |piece: &Piece<u64, u32>| Request::BitmapRead {
+            vm,
+            slot,
+            epoch,
+            first_page: piece.at,
+            pages: piece.len,
+        };
+        let mut done = 0;
+        self.pipeline(during, work, ask, |piece, response| {
+            let Response::Bitmap {
+                first_page,
+                pages,
+                encoding,
+            } = response
+            else {
+                return Err(unexpected(during, kind(&response)));
+            };
+            let nonsense = |problem: String| Error::Protocol {
+                during: during.into(),
+                problem,
+            };
+            let whole = pages == piece.len || pages.is_multiple_of(64);
+            if first_page != piece.at || pages == 0 || pages > piece.len || !whole {
+                return Err(nonsense(format!(
+                    "asked for {}+{}, got {first_page}+{pages}",
+                    piece.at, piece.len
+                )));
+            }
+            let words = bits
+                .words_mut(first_page, pages)
+                .ok_or_else(|| nonsense(format!("{first_page}+{pages} is outside the slot")))?;
+            bitmap::decode(encoding, pages, words).map_err(|error| nonsense(error.to_string()))?;
+            done += u64::from(pages);
+            progress(done);
+            let rest = piece.len - pages;
+            Ok((rest > 0).then(|| Piece {
+                at: piece.at + u64::from(pages),
+                len: rest,
+            }))
+        })
+    }
+
+    /// Reads guest memory at the given ranges (address, bytes), handing each part on as it
+    /// comes, in no particular order.
+    ///
+    /// # Errors
+    /// As [`Client::call`], and whatever `keep` says.
+    pub fn read_memory(
+        &mut self,
+        vm: VmId,
+        ranges: impl IntoIterator<Item = (u64, u64)>,
+        mut keep: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let during = "reading guest memory";
+        let step = u64::from(MEMORY_READ_MAX);
+        let work = ranges.into_iter().flat_map(move |(start, len)| {
+            (0..len.div_ceil(step)).map(move |n| Piece {
+                at: start + n * step,
+                len: (len - n * step).min(step) as u32,
+            })
+        });
+        let ask = |piece: &Piece<u64, u32>| Request::ReadMemory {
+            vm,
+            ipa: piece.at,
+            len: piece.len,
+        };
+        let mut buffer = vec![0; MEMORY_READ_MAX as usize];
+        self.pipeline(during, work, ask, |piece, response| {
+            let Response::Memory {
+                ipa,
+                covered,
+                encoding,
+            } = response
+            else {
+                return Err(unexpected(during, kind(&response)));
+            };
+            let nonsense = |problem: String| Error::Protocol {
+                during: during.into(),
+                problem,
+            };
+            let fits = covered > 0 && covered <= piece.len && covered.is_multiple_of(8);
+            let part = buffer.get_mut(..covered as usize);
+            let (true, Some(part)) = (ipa == piece.at && fits, part) else {
+                return Err(nonsense(format!(
+                    "asked for {:#x}+{}, got {ipa:#x}+{covered}",
+                    piece.at, piece.len
+                )));
+            };
+            pages::decode(encoding, part).map_err(|error| nonsense(error.to_string()))?;
+            keep(ipa, part)?;
+            let rest = piece.len - covered;
+            Ok((rest > 0).then(|| Piece {
+                at: piece.at + u64::from(covered),
+                len: rest,
+            }))
+        })
+    }
+}

@@ -1,0 +1,192 @@
+//! `bundle`: guests and their files, packed as the boot loader hands them over.
+
+use super::Context;
+use super::get::write_safely;
+use crate::units::{parse_size, size};
+use crate::{Error, Result};
+use clap::Args;
+use serde::Deserialize;
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tidemark_wire::bundle::{
+    BootFiles, Builder, Bundle, BundleError, MachineOptions, VmDraft, WhenAllStopped,
+};
+
+/// What to pack.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+vms.toml (paths are relative to it):
+  [machine]
+  when_all_stopped = \"power-off\"     # or \"stay-up\", the default
+
+  [[vm]]
+  name = \"debian\"
+  vcpus = 2                           # default 1
+  memory = \"512MiB\"
+  kernel = \"Image\"
+  initrd = \"initramfs.cpio.gz\"       # may be left out
+  cmdline = \"console=ttyAMA0\"        # may be left out
+
+  [[vm]]
+  name = \"u-boot\"
+  memory = \"64MiB\"
+  firmware = \"u-boot.bin\"            # instead of kernel, initrd and cmdline
+  autostart = false                   # default true
+
+Example:
+  tidectl bundle vms.toml -o guests.bundle")]
+pub struct BundleArgs {
+    /// Description of the guests.
+    manifest: PathBuf,
+    /// Where to write.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    machine: Machine,
+    #[serde(default)]
+    vm: Vec<Vm>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Machine {
+    #[serde(default)]
+    when_all_stopped: Stopped,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Stopped {
+    #[default]
+    StayUp,
+    PowerOff,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Vm {
+    name: String,
+    #[serde(default = "one")]
+    vcpus: u8,
+    memory: String,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: Option<String>,
+    firmware: Option<PathBuf>,
+    #[serde(default = "yes")]
+    autostart: bool,
+}
+
+fn one() -> u8 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
+    let bytes = pack(&args.manifest)?;
+    write_safely(&args.output, &bytes)?;
+    let bundle = Bundle::parse(&bytes)?;
+    let vms = &bundle.manifest().vms;
+    let json = json!({
+        "schema": 1,
+        "output": args.output,
+        "bytes": bytes.len(),
+        "vms": vms.iter().enumerate().map(|(id, vm)| json!({
+            "id": id,
+            "name": vm.name,
+            "vcpus": vm.vcpus,
+            "memory_bytes": vm.memory_bytes,
+            "autostart": vm.autostart,
+        })).collect::<Vec<_>>(),
+    });
+    context.ui.data(&json, || {
+        let names: Vec<&str> = vms.iter().map(|vm| vm.name.as_str()).collect();
+        let (path, len) = (args.output.display(), size(bytes.len() as u64));
+        format!("{path}: {len}, {} VMs: {}", vms.len(), names.join(", "))
+    })
+}
+
+/// Reads a description and everything it names, and packs it.
+///
+/// # Errors
+/// [`Error::Input`] that says what is wrong where, [`Error::File`] for a file that is named
+/// but cannot be read, [`Error::Bundle`] for what the image would refuse.
+pub fn pack(manifest: &Path) -> Result<Vec<u8>> {
+    let input = |problem: String| Error::Input {
+        path: manifest.into(),
+        problem,
+    };
+    let text = fs::read_to_string(manifest).map_err(Error::file(manifest))?;
+    let file: File =
+        toml::from_str(&text).map_err(|error| input(error.to_string().trim_end().into()))?;
+    let dir = manifest.parent().unwrap_or(Path::new(""));
+    let when_all_stopped = match file.machine.when_all_stopped {
+        Stopped::StayUp => WhenAllStopped::StayUp,
+        Stopped::PowerOff => WhenAllStopped::PowerOff,
+    };
+    let mut builder = Builder::new(MachineOptions { when_all_stopped });
+    for vm in file.vm {
+        let wrong = |problem: String| input(format!("VM {:?}: {problem}", vm.name));
+        let memory_bytes = parse_size(&vm.memory).map_err(&wrong)?;
+        let boot = boot(dir, &vm).map_err(|error| match error {
+            BootError::File(error) => error,
+            BootError::Wrong(problem) => wrong(problem.into()),
+        })?;
+        let (name, vcpus, autostart) = (vm.name, vm.vcpus, vm.autostart);
+        builder.vm(VmDraft {
+            name,
+            vcpus,
+            memory_bytes,
+            autostart,
+            boot,
+        });
+    }
+    // The image's own judgement, with the file that is to be mended.
+    builder.finish().map_err(|error| match error {
+        BundleError::NoVms => input("no [[vm]] in it".into()),
+        error => input(error.to_string()),
+    })
+}
+
+enum BootError {
+    File(Error),
+    Wrong(&'static str),
+}
+
+fn boot(dir: &Path, vm: &Vm) -> std::result::Result<BootFiles, BootError> {
+    let read = |path: &PathBuf| {
+        let path = dir.join(path);
+        let bytes = fs::read(&path).map_err(|error| BootError::File(Error::file(&path)(error)))?;
+        if bytes.is_empty() {
+            let problem = "the file is empty".into();
+            return Err(BootError::File(Error::Input { path, problem }));
+        }
+        Ok(bytes)
+    };
+    match (&vm.kernel, &vm.firmware) {
+        (Some(_), Some(_)) => Err(BootError::Wrong("give kernel or firmware, not both")),
+        (None, None) => Err(BootError::Wrong(
+            "give kernel = \"...\" or firmware = \"...\"",
+        )),
+        (None, Some(_)) if vm.initrd.is_some() || vm.cmdline.is_some() => Err(BootError::Wrong(
+            "initrd and cmdline belong to a kernel, not to firmware",
+        )),
+        (None, Some(firmware)) => Ok(BootFiles::Firmware {
+            image: read(firmware)?,
+        }),
+        (Some(kernel), None) => Ok(BootFiles::Kernel {
+            kernel: read(kernel)?,
+            initrd: vm.initrd.as_ref().map(read).transpose()?,
+            cmdline: vm.cmdline.clone().unwrap_or_default(),
+        }),
+    }
+}

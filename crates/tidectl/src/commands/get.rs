@@ -1,0 +1,186 @@
+//! `dirty get`: one epoch's bitmap, safely on this side before the target forgets it.
+
+use super::{Context, VmArg};
+use crate::bitmaps::Bitmaps;
+use crate::client::{Client, Ending};
+use crate::heatmap::Heatmap;
+use crate::output::seconds;
+use crate::units::size;
+use crate::{Error, Result};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tidemark_wire::PAGE_SIZE;
+use tidemark_wire::message::TakeReport;
+
+/// What to fetch and where to put it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+raw is KVM's layout: little-endian 64-bit words, bit 0 the slot's first page, the slots one after
+the other by id; FILE.json beside it says where each begins. The target forgets the pages only once
+the files are on the disk; after any failure they are reported again.
+
+Examples:
+  tidectl dirty get debian -o round1.bin
+  tidectl dirty get debian --format json | jq '.slots[].ranges'
+  tidectl dirty get debian -o now.bin --peek --heatmap now.png")]
+pub struct GetArgs {
+    #[command(flatten)]
+    vm: VmArg,
+    /// Where to write; JSON goes to standard output without it.
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// How.
+    #[arg(long, value_enum, default_value = "raw")]
+    format: GetFormat,
+    /// Give the pages back instead of having them forgotten: the next bitmap has them again.
+    #[arg(long)]
+    peek: bool,
+    /// Draw them as well.
+    #[arg(long, value_name = "PNG")]
+    heatmap: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum GetFormat {
+    /// KVM's bitmap, with FILE.json beside it.
+    Raw,
+    /// Ranges of guest addresses.
+    Json,
+}
+
+pub(super) fn run(context: &mut Context, args: &GetArgs) -> Result<()> {
+    if args.format == GetFormat::Raw && args.output.is_none() {
+        let problem = "a raw bitmap needs a file: -o FILE, or ask for --format json";
+        return Err(Error::Usage(problem.into()));
+    }
+    let mut client = context.connect()?;
+    let vm = client.find(&args.vm.vm)?;
+    let logging = client.log_status(vm.id)?.logging;
+    let begun = Instant::now();
+    let ending = if args.peek {
+        Ending::GiveBack
+    } else {
+        Ending::Commit
+    };
+    let bar = context.ui.bar("taking the dirty bitmap");
+    let ui = &mut context.ui;
+    let keep = |client: &mut Client, report: &TakeReport| {
+        let bitmaps = client.read_bitmaps(vm.id, report, &mut |done, total| {
+            bar.stage("reading the dirty bitmap", done, total);
+        })?;
+        let about = json!({
+            "vm": { "id": vm.id.0, "name": vm.name },
+            "engine": logging.map(|log| log.engine.to_string()),
+            "granularity": logging.map(|log| log.granularity.to_string()),
+            "peek": args.peek,
+            "taken_unix_seconds": unix_seconds(),
+        });
+        if let Some(path) = &args.heatmap {
+            let mut picture = Heatmap::for_slots(&vm.name, &bitmaps.slots);
+            picture.add(&bitmaps);
+            write_safely(path, &picture.to_png()?)?;
+        }
+        match (args.format, &args.output) {
+            (GetFormat::Raw, Some(path)) => {
+                let sidecar = sidecar(path);
+                write_safely(
+                    &sidecar,
+                    pretty(&merged(bitmaps.describe(), &about)).as_bytes(),
+                )?;
+                write_safely(path, &bitmaps.to_bytes())?;
+            }
+            (GetFormat::Json, Some(path)) => {
+                write_safely(path, pretty(&merged(bitmaps.ranges(), &about)).as_bytes())?;
+            }
+            (_, None) => ui.line(&merged(bitmaps.ranges(), &about).to_string())?,
+        }
+        Ok(bitmaps)
+    };
+    let bitmaps = client.harvest(vm.id, ending, &mut |done, total| bar.set(done, total), keep)?;
+    drop(bar);
+    client.close();
+    summarize(context, args, &vm.name, &bitmaps, begun)
+}
+
+fn summarize(
+    context: &mut Context,
+    args: &GetArgs,
+    name: &str,
+    bitmaps: &Bitmaps,
+    begun: Instant,
+) -> Result<()> {
+    let Some(path) = &args.output else {
+        return Ok(());
+    };
+    let json = json!({
+        "schema": 1,
+        "vm": name,
+        "epoch": bitmaps.epoch.0,
+        "dirty_pages": bitmaps.dirty_pages(),
+        "dirty_bytes": bitmaps.dirty_pages() * PAGE_SIZE,
+        "committed": !args.peek,
+        "output": path,
+        "sidecar": (args.format == GetFormat::Raw).then(|| sidecar(path)),
+        "heatmap": args.heatmap,
+        "elapsed_seconds": seconds(begun.elapsed()),
+    });
+    context.ui.data(&json, || {
+        format!(
+            "{name}: epoch {}, {} dirty pages ({}) in {}",
+            bitmaps.epoch,
+            bitmaps.dirty_pages(),
+            size(bitmaps.dirty_pages() * PAGE_SIZE),
+            path.display()
+        )
+    })
+}
+
+fn sidecar(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".json");
+    name.into()
+}
+
+fn merged(mut object: Value, more: &Value) -> Value {
+    if let (Some(object), Some(more)) = (object.as_object_mut(), more.as_object()) {
+        object.extend(more.iter().map(|(key, value)| (key.clone(), value.clone())));
+    }
+    object
+}
+
+fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
+}
+
+/// Writes a file so that it is either the old one or the new one, and on the disk.
+pub(super) fn write_safely(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".part");
+    let part = PathBuf::from(name);
+    let written = File::create(&part)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&part, path));
+    if written.is_err() {
+        // The failure to report is the first one.
+        let _ = fs::remove_file(&part);
+    }
+    written.map_err(Error::file(path))?;
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    // The rename itself must be on the disk too.
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(Error::file(dir))
+}

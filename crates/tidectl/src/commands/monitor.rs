@@ -1,0 +1,290 @@
+//! `monitor`: a VM's console, for people and for scripts.
+
+use super::Context;
+use crate::client::{Client, Output};
+use crate::terminal::{Keyboard, LEAVE, RawMode, inject_stdin, with_returns};
+use crate::units::parse_duration;
+use crate::{Error, Result};
+use clap::Args;
+use std::io::{self, Write};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+use tidemark_wire::message::{ConsoleFrom, VmId, VmState, VmSummary};
+
+/// Longest wait for output before the clocks are looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Pause before input is offered again to a guest that did not take it.
+const INPUT_PAUSE: Duration = Duration::from_millis(10);
+
+/// Quiet after the end of piped input that ends the command.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Which console, and for how long.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+On a terminal every key goes to the guest; Ctrl-] leaves. With input from a pipe, it is typed, and the
+command ends when the guest has been quiet for a second, or with --until when that text came.
+Console output goes to standard output, the hypervisor's own words to standard error.
+
+Examples:
+  tidectl monitor debian
+  echo uname -a | tidectl monitor debian
+  tidectl monitor debian --history --until 'login:' --deadline 60s < /dev/null")]
+pub struct MonitorArgs {
+    /// Name or id; not needed if there is only one.
+    vm: Option<String>,
+    /// Begin with the output that the target still has.
+    #[arg(long)]
+    history: bool,
+    /// End as soon as the guest has printed this.
+    #[arg(long, value_name = "TEXT")]
+    until: Option<String>,
+    /// With --until: fail (exit code 6) when it has not come by then.
+    #[arg(long, value_name = "TIME", requires = "until", value_parser = parse_duration)]
+    deadline: Option<Duration>,
+}
+
+/// What came, in the order it came.
+enum Seen {
+    Console(Vec<u8>),
+    Words(Vec<u8>),
+    State(VmId, VmState),
+    Typed(Vec<u8>),
+    TypedEnd,
+}
+
+/// Why it is over.
+enum Over {
+    Left,
+    Said,
+    Quiet,
+    Ended(VmState),
+}
+
+pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
+    let (sender, seen) = mpsc::channel();
+    let sink = Box::new(move |output: Output<'_>| {
+        let seen = match output {
+            Output::Console { data, .. } => Seen::Console(data.to_vec()),
+            Output::Text(text) | Output::Log(text) => Seen::Words(text.to_vec()),
+            Output::Missed { bytes, .. } => {
+                Seen::Words(format!("\n[{bytes} bytes of output were missed]\n").into_bytes())
+            }
+            Output::VmState { vm, state } => Seen::State(vm, state),
+            Output::Injected(bytes) => Seen::Typed(bytes.to_vec()),
+            Output::InjectedEnd => Seen::TypedEnd,
+            Output::BadFrame(_) => return,
+        };
+        // The receiver lives as long as the client.
+        let _ = sender.send(seen);
+    });
+    let mut client = context.connect_with(sink)?;
+    let vm = choose(&mut client, args.vm.as_deref())?;
+    let (raw, keyboard) = RawMode::enter()?;
+    if keyboard == Keyboard::Terminal {
+        context.ui.say(&format!("[{}: Ctrl-] leaves]\r", vm.name));
+    }
+    inject_stdin(client.injector())?;
+    let from = if args.history {
+        ConsoleFrom::Oldest
+    } else {
+        ConsoleFrom::Now
+    };
+    client.attach(vm.id, from)?;
+    let mut monitor = Monitor {
+        context,
+        client,
+        vm,
+        keyboard,
+        seen,
+        pending: Vec::new(),
+        input: Input::Open,
+        heard: Instant::now(),
+        matcher: args
+            .until
+            .as_deref()
+            .map(|text| Matcher::new(text.as_bytes())),
+    };
+    let over = monitor.run(args.deadline);
+    drop(raw);
+    let Monitor {
+        client,
+        vm,
+        context,
+        ..
+    } = monitor;
+    client.close();
+    match over? {
+        Over::Left => context.ui.say("\n[left]"),
+        Over::Ended(state) => context.ui.say(&format!("\n[{} {state}]", vm.name)),
+        Over::Said | Over::Quiet => {}
+    }
+    Ok(())
+}
+
+/// The VM of that name, or the one that can be meant.
+fn choose(client: &mut Client, name: Option<&str>) -> Result<VmSummary> {
+    if let Some(name) = name {
+        return client.find(name);
+    }
+    let mut vms = client.list()?;
+    match (vms.len(), vms.pop()) {
+        (1, Some(vm)) => Ok(vm),
+        (_, last) => Err(Error::NoSuchVm {
+            asked: String::new(),
+            known: vms.into_iter().chain(last).map(|vm| vm.name).collect(),
+        }),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Input {
+    Open,
+    Ended,
+}
+
+struct Monitor<'c> {
+    context: &'c mut Context,
+    client: Client,
+    vm: VmSummary,
+    keyboard: Keyboard,
+    seen: Receiver<Seen>,
+    /// Typed, but not taken by the guest yet.
+    pending: Vec<u8>,
+    input: Input,
+    /// When the guest last printed or took something.
+    heard: Instant,
+    matcher: Option<Matcher>,
+}
+
+impl Monitor<'_> {
+    fn run(&mut self, deadline: Option<Duration>) -> Result<Over> {
+        let begun = Instant::now();
+        loop {
+            if let Some(over) = self.handle()? {
+                return Ok(over);
+            }
+            self.type_pending()?;
+            if let Some(after) = deadline.filter(|&deadline| begun.elapsed() >= deadline) {
+                let what = "the guest has not printed what --until waits for".into();
+                return Err(Error::TooSlow { what, after });
+            }
+            let spent = self.input == Input::Ended && self.pending.is_empty();
+            if spent && self.matcher.is_none() && self.heard.elapsed() >= LINGER {
+                return Ok(Over::Quiet);
+            }
+            self.client.poll(if self.pending.is_empty() {
+                TICK
+            } else {
+                INPUT_PAUSE
+            })?;
+        }
+    }
+
+    /// Handles all that came.
+    fn handle(&mut self) -> Result<Option<Over>> {
+        while let Ok(seen) = self.seen.try_recv() {
+            match seen {
+                Seen::Console(data) => {
+                    self.heard = Instant::now();
+                    self.context.ui.bytes(&data)?;
+                    if self
+                        .matcher
+                        .as_mut()
+                        .is_some_and(|matcher| matcher.feed(&data))
+                    {
+                        return Ok(Some(Over::Said));
+                    }
+                }
+                Seen::Words(text) => self.words(&text),
+                Seen::State(vm, state) if vm == self.vm.id => match state {
+                    VmState::Stopped | VmState::Failed => return Ok(Some(Over::Ended(state))),
+                    state => self.words(format!("[{} {state}]\n", self.vm.name).as_bytes()),
+                },
+                Seen::State(..) => {}
+                Seen::Typed(bytes) => {
+                    self.heard = Instant::now();
+                    let leave = bytes.iter().position(|&byte| byte == LEAVE);
+                    match leave.filter(|_| self.keyboard == Keyboard::Terminal) {
+                        Some(_) => return Ok(Some(Over::Left)),
+                        None => self.pending.extend_from_slice(&bytes),
+                    }
+                }
+                Seen::TypedEnd if self.keyboard == Keyboard::Terminal => {
+                    return Ok(Some(Over::Left));
+                }
+                Seen::TypedEnd => {
+                    self.input = Input::Ended;
+                    self.heard = Instant::now();
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The hypervisor's words, beside the data.
+    fn words(&self, text: &[u8]) {
+        let text = match self.keyboard {
+            Keyboard::Terminal => with_returns(text),
+            Keyboard::Stream => text.to_vec(),
+        };
+        // A closed standard error is no reason to stop.
+        let _ = io::stderr().write_all(&text);
+    }
+
+    /// Offers what was typed; stops as soon as the guest takes no more.
+    fn type_pending(&mut self) -> Result<()> {
+        while !self.pending.is_empty() {
+            let taken = self.client.offer_input(self.vm.id, &self.pending)?;
+            if taken == 0 {
+                break;
+            }
+            self.heard = Instant::now();
+            self.pending.drain(..taken);
+        }
+        Ok(())
+    }
+}
+
+/// Looks for a text in a stream, also across the edges of its parts.
+struct Matcher {
+    text: Vec<u8>,
+    tail: Vec<u8>,
+}
+
+impl Matcher {
+    fn new(text: &[u8]) -> Self {
+        Self {
+            text: text.to_vec(),
+            tail: Vec::new(),
+        }
+    }
+
+    fn feed(&mut self, data: &[u8]) -> bool {
+        self.tail.extend_from_slice(data);
+        let found = self.text.is_empty()
+            || self
+                .tail
+                .windows(self.text.len())
+                .any(|window| window == self.text);
+        let keep = self.text.len().saturating_sub(1);
+        self.tail.drain(..self.tail.len().saturating_sub(keep));
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matches_across_parts() {
+        let mut matcher = Matcher::new(b"login:");
+        assert!(!matcher.feed(b"debian lo"));
+        assert!(!matcher.feed(b"gin"));
+        assert!(matcher.feed(b": "));
+        let mut matcher = Matcher::new(b"aab");
+        assert!(matcher.feed(b"aaab"));
+    }
+}

@@ -1,0 +1,207 @@
+//! What a command prints: data on standard output, words on standard error.
+//!
+//! Concurrency: one [`Ui`] for one command; progress bars draw on standard error and only on
+//! a terminal.
+
+use crate::{Error, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+/// How data is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// For people.
+    Human,
+    /// One JSON object, or one a line for commands that go on.
+    Json,
+}
+
+/// How much is said beside data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Chatter {
+    /// What is being done, and progress.
+    Normal,
+    /// Errors only.
+    Quiet,
+}
+
+/// Where a command's words and data go.
+pub struct Ui {
+    /// How data is printed.
+    pub format: Format,
+    chatter: Chatter,
+    stdout: Box<dyn Write>,
+}
+
+impl Ui {
+    /// Prints to the process's own streams.
+    #[must_use]
+    pub fn new(format: Format, chatter: Chatter) -> Self {
+        Self {
+            format,
+            chatter,
+            stdout: Box::new(io::stdout()),
+        }
+    }
+
+    /// Prints a line of data.
+    ///
+    /// # Errors
+    /// [`Error::Local`].
+    pub fn line(&mut self, line: &str) -> Result<()> {
+        self.bytes(format!("{line}\n").as_bytes())
+    }
+
+    /// Prints data as it is.
+    ///
+    /// # Errors
+    /// [`Error::Local`].
+    pub fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.stdout
+            .write_all(bytes)
+            .and_then(|()| self.stdout.flush())
+            .map_err(Error::stdout)
+    }
+
+    /// Prints an object as one line, if JSON was asked for, or what `human` says.
+    ///
+    /// # Errors
+    /// [`Error::Local`].
+    pub fn data(&mut self, json: &Value, human: impl FnOnce() -> String) -> Result<()> {
+        match self.format {
+            Format::Json => self.line(&json.to_string()),
+            Format::Human => self.line(human().trim_end_matches('\n')),
+        }
+    }
+
+    /// Says what is being done.
+    pub fn say(&self, words: &str) {
+        if self.chatter == Chatter::Normal {
+            eprintln!("{words}");
+        }
+    }
+
+    /// Shows progress of something slow; nothing off a terminal.
+    #[must_use]
+    pub fn bar(&self, what: &'static str) -> Bar {
+        let shown = self.chatter == Chatter::Normal && io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(
+            None,
+            if shown {
+                ProgressDrawTarget::stderr_with_hz(10)
+            } else {
+                ProgressDrawTarget::hidden()
+            },
+        );
+        let style = ProgressStyle::with_template("{msg:28} {wide_bar} {percent:>3}%  {eta}");
+        if let Ok(style) = style {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_message(what);
+        Bar(bar)
+    }
+}
+
+/// Progress of something slow; it disappears when dropped.
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// Tells how far it is.
+    pub fn set(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done.min(total));
+    }
+
+    /// Tells what is being done now, and how far it is.
+    pub fn stage(&self, what: &'static str, done: u64, total: u64) {
+        self.0.set_message(what);
+        self.set(done, total);
+    }
+
+    /// Has `print` print while the bar is out of the way.
+    pub fn suspend(&self, print: impl FnOnce()) {
+        self.0.suspend(print);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// Reports a failure: words on standard error, and an object on standard output if JSON was
+/// asked for.
+pub fn report(error: &Error, format: Format) {
+    let mut words = format!("tidectl: {error}\n");
+    if let Some(hint) = error.hint() {
+        words.push_str(&format!("  hint: {hint}\n"));
+    }
+    // Nobody is left to tell when these fail.
+    let _ = io::stderr().write_all(words.as_bytes());
+    if format == Format::Json {
+        let object = json!({
+            "schema": 1,
+            "error": {
+                "code": error.code(),
+                "message": error.to_string(),
+                "hint": error.hint(),
+                "exit_code": error.exit_code(),
+            },
+        });
+        let _ = writeln!(io::stdout(), "{object}");
+    }
+}
+
+/// Rounds a time to what is worth printing in JSON.
+#[must_use]
+pub fn seconds(time: Duration) -> Value {
+    json!((time.as_secs_f64() * 1e6).round() / 1e6)
+}
+
+/// Lays rows out in columns; the first row is the heading.
+#[must_use]
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| {
+            rows.iter()
+                .filter_map(|row| row.get(column))
+                .map(|c| c.chars().count())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    let mut out = String::new();
+    for row in rows {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:width$}"))
+            .collect();
+        out.push_str(cells.join("  ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [
+            vec!["ID".into(), "NAME".into()],
+            vec!["10".into(), "a".into()],
+        ];
+        assert_eq!(table(&rows), "ID  NAME\n10  a\n");
+    }
+
+    #[test]
+    fn times_are_rounded() {
+        assert_eq!(seconds(Duration::from_nanos(1_500_700)), json!(0.001501));
+    }
+}
