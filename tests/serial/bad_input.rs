@@ -3,17 +3,21 @@
 //! After each of them the same thing is checked: a clear word was said, and the next
 //! good thing works as if nothing had happened.
 
-use anyhow::{Context, Result, ensure};
-use tidemark_guests::pattern::Random;
+use anyhow::{Context, Result, bail, ensure};
+use tidemark_guests::pattern::{Config, Random, Seed};
 use tidemark_tests::guests::{self, Mib};
+use tidemark_tests::host::{Host, OracleGuest};
+use tidemark_tests::oracle::{self, Pages};
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
 use tidemark_wire::PROTOCOL;
 use tidemark_wire::bundle::{BootFiles, Bundle, VmDraft};
 use tidemark_wire::checksum::crc32c;
-use tidemark_wire::message::{ErrorReply, Request, Response, VmId};
+use tidemark_wire::message::{
+    EngineChoice, ErrorReply, Granularity, Request, Response, SlotId, VmId, VmState,
+};
 
-use crate::case::Case;
+use crate::case::{Case, Place};
 use crate::raw::Raw;
 
 pub fn cases() -> Vec<Case> {
@@ -37,11 +41,13 @@ pub fn cases() -> Vec<Case> {
             bad_bundle(script, Damage::File)
         }),
         Case::new("bad_bundle_not_a_kernel", 40, not_a_kernel),
-        Case::new("bad_frames", 90, bad_frames),
-        Case::new("truncated_frames", 60, truncated_frames),
-        Case::new("bad_requests", 60, bad_requests),
-        Case::new("wrong_version", 60, wrong_version),
-        Case::new("stale_session", 60, stale_session),
+        Case::new("bad_frames", 90, bad_frames).at(Place::Anywhere),
+        Case::new("truncated_frames", 60, truncated_frames).at(Place::Anywhere),
+        Case::new("bad_requests", 60, bad_requests).at(Place::Anywhere),
+        Case::new("wrong_version", 60, wrong_version).at(Place::Anywhere),
+        Case::new("stale_session", 60, stale_session).at(Place::Anywhere),
+        Case::new("no_such_vm", 60, no_such_vm).at(Place::Anywhere),
+        Case::new("peer_vanishes_mid_transfer", 90, peer_vanishes).at(Place::Anywhere),
     ]
 }
 
@@ -287,7 +293,7 @@ fn bad_requests(script: &mut Script) -> Result<()> {
 
 /// Requests that read well and ask for the impossible, and what may be answered.
 fn out_of_range() -> Vec<(Request<'static>, Vec<ErrorReply>)> {
-    use tidemark_wire::message::{Epoch, SlotId};
+    use tidemark_wire::message::Epoch;
     let vm = VmId(0);
     let slot = SlotId(0);
     let none = ErrorReply::NoSuchEpoch { outstanding: None };
@@ -390,5 +396,88 @@ fn stale_session(script: &mut Script) -> Result<()> {
     })?;
     first.works(&["oracle"]).context("a new Hello")?;
     first.close()?;
+    shell_answers(target)
+}
+
+fn no_such_vm(script: &mut Script) -> Result<()> {
+    let target = start_oracle(script)?;
+    let mut host = Host::connect(target)?;
+    match host.client().find("nobody") {
+        Err(tidectl::Error::NoSuchVm { known, .. }) => {
+            ensure!(known == ["oracle"], "it says there is {known:?}");
+        }
+        other => bail!("`nobody` was found: {other:?}"),
+    }
+    match host.client().info(VmId(7)) {
+        Err(tidectl::Error::Target {
+            reply: ErrorReply::NoSuchVm,
+            ..
+        }) => {}
+        other => bail!("VM 7 is {other:?}"),
+    }
+    let vm = host
+        .vm("oracle")
+        .context("after the one that is not there")?;
+    ensure!(
+        host.info(vm)?.summary.state == VmState::Running,
+        "the guest does not run"
+    );
+    host.finish();
+    shell_answers(target)
+}
+
+/// A host that dies between a take and its commit loses nothing: the next one is told.
+fn peer_vanishes(script: &mut Script) -> Result<()> {
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 1,
+        pages: 100,
+        blocks: 0,
+    };
+    let target = start_oracle(script)?;
+    let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
+    let vm = guest.vm;
+    guest
+        .host
+        .dirty_start(vm, EngineChoice::Auto, Granularity::Page)?;
+    guest.step()?;
+    let first = guest.host.take(vm)?;
+    guest.host.commit(vm, &first)?;
+
+    let second = guest.step()?;
+    let written = guest.ledger.written_in(second);
+    let taken = guest.host.take(vm)?;
+    oracle::check_superset(&written, &taken.pages)?;
+    // In the middle of the transfer: half a request is the last thing it says.
+    guest.host.vanish();
+    let mut raw = Raw::connect(target, 0x7777)?;
+    let request = raw.frame(&Request::BitmapRead {
+        vm,
+        slot: SlotId(0),
+        epoch: taken.epoch,
+        first_page: 0,
+        pages: 512,
+    })?;
+    raw.send(request.get(..request.len() / 2).unwrap_or_default())?;
+    drop(raw);
+
+    let mut host = Host::connect(target).context("the next host")?;
+    let status = host.dirty_status(vm)?;
+    ensure!(
+        status.outstanding.is_none(),
+        "the dead host's epoch is still out: {status:?}"
+    );
+    ensure!(
+        status.logging.is_some(),
+        "the log stopped with the host: {status:?}"
+    );
+    let again = host.take(vm)?;
+    oracle::check_superset(&written, &again.pages).context("told to the next host")?;
+    oracle::check_superset(&taken.pages, &again.pages).context("all that was taken")?;
+    host.commit(vm, &again)?;
+    let last = host.take(vm)?;
+    oracle::check_exact(&Pages::new(), guest.ledger.own(), &last.pages).context("told twice")?;
+    host.commit(vm, &last)?;
+    host.finish();
     shell_answers(target)
 }

@@ -4,17 +4,92 @@
 use anyhow::{Context, Result, ensure};
 use tidemark_tests::artifacts::Artifact;
 use tidemark_tests::guests::{self, Mib};
+use tidemark_tests::host::Host;
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
+use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity, VmState};
 
-use crate::case::Case;
+use crate::case::{Case, Place};
 
 pub fn cases() -> Vec<Case> {
     vec![
+        Case::new("boots_on_max", 60, boots_on_max),
+        Case::new("boots_on_a76_dbm_without_bbm2", 60, boots_on_a76),
+        Case::new("boots_on_a72_write_protect_chosen", 60, boots_on_a72),
         Case::new("boots_without_a_bundle", 40, boots_without_a_bundle),
         Case::new("entered_at_el1", 30, entered_at_el1),
-        Case::new("plain_terminal_shell_help", 60, plain_terminal_shell_help),
+        Case::new("plain_terminal_shell_help", 60, plain_terminal_shell_help).at(Place::Anywhere),
     ]
+}
+
+/// Boots `machine` with a small guest and returns what the CPUs can do and which engine
+/// is chosen when nobody asks for one.
+fn features_and_choice(script: &mut Script, machine: &str) -> Result<(Features, Engine)> {
+    let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
+    let target = script.start_tidemark(machine, &bundle, "")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("oracle")?;
+    let info = host.info(vm)?;
+    ensure!(
+        info.summary.state == VmState::Running,
+        "the guest is {}: {}",
+        info.summary.state,
+        info.reason
+    );
+    ensure!(
+        info.features.cpus == 2,
+        "{} of 2 CPUs are up",
+        info.features.cpus
+    );
+    host.dirty_start(vm, EngineChoice::Auto, Granularity::Adaptive)?;
+    let logging = host.dirty_status(vm)?.logging.context("no log runs")?;
+    host.dirty_stop(vm)?;
+    host.finish();
+    // The features are one line of the log, for whoever reads a transcript.
+    ensure!(
+        target.line().text().contains("HAFDBS"),
+        "the features are not in the log"
+    );
+    target.still_on()?;
+    Ok((info.features, logging.engine))
+}
+
+fn boots_on_max(script: &mut Script) -> Result<()> {
+    let (features, engine) = features_and_choice(script, "virt")?;
+    let all =
+        features.dbm_usable && features.bbm2 && features.fwb && features.tlb_range && features.lse;
+    ensure!(
+        all && features.hafdbs >= 2,
+        "on the newest CPU: {features:?}"
+    );
+    ensure!(engine == Engine::Dbm, "{engine} was chosen");
+    Ok(())
+}
+
+fn boots_on_a76(script: &mut Script) -> Result<()> {
+    let (features, engine) = features_and_choice(script, "virt-a76")?;
+    ensure!(
+        features.dbm_usable && features.hafdbs == 2,
+        "no dirty bit: {features:?}"
+    );
+    ensure!(
+        !features.bbm2 && !features.fwb && !features.tlb_range,
+        "features it has not: {features:?}"
+    );
+    ensure!(engine == Engine::Dbm, "{engine} was chosen");
+    Ok(())
+}
+
+fn boots_on_a72(script: &mut Script) -> Result<()> {
+    let (features, engine) = features_and_choice(script, "virt-a72")?;
+    ensure!(
+        !features.dbm_usable && features.hafdbs == 0,
+        "a dirty bit it has not: {features:?}"
+    );
+    ensure!(!features.lse, "atomics it has not: {features:?}");
+    ensure!(engine == Engine::WriteProtect, "{engine} was chosen");
+    Ok(())
 }
 
 fn boots_without_a_bundle(script: &mut Script) -> Result<()> {

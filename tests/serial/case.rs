@@ -1,17 +1,31 @@
-//! What a test is: a name, its clocks, and a script.
+//! What a test is: a name, its clocks, where it can run, and a script.
 
 use anyhow::Result;
+use tidectl::link::Port;
 use tidemark_tests::clocks::Clocks;
 use tidemark_tests::script::Script;
 
 /// The body of a test.
 pub type Body = fn(&mut Script) -> Result<()>;
 
+/// Where a test makes sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On a machine of its own, which it switches on as it needs it.
+    Qemu,
+    /// Only on a machine that runs already.
+    Board,
+    /// On either.
+    Anywhere,
+}
+
 /// One test.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// Its name, plain.
     pub name: String,
+    /// Where it can run.
+    pub place: Place,
     /// Its total clock, in seconds.
     pub seconds: u64,
     /// What it does.
@@ -19,19 +33,26 @@ pub struct Case {
 }
 
 impl Case {
-    /// A test that may take `seconds`.
+    /// A test on a machine of its own, that may take `seconds`.
     pub fn new(name: &str, seconds: u64, body: Body) -> Self {
         Self {
             name: name.to_owned(),
+            place: Place::Qemu,
             seconds,
             body,
         }
     }
 
-    /// Runs it.
-    pub fn run(&self) -> Result<()> {
+    /// The same test somewhere else.
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = place;
+        self
+    }
+
+    /// Runs it, on the machine at `port` if there is one.
+    pub fn run(&self, port: Option<Port>) -> Result<()> {
         let clocks = Clocks::usual().with_total(self.seconds);
-        let mut script = Script::new("tests", &self.name, clocks)?;
+        let mut script = Script::new("tests", &self.name, clocks)?.on(port);
         let result = (self.body)(&mut script);
         script.conclude(result)
     }

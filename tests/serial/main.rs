@@ -3,37 +3,120 @@
 //! One machine a test. A failed test leaves `target/tests/NAME/` behind: the transcript
 //! with times, QEMU's command line, the seed, the reason, and where every CPU was.
 //!
-//! `cargo test -p tidemark-tests --test serial -- [FILTER] [--list] [--port PORT]`.
-//! With `--port` (or `TIDEMARK_PORT`) no QEMU is started: the tests that make sense
-//! on a machine that already runs are run against that one.
+//! ```text
+//! cargo test -p tidemark-tests --test serial -- [FILTER] [--list]
+//! cargo test -p tidemark-tests --test serial -- --port PORT [FILTER]
+//! cargo test -p tidemark-tests --test serial -- --board-bundle FILE
+//! ```
+//!
+//! With `--port` (or `TIDEMARK_PORT`) no QEMU is started: the tests that make sense on a
+//! machine that runs already are run against that one, one after the other. It must have
+//! been started with the bundle that `--board-bundle` writes.
 
 mod bad_input;
 mod boot;
 mod case;
+mod copy;
 mod linux;
+mod oracle;
 mod raw;
 
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
+use tidectl::link::Port;
+use tidemark_tests::guests::{self, Mib};
 
-use crate::case::Case;
+use crate::case::{Case, Place};
 
-fn main() {
-    let mut arguments = Arguments::from_args();
-    // Each machine has two CPU threads of its own, so more tests at once than half the
-    // CPUs here only make the clocks run out.
-    if arguments.test_threads.is_none() {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        arguments.test_threads = Some((cpus / 2).max(1));
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("serial: {error:#}");
+            ExitCode::FAILURE
+        }
     }
-    let cases = [boot::cases(), linux::cases(), bad_input::cases()].concat();
-    let trials = cases.into_iter().map(trial).collect();
-    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// What is asked for beside what every test runner takes.
+#[derive(Default)]
+struct Options {
+    port: Option<Port>,
+    board_bundle: Option<String>,
+    rest: Vec<String>,
+}
+
+impl Options {
+    fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Self> {
+        let mut options = Self::default();
+        let mut port = std::env::var("TIDEMARK_PORT")
+            .ok()
+            .filter(|port| !port.is_empty());
+        let mut arguments = arguments.into_iter();
+        while let Some(argument) = arguments.next() {
+            let mut value = || {
+                arguments
+                    .next()
+                    .with_context(|| format!("{argument} needs a value"))
+            };
+            match argument.as_str() {
+                "--port" => port = Some(value()?),
+                "--board-bundle" => options.board_bundle = Some(value()?),
+                _ => options.rest.push(argument),
+            }
+        }
+        options.port = port
+            .map(|port| port.parse().map_err(anyhow::Error::msg))
+            .transpose()?;
+        Ok(options)
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let options = Options::parse(std::env::args())?;
+    if let Some(path) = &options.board_bundle {
+        let bundle = guests::pack([guests::oracle(2, Mib(64))?])?;
+        std::fs::write(path, bundle).with_context(|| format!("cannot write {path}"))?;
+        println!("{path}: boot the machine with it, then run this with --port");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut arguments = Arguments::from_iter(&options.rest);
+    let cases = [
+        boot::cases(),
+        linux::cases(),
+        oracle::cases(),
+        copy::cases(),
+        bad_input::cases(),
+    ]
+    .concat();
+    let trials = match &options.port {
+        // Each machine has two CPU threads of its own, so more tests at once than half
+        // the CPUs here only make the clocks run out.
+        None => {
+            let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+            arguments.test_threads.get_or_insert((cpus / 2).max(1));
+            let cases = cases.into_iter().filter(|case| case.place != Place::Board);
+            cases.map(|case| trial(case, None)).collect()
+        }
+        // One machine, one line.
+        Some(port) => {
+            if arguments.test_threads.is_some_and(|threads| threads > 1) {
+                bail!("a machine has one line: --test-threads cannot be more than 1 with --port");
+            }
+            arguments.test_threads = Some(1);
+            let cases = cases.into_iter().filter(|case| case.place != Place::Qemu);
+            cases.map(|case| trial(case, Some(port.clone()))).collect()
+        }
+    };
+    Ok(libtest_mimic::run(&arguments, trials).exit_code())
 }
 
 /// One case as the test runner wants it.
-fn trial(case: Case) -> Trial {
+fn trial(case: Case, port: Option<Port>) -> Trial {
     Trial::test(case.name.clone(), move || {
-        case.run()
+        case.run(port)
             .map_err(|error| Failed::from(format!("{error:#}")))
     })
 }

@@ -13,6 +13,7 @@
 pub mod artifacts;
 pub mod clocks;
 pub mod guests;
+pub mod host;
 pub mod line;
 pub mod machine;
 pub mod oracle;

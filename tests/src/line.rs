@@ -111,6 +111,12 @@ impl Line {
         Ok(())
     }
 
+    /// Cuts off the client that is connected through the relay, in the middle of whatever
+    /// it is doing.
+    pub fn cut_client(&self) {
+        self.relay.cut();
+    }
+
     /// Writes a remark into the transcript.
     pub fn note(&self, text: &str) {
         self.lock().transcript.note('#', text);
@@ -249,7 +255,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.relay.close();
+        self.relay.cut();
     }
 }
 
@@ -307,7 +313,7 @@ fn listen(mut reader: Box<dyn Read + Send>, shared: &Shared, relay: &Relay) {
         state.transcript.push(&text);
         shared.changed.notify_all();
     }
-    relay.close();
+    relay.cut();
     let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
     state.closed = true;
     shared.changed.notify_all();

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use tidemark_guests::pattern::{
     BLOCK_PAGES, Config, Gfn, Iteration, Layout, PageRun, Store, Vcpu, Write, writes,
 };
@@ -27,7 +27,8 @@ pub struct Ledger {
     own: Pages,
     /// What the guest named, by iteration; taken out once it has been compared.
     named: BTreeMap<Iteration, Pages>,
-    begun: Iteration,
+    /// The last iteration before this account begins.
+    since: Iteration,
     done: Iteration,
     open: String,
 }
@@ -41,7 +42,7 @@ impl Default for Ledger {
             holes: Vec::new(),
             own: Pages::new(),
             named: BTreeMap::new(),
-            begun: Iteration(0),
+            since: Iteration(0),
             done: Iteration(0),
             open: String::new(),
         }
@@ -88,10 +89,12 @@ impl Ledger {
             Line::Ok(configured) => {
                 if let Some(configured) = configured {
                     self.config = configured.config;
+                    // On a board the oracle may have written for others before.
+                    self.since = Iteration(configured.next.0.saturating_sub(1));
+                    self.done = self.since;
                 }
                 return Ok(Step::Ok);
             }
-            Line::Begin(iteration) => self.begun = *iteration,
             Line::Written(written) => {
                 ensure!(
                     written.iteration > self.done,
@@ -134,6 +137,12 @@ impl Ledger {
             );
         }
         Ok(Step::Done(iteration))
+    }
+
+    /// Takes over an oracle that said it was ready to somebody else.
+    pub fn found_running(&mut self, ram: PageRun, vcpus: u8) {
+        self.ram = ram;
+        self.vcpus = vcpus;
     }
 
     /// The last iteration that is done.
@@ -190,11 +199,11 @@ impl Ledger {
     }
 
     /// The word that must stand at each address that was stored to, up to and with
-    /// iteration `until`. Pages start out zero (`fill`).
+    /// iteration `until`. Pages start out zero (`fill`, after `cfg`).
     #[must_use]
     pub fn contents(&self, until: Iteration) -> BTreeMap<u64, u64> {
         let mut words = BTreeMap::new();
-        for iteration in (1..=until.0).map(Iteration) {
+        for iteration in (self.since.0 + 1..=until.0).map(Iteration) {
             for vcpu in (0..self.config.vcpus).map(Vcpu) {
                 for write in self.writes(vcpu, iteration) {
                     let stores = write.stores(vcpu, iteration);
@@ -257,6 +266,15 @@ pub fn check_within_blocks(written: &Pages, own: &Pages, reported: &Pages) -> Re
 /// The first few pages as runs.
 #[must_use]
 pub fn show(pages: &Pages) -> String {
+    let runs = runs(pages);
+    let more = if runs.len() > 12 { " ..." } else { "" };
+    let words: Vec<String> = runs.iter().take(12).map(PageRun::to_string).collect();
+    words.join(" ") + more
+}
+
+/// Pages as runs.
+#[must_use]
+pub fn runs(pages: &Pages) -> Vec<PageRun> {
     let mut runs: Vec<PageRun> = Vec::new();
     for &page in pages {
         match runs.last_mut() {
@@ -264,9 +282,7 @@ pub fn show(pages: &Pages) -> String {
             _ => runs.push(PageRun::new(page, 1)),
         }
     }
-    let more = if runs.len() > 12 { " ..." } else { "" };
-    let words: Vec<String> = runs.iter().take(12).map(PageRun::to_string).collect();
-    words.join(" ") + more
+    runs
 }
 
 /// The pages of a KVM-layout bitmap (`u64` words, bit 0 first) of memory that begins at
@@ -294,12 +310,6 @@ pub fn configure_command(config: &Config) -> String {
         "cfg seed={} vcpus={vcpus} pages={pages} blocks={blocks}",
         seed.0
     )
-}
-
-/// What one guest page holds, as 512 words.
-pub fn word_at(page: &[u8], offset: usize) -> Result<u64> {
-    let bytes = page.get(offset..offset + 8).context("outside the page")?;
-    Ok(u64::from_le_bytes(bytes.try_into()?))
 }
 
 #[cfg(test)]
@@ -405,6 +415,13 @@ mod tests {
         assert_eq!(words.get(&store.ipa), Some(&store.value));
         let touched: Pages = words.keys().map(|ipa| Gfn(ipa / 4096)).collect();
         assert!(touched.is_subset(&ledger.written_between(Iteration(0), Iteration(5))));
+    }
+
+    #[test]
+    fn neighbours_are_one_run() {
+        let pages: Pages = [1, 2, 3, 7].map(Gfn).into_iter().collect();
+        let found = runs(&pages);
+        assert_eq!(found, [PageRun::new(Gfn(1), 3), PageRun::new(Gfn(7), 1)]);
     }
 
     #[test]

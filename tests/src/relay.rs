@@ -10,6 +10,7 @@
 //! stops the console.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -21,8 +22,15 @@ use anyhow::{Context, Result};
 /// time.
 pub type ToMachine = Arc<Mutex<Box<dyn Write + Send>>>;
 
-/// The queue of the client that is connected now.
-type Tap = Arc<Mutex<Option<Sender<Vec<u8>>>>>;
+/// The client that is connected now.
+type Tap = Arc<Mutex<Option<Connected>>>;
+
+struct Connected {
+    /// What it is still to be sent.
+    queue: Sender<Vec<u8>>,
+    /// Its socket, for cutting it off.
+    socket: UnixStream,
+}
 
 /// The listening end.
 #[derive(Clone)]
@@ -51,26 +59,28 @@ impl Relay {
     /// Hands bytes of the machine to the client, if there is one.
     pub fn forward(&self, bytes: &[u8]) {
         let mut tap = lock(&self.tap);
-        if let Some(queue) = tap.as_ref()
-            && queue.send(bytes.to_vec()).is_err()
+        if let Some(client) = tap.as_ref()
+            && client.queue.send(bytes.to_vec()).is_err()
         {
             *tap = None;
         }
     }
 
-    /// Drops the client: the machine is gone.
-    pub fn close(&self) {
-        *lock(&self.tap) = None;
+    /// Cuts the client off in the middle of whatever it is doing, as a pulled cable would.
+    pub fn cut(&self) {
+        if let Some(client) = lock(&self.tap).take() {
+            let _ = client.socket.shutdown(Shutdown::Both);
+        }
     }
 }
 
 /// Serves one client until it hangs up.
 fn serve(client: UnixStream, tap: &Tap, machine: &ToMachine) {
-    let Ok(writer) = client.try_clone() else {
+    let (Ok(writer), Ok(socket)) = (client.try_clone(), client.try_clone()) else {
         return;
     };
     let (queue, bytes) = channel();
-    *lock(tap) = Some(queue);
+    *lock(tap) = Some(Connected { queue, socket });
     let thread = std::thread::spawn(move || drain(bytes, writer));
     copy_frames(client, machine);
     *lock(tap) = None;
@@ -84,7 +94,7 @@ fn drain(bytes: Receiver<Vec<u8>>, mut writer: UnixStream) {
             break;
         }
     }
-    let _ = writer.shutdown(std::net::Shutdown::Both);
+    let _ = writer.shutdown(Shutdown::Both);
 }
 
 /// Copies from the client to the machine, never splitting a frame: text typed at the

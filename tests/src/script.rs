@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use tidectl::link::Port;
 
 use crate::artifacts::Artifact;
 use crate::clocks::Clocks;
@@ -17,6 +18,7 @@ pub struct Script {
     name: String,
     seed: u64,
     clocks: Clocks,
+    port: Option<Port>,
     work: Option<Work>,
     target: Option<Target>,
 }
@@ -32,6 +34,7 @@ impl Script {
             name: name.to_owned(),
             seed,
             clocks,
+            port: None,
             work: Some(work),
             target: None,
         })
@@ -66,13 +69,26 @@ impl Script {
         Ok(self.target.insert(target))
     }
 
-    /// Switches on EL2 with `bundle` and `options` as its command line.
+    /// Has the run use the machine at `port`, which runs already, instead of switching
+    /// one on.
+    #[must_use]
+    pub fn on(mut self, port: Option<Port>) -> Self {
+        self.port = port;
+        self
+    }
+
+    /// Switches on EL2 with `bundle` and `options` as its command line, or goes to the
+    /// machine that the run is to use, which has its own.
     pub fn start_tidemark(
         &mut self,
         machine: &str,
         bundle: &[u8],
         options: &str,
     ) -> Result<&mut Target> {
+        if let Some(port) = &self.port {
+            let work = self.work.take().context("this run has its machine")?;
+            return Ok(self.target.insert(Target::attach(work, port, self.clocks)?));
+        }
         let initrd = self.path("guests.bundle")?;
         std::fs::write(&initrd, bundle)?;
         let payload = Payload::kernel(Artifact::Image.path()?)

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+use tidectl::link::{Closer, Link, Port};
+
 use crate::artifacts::machines_dir;
 use crate::clocks::{Clocks, Running};
 use crate::line::{Found, Line};
@@ -18,12 +20,23 @@ pub const PROMPT: &str = "tidemark> ";
 /// How EL2 ends a clean power-off.
 pub const VERDICT_OK: &str = "tidemark: verdict ok";
 
+/// Whether the machine was switched on for this script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// It was: everything it ever said is in the transcript, and its guests are new.
+    Fresh,
+    /// It was running before: a board, on which other scripts have been.
+    Running,
+}
+
 /// A machine that runs, with everything needed to talk to it and to explain it.
 pub struct Target {
     line: Arc<Line>,
     qemu: Option<Qemu>,
     clocks: Running,
     port: PathBuf,
+    arrival: Arrival,
+    _closer: Option<Closer>,
     // Dropped last: the sockets and the RAM file live in it.
     work: Work,
 }
@@ -47,8 +60,33 @@ impl Target {
             qemu: Some(qemu),
             clocks: running,
             port,
+            arrival: Arrival::Fresh,
+            _closer: None,
             work,
         })
+    }
+
+    /// Goes to a machine that runs already, such as a board.
+    pub fn attach(work: Work, at: &Port, clocks: Clocks) -> Result<Self> {
+        let link = Link::open(at)?;
+        let port = work.socket("port");
+        let log = work.path("serial.log");
+        let line = Line::open(link.reader, link.writer, &log, &port)?;
+        Ok(Self {
+            line: Arc::new(line),
+            qemu: None,
+            clocks: Running::start(clocks),
+            port,
+            arrival: Arrival::Running,
+            _closer: Some(link.closer),
+            work,
+        })
+    }
+
+    /// How the machine came to this script.
+    #[must_use]
+    pub fn arrival(&self) -> Arrival {
+        self.arrival
     }
 
     /// The line.
@@ -108,6 +146,10 @@ impl Target {
 
     /// Waits for EL2's prompt and returns everything said on the way to it.
     pub fn to_prompt(&mut self) -> Result<String> {
+        if self.arrival == Arrival::Running {
+            // Its prompt was said to somebody else.
+            self.type_line("")?;
+        }
         let said = self
             .expect(PROMPT)
             .context("EL2 did not get to its prompt")?;

@@ -18,10 +18,14 @@ pub struct Work {
 }
 
 impl Work {
-    /// Empties and makes the directory for the run called `name` under `kind`
-    /// (`tests`, `demo`, ...).
+    /// Empties and makes the directory for the run called `name` under `kind` (`tests`,
+    /// `bench`, ...).
     pub fn create(kind: &str, name: &str) -> Result<Self> {
-        let dir = target_dir().join(kind).join(name);
+        Self::at(target_dir().join(kind).join(name))
+    }
+
+    /// Empties and makes `dir`.
+    pub fn at(dir: PathBuf) -> Result<Self> {
         if dir.exists() {
             std::fs::remove_dir_all(&dir)
                 .with_context(|| format!("cannot empty {}", dir.display()))?;

@@ -1,0 +1,280 @@
+//! Dirty tracking judged by a guest that says what it wrote.
+//!
+//! In step mode the guest stands still between iterations, so a harvest must hold just
+//! what was written. In free mode both vCPUs write while the host harvests; there the
+//! judge is memory itself: a host that copies every page it is told about, when it is
+//! told, must end with a copy that is right.
+
+use anyhow::{Context, Result, ensure};
+use tidemark_guests::pattern::{Config, Iteration, Seed};
+use tidemark_tests::guests::{self, Mib};
+use tidemark_tests::host::{Copy, Harvest, Host, OracleGuest};
+use tidemark_tests::oracle::{Pages, check_exact, check_superset, check_within_blocks, show};
+use tidemark_tests::script::Script;
+use tidemark_tests::target::Arrival;
+use tidemark_wire::message::{Engine, EngineChoice, ErrorReply, Granularity, Logging, VmId};
+
+use crate::case::{Case, Place};
+
+/// Rounds in step mode.
+const STEPS: u64 = 12;
+
+/// The round whose harvest the host throws away, to see it again in the next.
+const ABORTED: u64 = 5;
+
+/// Iterations in free mode, written while the host harvests.
+const FREE: u64 = 100;
+
+/// Pages a vCPU writes in an iteration, whole blocks not counted.
+const PAGES: u32 = 120;
+
+/// The guest's memory: several 2 MiB blocks beside the image, small enough to read.
+const MEMORY: Mib = Mib(32);
+
+pub fn cases() -> Vec<Case> {
+    let judged: [(&str, crate::case::Body); 10] = [
+        ("oracle_max_wp_page", |s| {
+            judge(s, "virt", Engine::WriteProtect, Granularity::Page)
+        }),
+        ("oracle_max_wp_adaptive", |s| {
+            judge(s, "virt", Engine::WriteProtect, Granularity::Adaptive)
+        }),
+        ("oracle_max_dbm_page", |s| {
+            judge(s, "virt", Engine::Dbm, Granularity::Page)
+        }),
+        ("oracle_max_dbm_adaptive", |s| {
+            judge(s, "virt", Engine::Dbm, Granularity::Adaptive)
+        }),
+        ("oracle_a76_wp_page", |s| {
+            judge(s, "virt-a76", Engine::WriteProtect, Granularity::Page)
+        }),
+        ("oracle_a76_wp_adaptive", |s| {
+            judge(s, "virt-a76", Engine::WriteProtect, Granularity::Adaptive)
+        }),
+        ("oracle_a76_dbm_page", |s| {
+            judge(s, "virt-a76", Engine::Dbm, Granularity::Page)
+        }),
+        ("oracle_a76_dbm_adaptive", |s| {
+            judge(s, "virt-a76", Engine::Dbm, Granularity::Adaptive)
+        }),
+        ("oracle_a72_wp_page", |s| {
+            judge(s, "virt-a72", Engine::WriteProtect, Granularity::Page)
+        }),
+        ("oracle_a72_wp_adaptive", |s| {
+            judge(s, "virt-a72", Engine::WriteProtect, Granularity::Adaptive)
+        }),
+    ];
+    let mut cases: Vec<Case> = judged
+        .into_iter()
+        .map(|(name, body)| Case::new(name, 150, body))
+        .collect();
+    cases.push(Case::new("oracle_a72_dbm_refused", 60, a72_dbm_refused));
+    let boards: [(&str, crate::case::Body); 4] = [
+        ("oracle_wp_page", |s| {
+            judge(s, "", Engine::WriteProtect, Granularity::Page)
+        }),
+        ("oracle_wp_adaptive", |s| {
+            judge(s, "", Engine::WriteProtect, Granularity::Adaptive)
+        }),
+        ("oracle_dbm_page", |s| {
+            judge(s, "", Engine::Dbm, Granularity::Page)
+        }),
+        ("oracle_dbm_adaptive", |s| {
+            judge(s, "", Engine::Dbm, Granularity::Adaptive)
+        }),
+    ];
+    let on_board = |(name, body)| Case::new(name, 600, body).at(Place::Board);
+    cases.extend(boards.into_iter().map(on_board));
+    cases
+}
+
+/// What the harvests since the start have to account for.
+struct Judge {
+    granularity: Granularity,
+    /// The last iteration that a committed harvest covers.
+    accounted: Iteration,
+    copy: Copy,
+}
+
+fn judge(
+    script: &mut Script,
+    machine: &str,
+    engine: Engine,
+    granularity: Granularity,
+) -> Result<()> {
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 2,
+        pages: PAGES,
+        blocks: 8,
+    };
+    let bundle = guests::pack([guests::oracle(2, MEMORY)?])?;
+    let target = script.start_tidemark(machine, &bundle, "")?;
+    target.to_prompt()?;
+    let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
+    ensure!(
+        guest.ledger.vcpus() == 2,
+        "only {} vCPUs came up",
+        guest.ledger.vcpus()
+    );
+
+    let before = guest.host.info(guest.vm)?.mappings;
+    let choice = match engine {
+        Engine::WriteProtect => EngineChoice::WriteProtect,
+        Engine::Dbm => EngineChoice::Dbm,
+    };
+    let features = guest.host.info(guest.vm)?.features;
+    let own_machine = target.arrival() == Arrival::Fresh;
+    if engine == Engine::Dbm && !features.dbm_usable && !own_machine {
+        // A board decides for itself which CPUs it has; the rest of this test needs others.
+        return refused(&mut guest.host, guest.vm, choice);
+    }
+    guest.host.dirty_start(guest.vm, choice, granularity)?;
+    let logging = guest.host.dirty_status(guest.vm)?.logging;
+    ensure!(
+        logging
+            == Some(Logging {
+                engine,
+                granularity
+            }),
+        "what runs is {logging:?}"
+    );
+
+    let mut judge = Judge {
+        granularity,
+        accounted: guest.ledger.done(),
+        copy: Copy::default(),
+    };
+    for round in 1..=STEPS {
+        judge
+            .step(&mut guest, round)
+            .with_context(|| format!("step {round}"))?;
+    }
+    judge.free(&mut guest).context("free running")?;
+    judge.at_rest(&mut guest).context("at rest")?;
+
+    let faults = guest.host.dirty_status(guest.vm)?.write_faults;
+    match engine {
+        Engine::Dbm => ensure!(faults == 0, "{faults} write faults under the dirty bit"),
+        Engine::WriteProtect => ensure!(faults > 0, "write protection without a fault"),
+    }
+    guest.host.dirty_stop(guest.vm)?;
+    let after = guest.host.info(guest.vm)?.mappings;
+    ensure!(
+        after == before,
+        "blocks are not put back: {before:?} before, {after:?} after"
+    );
+    guest.host.finish();
+    target.still_on()
+}
+
+impl Judge {
+    /// One iteration, one harvest, nothing running in between.
+    fn step(&mut self, guest: &mut OracleGuest, round: u64) -> Result<()> {
+        let done = guest.step()?;
+        let harvest = guest.host.take(guest.vm)?;
+        let written = guest.ledger.written_between(self.accounted, done);
+        self.judge_harvest(guest, &written, &harvest, round)?;
+        self.copy.update(&mut guest.host, guest.vm, &harvest)?;
+        if round == ABORTED {
+            // Thrown away: the next harvest must tell it again.
+            guest.host.abort(guest.vm, &harvest)?;
+        } else {
+            guest.host.commit(guest.vm, &harvest)?;
+            self.accounted = done;
+        }
+        Ok(())
+    }
+
+    fn judge_harvest(
+        &self,
+        guest: &OracleGuest,
+        written: &Pages,
+        harvest: &Harvest,
+        round: u64,
+    ) -> Result<()> {
+        let own = guest.ledger.own();
+        check_superset(written, &harvest.pages)?;
+        match self.granularity {
+            Granularity::Page => check_exact(written, own, &harvest.pages),
+            _ => {
+                check_within_blocks(written, own, &harvest.pages)?;
+                if round < STEPS {
+                    return Ok(());
+                }
+                // All blocks have long been found dirty and split. Tracking that has not
+                // become exact by now would be `block`.
+                check_exact(written, own, &harvest.pages)
+            }
+        }
+    }
+
+    /// Both vCPUs write while the host takes, copies and commits.
+    fn free(&mut self, guest: &mut OracleGuest) -> Result<()> {
+        let first = guest.ledger.done();
+        let last = Iteration(first.0 + FREE);
+        let mut told = Pages::new();
+        let mut harvests = 0;
+        guest.start_free(FREE)?;
+        loop {
+            // Seen before the take begins, so the take must have everything.
+            let over = guest.ledger.done() >= last;
+            let harvest = guest.host.take(guest.vm)?;
+            self.copy.update(&mut guest.host, guest.vm, &harvest)?;
+            guest.host.commit(guest.vm, &harvest)?;
+            told.extend(harvest.pages);
+            harvests += 1;
+            if over {
+                break;
+            }
+            guest.listen()?;
+        }
+        self.accounted = last;
+        ensure!(
+            harvests >= 3,
+            "the guest was done after {harvests} harvests: nothing was raced"
+        );
+        check_superset(&guest.ledger.written_between(first, last), &told)?;
+        self.copy.check(&guest.ledger.contents(last))
+    }
+
+    /// The guest waits for a command: nothing but its own pages may be dirty.
+    fn at_rest(&mut self, guest: &mut OracleGuest) -> Result<()> {
+        let harvest = guest.host.take(guest.vm)?;
+        guest.host.commit(guest.vm, &harvest)?;
+        let own = guest.ledger.own();
+        let extra: Pages = harvest.pages.difference(own).copied().collect();
+        ensure!(
+            extra.is_empty(),
+            "pages are dirty that nobody wrote: {}",
+            show(&extra)
+        );
+        Ok(())
+    }
+}
+
+fn a72_dbm_refused(script: &mut Script) -> Result<()> {
+    let bundle = guests::pack([guests::oracle(1, MEMORY)?])?;
+    let target = script.start_tidemark("virt-a72", &bundle, "")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("oracle")?;
+    refused(&mut host, vm, EngineChoice::Dbm)?;
+    host.finish();
+    target.still_on()
+}
+
+/// An engine that the CPUs do not have is refused, and nothing is started instead.
+fn refused(host: &mut Host, vm: VmId, engine: EngineChoice) -> Result<()> {
+    let refused = host.dirty_start_refused(vm, engine, Granularity::Page)?;
+    ensure!(
+        refused == ErrorReply::EngineUnavailable,
+        "it was answered by {refused:?}"
+    );
+    let status = host.dirty_status(vm)?;
+    ensure!(
+        status.logging.is_none(),
+        "a log runs all the same: {status:?}"
+    );
+    Ok(())
+}
