@@ -9,10 +9,10 @@ pub mod map;
 pub mod options;
 pub mod pl011;
 
-use crate::arch::cpu::{AFFINITY, MAX_CPUS};
 use crate::arch::boot::EARLY_UART;
-use crate::console;
+use crate::arch::cpu::{AFFINITY, MAX_CPUS};
 use crate::arch::mmio::Mmio;
+use crate::console;
 use crate::memory::Range;
 use crate::memory::stage1::{self, Access, MapError};
 use alloc::string::String;
@@ -87,13 +87,11 @@ impl fmt::Display for BoardError {
 
 /// Opens the devicetree at `dtb`.
 pub fn devicetree(dtb: usize) -> Result<Fdt<'static>, BoardError> {
-    let range =
-        crate::memory::stage1::devicetree_range(dtb).ok_or(BoardError::NoDevicetree)?;
+    let range = crate::memory::stage1::devicetree_range(dtb).ok_or(BoardError::NoDevicetree)?;
     // SAFETY: the range was mapped read-only by the boot tables and nothing writes it: the
     // frame allocator never gets it.
-    let bytes = unsafe {
-        core::slice::from_raw_parts(range.start as *const u8, range.size() as usize)
-    };
+    let bytes =
+        unsafe { core::slice::from_raw_parts(range.start as *const u8, range.size() as usize) };
     Fdt::new(bytes).map_err(|_| BoardError::NoDevicetree)
 }
 
@@ -106,7 +104,9 @@ impl Board {
             "GICv3 (start QEMU with -M virt,gic-version=3)",
         ))?;
         let mut frames = registers(gic);
-        let distributor = frames.next().ok_or(BoardError::Missing("GICv3 registers"))?;
+        let distributor = frames
+            .next()
+            .ok_or(BoardError::Missing("GICv3 registers"))?;
         let redistributors: Vec<_> = frames
             .take(cell(gic, "#redistributor-regions").unwrap_or(1) as usize)
             .collect();
@@ -204,7 +204,11 @@ fn interrupt(node: FdtNode<'_>, n: usize) -> Option<u32> {
 fn cpus(fdt: Fdt<'static>) -> (Vec<u64>, usize) {
     let mut found = Vec::new();
     let mut left_out = 0;
-    for node in fdt.find_node("/cpus").into_iter().flat_map(|n| n.children()) {
+    for node in fdt
+        .find_node("/cpus")
+        .into_iter()
+        .flat_map(|n| n.children())
+    {
         if string(node, "device_type") != Some("cpu") || !enabled(node) {
             continue;
         }
@@ -293,7 +297,9 @@ struct Ready {
 static READY: Once<Ready> = Once::new();
 
 fn ready() -> &'static Ready {
-    READY.get().expect("the interrupt controller is used before it was set up")
+    READY
+        .get()
+        .expect("the interrupt controller is used before it was set up")
 }
 
 /// The machine's interrupt controller.

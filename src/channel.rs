@@ -5,7 +5,7 @@
 //! HELLO, and a session that the host left is over with the next HELLO: what it took and
 //! did not commit is dirty again.
 //!
-//! Locks, in order: `RECEIVER`, then `SESSION`; a guest console's are leaves. No lock is
+//! Locks, in order: `RECEIVER`, then `SESSION`; a guest console's are leaves. Neither is
 //! held while a request is carried out, because carrying it out may send events.
 
 mod commands;
@@ -19,7 +19,7 @@ use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
 use log::warn;
 use spin::Mutex;
-use tidemark_wire::frame::{self, Decoder, Header, Item, Kind, Seq, Session};
+use tidemark_wire::frame::{self, BadReason, Decoder, Header, Item, Kind, Seq, Session};
 use tidemark_wire::message::{CONSOLE_OVERHEAD, Event, VmId};
 
 /// The longest payload that a host may send.
@@ -89,41 +89,31 @@ pub fn interrupt() {
     }
 }
 
-enum Received {
-    Request(Header, [u8; REQUEST_PAYLOAD], usize),
-    Text(u8),
-    Nothing,
+/// Takes one byte. A whole request is copied out, so that the receiver is free while it is
+/// carried out.
+fn receive(byte: u8) {
+    let mut payload = [0; REQUEST_PAYLOAD];
+    let (header, len) = match RECEIVER.lock().push(byte) {
+        None => return,
+        Some(Item::Text(byte)) => return typed(byte),
+        Some(Item::Frame(frame)) => {
+            let len = frame.payload.len().min(REQUEST_PAYLOAD);
+            payload[..len].copy_from_slice(&frame.payload[..len]);
+            (frame.header, len)
+        }
+        Some(Item::Bad(bad)) => return bad_frame(bad.reason),
+    };
+    if header.kind == Kind::Request {
+        commands::request(header, &payload[..len]);
+    }
 }
 
-fn receive(byte: u8) {
-    let received = {
-        let mut receiver = RECEIVER.lock();
-        match receiver.push(byte) {
-            None => Received::Nothing,
-            Some(Item::Text(byte)) => Received::Text(byte),
-            Some(Item::Frame(frame)) => {
-                let mut payload = [0; REQUEST_PAYLOAD];
-                let len = frame.payload.len().min(REQUEST_PAYLOAD);
-                payload[..len].copy_from_slice(&frame.payload[..len]);
-                Received::Request(frame.header, payload, len)
-            }
-            Some(Item::Bad(bad)) => {
-                let reason = bad.reason;
-                let count = BAD_FRAMES.fetch_add(1, Relaxed) + 1;
-                // A noisy line must not fill the log.
-                if count.is_power_of_two() {
-                    warn!("link: {reason}; {count} bad frames so far, the host will ask again");
-                }
-                Received::Nothing
-            }
-        }
-    };
-    match received {
-        Received::Request(header, payload, len) if header.kind == Kind::Request => {
-            commands::request(header, &payload[..len]);
-        }
-        Received::Request(..) | Received::Nothing => {}
-        Received::Text(byte) => typed(byte),
+/// Counts a frame that is none. The host will not get an answer, and asks again.
+fn bad_frame(reason: BadReason) {
+    let count = BAD_FRAMES.fetch_add(1, Relaxed) + 1;
+    // A noisy line must not fill the log.
+    if count.is_power_of_two() {
+        warn!("link: {reason}; {count} bad frames so far, the host will ask again");
     }
 }
 

@@ -193,7 +193,6 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-
 /// Makes the console the log's end.
 pub fn init_log(level: Option<LevelFilter>) {
     // It can only fail when a logger is set already, and this is called once.

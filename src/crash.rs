@@ -66,7 +66,11 @@ extern "C" fn el2_exception(frame: &FatalFrame, kind: u64) -> ! {
         2 => "FIQ",
         _ => "SError",
     };
-    let _ = write!(out, "\n\nEL2 exception: {name} on CPU {}: {syndrome}", cpu::index());
+    let _ = write!(
+        out,
+        "\n\nEL2 exception: {name} on CPU {}: {syndrome}",
+        cpu::index()
+    );
     if kind & 3 == 0 && syndrome.has_address() {
         let _ = write!(out, ", address {:#x}", el1::far());
     }

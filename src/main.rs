@@ -28,7 +28,9 @@ static FEATURES: Once<Features> = Once::new();
 
 /// What all CPUs can do.
 pub fn features() -> &'static Features {
-    FEATURES.get().expect("features are read before the guests are made")
+    FEATURES
+        .get()
+        .expect("features are read before the guests are made")
 }
 
 /// The boot CPU's way, from boot/head.S: MMU on, the devicetree at `dtb` mapped.

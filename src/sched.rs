@@ -40,8 +40,7 @@ const JOB_BUDGET: u64 = 150;
 static QUEUES: [Mutex<VecDeque<&'static Vcpu>>; MAX_CPUS] =
     [const { Mutex::new(VecDeque::new()) }; MAX_CPUS];
 /// All vCPUs whose home a CPU is.
-static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] =
-    [const { Mutex::new(Vec::new()) }; MAX_CPUS];
+static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] = [const { Mutex::new(Vec::new()) }; MAX_CPUS];
 /// The vCPU whose state is in this CPU's registers.
 static LOADED: PerCpu<Option<&'static Vcpu>> = PerCpu::new(None);
 /// When the running vCPU's slice ends.

@@ -190,7 +190,10 @@ static EPOCH: AtomicU64 = AtomicU64::new(0);
 
 /// Sets the time of day, in Unix seconds.
 pub fn set_time(now: u64) {
-    EPOCH.store(now.saturating_sub(timer::microseconds() / 1_000_000), Relaxed);
+    EPOCH.store(
+        now.saturating_sub(timer::microseconds() / 1_000_000),
+        Relaxed,
+    );
 }
 
 /// The time of day, as guests' clocks count it.

@@ -119,7 +119,7 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
         regs::PMCR_EL0.get() >> 11 & 0x1f
     };
     // Debug, OS lock, debug ROM, PMU, SPE, trace: all trap.
-    regs::MDCR.set(counters | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19);
+    regs::MDCR_EL2.set(counters | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19);
     // Their reset values are unknown, and zero is "trap nothing more" or "not there".
     if ID_AA64MMFR0_EL1.get() >> 56 & 0xf != 0 {
         regs::FG_READ.set(0);
@@ -131,14 +131,14 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
     if ID_AA64MMFR1_EL1.get() >> 40 & 0xf != 0 {
         regs::HCRX_EL2.set(0);
     }
-    regs::VPIDR.set(MIDR_EL1.get());
+    regs::VPIDR_EL2.set(MIDR_EL1.get());
     barrier::isb();
 }
 
 /// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller.
 pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
     VTTBR_EL2.set(vttbr);
-    regs::VMPIDR.set(vmpidr);
+    regs::VMPIDR_EL2.set(vmpidr);
     CNTVOFF_EL2.set(counter_offset);
     barrier::isb();
 }

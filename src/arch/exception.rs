@@ -112,6 +112,8 @@ impl fmt::Display for Syndrome {
 pub fn frame_pointer() -> usize {
     let frame;
     // SAFETY: copies a register.
-    unsafe { core::arch::asm!("mov {}, x29", out(reg) frame, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        core::arch::asm!("mov {}, x29", out(reg) frame, options(nomem, nostack, preserves_flags))
+    };
     frame
 }

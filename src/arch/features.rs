@@ -1,9 +1,7 @@
 //! What the CPUs can do, as far as EL2 cares: read once on each, the least of all used.
 
 use super::regs;
-use aarch64_cpu::registers::{
-    ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, MIDR_EL1,
-};
+use aarch64_cpu::registers::{ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, MIDR_EL1};
 use tock_registers::interfaces::Readable;
 
 /// Features of one CPU, or the least of several.

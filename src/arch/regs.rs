@@ -62,9 +62,9 @@ registers! {
     /// CPU interface control.
     ICC_CTLR = "icc_ctlr_el1";
     /// Virtual MPIDR.
-    VMPIDR = "vmpidr_el2";
+    VMPIDR_EL2 = "vmpidr_el2";
     /// Virtual MIDR.
-    VPIDR = "vpidr_el2";
+    VPIDR_EL2 = "vpidr_el2";
     /// Traps of AArch32 system registers.
     HSTR_EL2 = "hstr_el2";
     /// Auxiliary control.
@@ -94,5 +94,5 @@ registers! {
     /// Pending physical interrupts.
     ISR_EL1 = "isr_el1";
     /// Monitor debug configuration.
-    MDCR = "mdcr_el2";
+    MDCR_EL2 = "mdcr_el2";
 }

@@ -1,7 +1,6 @@
 //! TLB maintenance (Arm ARM D8.14). Every function only issues the operation: the
 //! barriers around it belong to the caller's protocol.
 
-
 use aarch64_cpu::registers::VTTBR_EL2;
 use core::arch::asm;
 use tock_registers::interfaces::{Readable, Writeable};
@@ -77,4 +76,3 @@ pub fn restore(previous: u64) {
         super::barrier::isb();
     }
 }
-

@@ -12,13 +12,13 @@ use core::sync::atomic::Ordering::Relaxed;
 use log::info;
 use spin::Mutex;
 use tidemark_stage2 as s2;
-use tidemark_wire::{
-    BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PROTOCOL, RESPONSE_PAYLOAD_MAX, RESPONSE_PAYLOAD_MIN,
-};
 use tidemark_wire::bitmap;
 use tidemark_wire::frame::{Header, Kind, Session};
 use tidemark_wire::message::*;
 use tidemark_wire::pages;
+use tidemark_wire::{
+    BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PROTOCOL, RESPONSE_PAYLOAD_MAX, RESPONSE_PAYLOAD_MIN,
+};
 
 /// The version that HELLO is answered with.
 const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
@@ -66,7 +66,12 @@ enum After {
     PowerOff,
 }
 
-fn answer<'a>(session: Session, payload: &[u8], piece: &'a mut [u8], after: &mut After) -> Response<'a> {
+fn answer<'a>(
+    session: Session,
+    payload: &[u8],
+    piece: &'a mut [u8],
+    after: &mut After,
+) -> Response<'a> {
     let Ok(request) = Request::decode(payload) else {
         return Response::Error(ErrorReply::Malformed);
     };
@@ -95,9 +100,7 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
         return Response::Error(ErrorReply::StaleSession);
     }
     let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, RESPONSE_PAYLOAD_MAX);
-    let again = SESSION
-        .lock()
-        .is_some_and(|open| open.session == session);
+    let again = SESSION.lock().is_some_and(|open| open.session == session);
     if !again {
         close();
         *SESSION.lock() = Some(Open {
@@ -122,7 +125,10 @@ fn close() {
         vm.console.attached.store(false, Relaxed);
         vm.console.restart_input();
         if let Some(epoch) = work::abandon(vm) {
-            info!("{}: epoch {epoch} was not committed; its pages are dirty again", vm.name());
+            info!(
+                "{}: epoch {epoch} was not committed; its pages are dirty again",
+                vm.name()
+            );
         }
     }
 }
@@ -166,10 +172,7 @@ fn carry_out<'a>(
         }
         Request::Stop { vm } => {
             let vm = find(vm)?;
-            let over = matches!(
-                vm.status.lock().state,
-                VmState::Stopped | VmState::Failed
-            );
+            let over = matches!(vm.status.lock().state, VmState::Stopped | VmState::Failed);
             if !over {
                 lifecycle::wish(vm, Wish::Stop, "the host stopped it")
                     .map_err(ErrorReply::BadState)?;
@@ -385,7 +388,10 @@ fn bitmap_piece<'a>(
     if !first_page.is_multiple_of(64) {
         return Err(ErrorReply::NeedsAlignment);
     }
-    let left = of.pages.checked_sub(first_page).ok_or(ErrorReply::OutOfRange)?;
+    let left = of
+        .pages
+        .checked_sub(first_page)
+        .ok_or(ErrorReply::OutOfRange)?;
     if pages == 0 || u64::from(pages) > left || pages > BITMAP_READ_PAGES_MAX {
         return Err(ErrorReply::OutOfRange);
     }
@@ -404,7 +410,12 @@ fn bitmap_piece<'a>(
     })
 }
 
-fn memory_piece<'a>(vm: &Vm, ipa: u64, len: u32, room: &'a mut [u8]) -> Result<Response<'a>, ErrorReply> {
+fn memory_piece<'a>(
+    vm: &Vm,
+    ipa: u64,
+    len: u32,
+    room: &'a mut [u8],
+) -> Result<Response<'a>, ErrorReply> {
     if !ipa.is_multiple_of(8) || !len.is_multiple_of(8) {
         return Err(ErrorReply::NeedsAlignment);
     }

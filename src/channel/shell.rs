@@ -46,11 +46,7 @@ pub fn typed(byte: u8) {
             drop(line);
             run(command.trim());
         }
-        0x08 | 0x7f => {
-            if line.pop().is_some() {
-                print(format_args!("\u{8} \u{8}"));
-            }
-        }
+        0x08 | 0x7f if line.pop().is_some() => print(format_args!("\u{8} \u{8}")),
         // Ctrl-C and Ctrl-U forget the line.
         0x03 | 0x15 => {
             line.clear();
@@ -90,12 +86,17 @@ fn run(command: &str) {
                 dirty(vm);
             }
         }
-        (Some(verb @ ("info" | "start" | "stop" | "pause" | "resume" | "reset")), [Some(name), _]) => {
+        (
+            Some(verb @ ("info" | "start" | "stop" | "pause" | "resume" | "reset")),
+            [Some(name), _],
+        ) => {
             if let Some(vm) = find(name) {
                 change(verb, vm);
             }
         }
-        (Some(verb), _) => print(format_args!("{verb}: no such command, or something is missing; `help` lists them\n")),
+        (Some(verb), _) => print(format_args!(
+            "{verb}: no such command, or something is missing; `help` lists them\n"
+        )),
     }
     prompt();
 }
@@ -170,6 +171,9 @@ fn change(verb: &str, vm: &'static Vm) {
         _ => commands::restart(vm),
     };
     if let Err(state) = result {
-        print(format_args!("{}: it is {state}; that does not go with {verb}\n", vm.name()));
+        print(format_args!(
+            "{}: it is {state}; that does not go with {verb}\n",
+            vm.name()
+        ));
     }
 }

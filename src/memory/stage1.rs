@@ -191,7 +191,7 @@ extern "C" fn build_boot_tables(_image: usize, dtb: usize) -> &'static EnableMmu
 pub fn devicetree_range(dtb: usize) -> Option<Range> {
     const MAGIC: u32 = 0xd00d_feed;
     const LARGEST: u32 = 2 << 20;
-    if dtb == 0 || dtb % 8 != 0 {
+    if dtb == 0 || !dtb.is_multiple_of(8) {
         return None;
     }
     let word = |n: usize| {
@@ -214,7 +214,7 @@ pub fn read_stack(frame: usize) -> Option<[usize; 2]> {
             && frame % STACK_STRIDE >= STACK_STRIDE - STACK_SIZE
             && frame % STACK_STRIDE <= STACK_STRIDE - 16
             && MAPPED_STACKS.load(Relaxed) > (frame - STACK_WINDOW) / STACK_STRIDE;
-    if !on_a_stack || frame % 8 != 0 {
+    if !on_a_stack || !frame.is_multiple_of(8) {
         return None;
     }
     // SAFETY: inside a mapped stack, aligned; stacks hold plain words.

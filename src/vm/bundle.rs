@@ -22,14 +22,15 @@ pub fn get() -> Option<&'static Bundle<'static>> {
 /// Gives what the manifest wants when all guests have ended.
 pub fn read(place: Option<Range>) -> WhenAllStopped {
     let Some(place) = place else {
-        info!("no bundle of guests was handed over (QEMU: -initrd FILE; `tidectl bundle` makes one)");
+        info!(
+            "no bundle of guests was handed over (QEMU: -initrd FILE; `tidectl bundle` makes one)"
+        );
         return WhenAllStopped::default();
     };
     // SAFETY: the range is memory that the boot loader filled and the frame allocator never
     // got; it is mapped, and nothing writes it.
-    let bytes = unsafe {
-        core::slice::from_raw_parts(place.start as *const u8, place.size() as usize)
-    };
+    let bytes =
+        unsafe { core::slice::from_raw_parts(place.start as *const u8, place.size() as usize) };
     let bundle = match Bundle::parse(bytes) {
         Ok(bundle) => bundle,
         Err(error) => {
@@ -56,7 +57,10 @@ pub fn read(place: Option<Range>) -> WhenAllStopped {
                 vms.push(Vm::new(VmId(id), spec.clone(), memory));
             }
             Err(error) => {
-                error!("{}: {error}; it and the guests after it are left out", spec.name);
+                error!(
+                    "{}: {error}; it and the guests after it are left out",
+                    spec.name
+                );
                 break;
             }
         }

@@ -113,7 +113,9 @@ impl GuestConsole {
             // A gap: something before it was lost.
             return input.taken;
         };
-        let new = bytes.get(known.min(bytes.len() as u64) as usize..).unwrap_or_default();
+        let new = bytes
+            .get(known.min(bytes.len() as u64) as usize..)
+            .unwrap_or_default();
         let taken = INPUT.saturating_sub(input.waiting.len()).min(new.len());
         input.waiting.extend(new.iter().take(taken));
         input.taken += taken as u64;

@@ -12,7 +12,8 @@ pub fn read(crm: u8, op2: u8, pa_range: u64) -> u64 {
     match (crm, op2) {
         // PFR0: EL0 and EL1 in AArch64 only; FP, AdvSIMD, GIC, DIT, CSV2, CSV3.
         (4, 0) => {
-            let mut value = real() & (field(16) | field(20) | field(24) | field(48) | field(56) | field(60));
+            let mut value =
+                real() & (field(16) | field(20) | field(24) | field(48) | field(56) | field(60));
             value |= 0x11;
             value
         }
@@ -42,7 +43,11 @@ pub fn read(crm: u8, op2: u8, pa_range: u64) -> u64 {
         // MMFR0: PARange as wide as the guest's space, ASID bits, granules, mixed endianness.
         (7, 0) => {
             let value = real();
-            let granule4 = if value >> 28 & 0xf == 0xf { field(28) } else { 0 };
+            let granule4 = if value >> 28 & 0xf == 0xf {
+                field(28)
+            } else {
+                0
+            };
             let granule16 = if value >> 20 & 0xf == 0 { 0 } else { 1 << 20 };
             (value & 0xf).min(pa_range)
                 | value & (field(4) | field(8) | field(12) | field(16) | field(24))
@@ -52,7 +57,8 @@ pub fn read(crm: u8, op2: u8, pa_range: u64) -> u64 {
         // MMFR1: HAFDBS to 2, HPDS, PAN, ETS, AFP, ECBHB; no VHE, VMIDs, LORegions.
         (7, 1) => {
             let value = real();
-            (value & 0xf).min(2) | value & (field(12) | field(20) | field(36) | field(44) | field(60))
+            (value & 0xf).min(2)
+                | value & (field(12) | field(20) | field(36) | field(44) | field(60))
         }
         // MMFR2: CnP, UAO, LSM, VARange, CCIDX, ST, AT, TTL, BBM, E0PD; no NV, FWB, IDS.
         (7, 2) => {

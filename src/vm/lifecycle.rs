@@ -174,7 +174,11 @@ fn settle(vm: &'static Vm) {
     if status.wish == Wish::Nothing || status.state == VmState::Starting {
         return;
     }
-    if vm.vcpus().iter().any(|vcpu| *vcpu.run.lock() == Run::Running) {
+    if vm
+        .vcpus()
+        .iter()
+        .any(|vcpu| *vcpu.run.lock() == Run::Running)
+    {
         return;
     }
     barrier::dsb_sy();
@@ -220,12 +224,9 @@ fn settle(vm: &'static Vm) {
 
 /// Powers the machine off if that was asked for and no guest is left.
 fn look_for_the_end() {
-    let over = super::all().iter().all(|vm| {
-        matches!(
-            vm.status.lock().state,
-            VmState::Stopped | VmState::Failed
-        )
-    });
+    let over = super::all()
+        .iter()
+        .all(|vm| matches!(vm.status.lock().state, VmState::Stopped | VmState::Failed));
     if over && POWER_OFF_WHEN_IDLE.load(Relaxed) {
         power_off();
     }

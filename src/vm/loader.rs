@@ -37,9 +37,20 @@ struct Piece {
 }
 
 enum Phase {
-    Clear { slot: usize, run: usize, page: usize },
-    Map { slot: usize, page: u64 },
-    Copy { piece: usize, done: usize, crc: Crc32c },
+    Clear {
+        slot: usize,
+        run: usize,
+        page: usize,
+    },
+    Map {
+        slot: usize,
+        page: u64,
+    },
+    Copy {
+        piece: usize,
+        done: usize,
+        crc: Crc32c,
+    },
     Start,
 }
 

@@ -83,8 +83,7 @@ impl GuestMemory {
     pub fn new(vmid: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
         let (features, ipa_bits) = features();
         let vmid = Vmid::new(vmid, features.vmid).ok_or(MemoryError::NoVmid(vmid))?;
-        let stage2 =
-            Stage2::new(Hw, ipa_bits, vmid, features).map_err(MemoryError::Stage2)?;
+        let stage2 = Stage2::new(Hw, ipa_bits, vmid, features).map_err(MemoryError::Stage2)?;
         let mut memory = Self {
             stage2,
             slots: Vec::new(),
@@ -98,7 +97,13 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    fn add(&mut self, id: SlotId, base: u64, bytes: u64, access: Access) -> Result<(), MemoryError> {
+    fn add(
+        &mut self,
+        id: SlotId,
+        base: u64,
+        bytes: u64,
+        access: Access,
+    ) -> Result<(), MemoryError> {
         let block = (SMALLEST_RUN * PAGE) as u64;
         let pages = bytes.div_ceil(block) * SMALLEST_RUN as u64;
         let mut runs = Vec::new();
@@ -230,6 +235,8 @@ impl Slot {
     pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
         let after = self.runs.partition_point(|(base, _)| *base <= ipa);
         let (base, run) = self.runs.get(after.checked_sub(1)?)?;
-        run.words().get((ipa - base) as usize / 8..).filter(|words| !words.is_empty())
+        run.words()
+            .get((ipa - base) as usize / 8..)
+            .filter(|words| !words.is_empty())
     }
 }

@@ -5,7 +5,8 @@ use crate::arch::{barrier, tlb};
 use crate::memory::frames::{self, Run};
 use spin::Once;
 use tidemark_stage2::{
-    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Stage2, Support, Table, Vmid, VmidWidth,
+    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Stage2, Support, Table, Vmid,
+    VmidWidth,
 };
 
 /// The machine, as stage 2 uses it.

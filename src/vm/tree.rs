@@ -83,7 +83,10 @@ pub fn build(vm: &Vm, initrd: Option<Initrd>) -> Result<Vec<u8>, ModelError> {
     root.add_child(node(
         "psci",
         [
-            property("compatible", &["arm,psci-1.0", "arm,psci-0.2", "arm,psci"][..]),
+            property(
+                "compatible",
+                &["arm,psci-1.0", "arm,psci-0.2", "arm,psci"][..],
+            ),
             property("method", "hvc"),
         ],
     )?);
@@ -137,7 +140,10 @@ pub fn build(vm: &Vm, initrd: Option<Initrd>) -> Result<Vec<u8>, ModelError> {
         [
             property("compatible", &["arm,pl011", "arm,primecell"][..]),
             property("reg", cells([virt::UART_BASE, virt::UART_SIZE])),
-            property("interrupts", [SPI, virt::UART_INTERRUPT.intid() - 32, LEVEL_HIGH]),
+            property(
+                "interrupts",
+                [SPI, virt::UART_INTERRUPT.intid() - 32, LEVEL_HIGH],
+            ),
             property("clocks", [CLOCK_PHANDLE, CLOCK_PHANDLE]),
             property("clock-names", &["uartclk", "apb_pclk"][..]),
         ],
@@ -147,7 +153,10 @@ pub fn build(vm: &Vm, initrd: Option<Initrd>) -> Result<Vec<u8>, ModelError> {
         [
             property("compatible", &["arm,pl031", "arm,primecell"][..]),
             property("reg", cells([virt::RTC_BASE, virt::RTC_SIZE])),
-            property("interrupts", [SPI, virt::RTC_INTERRUPT.intid() - 32, LEVEL_HIGH]),
+            property(
+                "interrupts",
+                [SPI, virt::RTC_INTERRUPT.intid() - 32, LEVEL_HIGH],
+            ),
             property("clocks", CLOCK_PHANDLE),
             property("clock-names", "apb_pclk"),
         ],
@@ -170,7 +179,10 @@ fn chosen(vm: &Vm, serial: &str, initrd: Option<Initrd>) -> Result<DeviceTreeNod
 fn cpus(vm: &Vm) -> Result<DeviceTreeNode, ModelError> {
     let mut cpus = node(
         "cpus",
-        [property("#address-cells", 1u32), property("#size-cells", 0u32)],
+        [
+            property("#address-cells", 1u32),
+            property("#size-cells", 0u32),
+        ],
     )?;
     for vcpu in vm.vcpus() {
         let affinity = vcpu.index.affinity();

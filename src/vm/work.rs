@@ -265,10 +265,7 @@ pub fn abandon(vm: &Vm) -> Option<u64> {
         work.operation = None;
     }
     work.failure = None;
-    vm.memory
-        .stage2()
-        .abort_outstanding()
-        .map(|epoch| epoch.0)
+    vm.memory.stage2().abort_outstanding().map(|epoch| epoch.0)
 }
 
 /// The state of a VM's log.

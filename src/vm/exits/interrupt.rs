@@ -55,10 +55,11 @@ fn virtual_timer(intid: u32) {
         gic::deactivate(intid);
         return;
     };
-    let kick = vcpu
-        .vm
-        .vgic
-        .raise_ppi(vcpu.index, virt::VIRTUAL_TIMER, Link::Hardware(intid as u16));
+    let kick = vcpu.vm.vgic.raise_ppi(
+        vcpu.index,
+        virt::VIRTUAL_TIMER,
+        Link::Hardware(intid as u16),
+    );
     sched::kick(vcpu, kick);
     sched::wake(vcpu);
 }

@@ -5,8 +5,8 @@ use crate::arch::timer;
 use crate::sched;
 use crate::vm::vcpu::Vcpu;
 use core::sync::atomic::Ordering::Relaxed;
-use tidemark_devices::virt::PHYSICAL_TIMER;
 use tidemark_devices::vgic::Link;
+use tidemark_devices::virt::PHYSICAL_TIMER;
 
 const ENABLE: u64 = 1;
 const MASK: u64 = 2;
