@@ -319,7 +319,9 @@ impl Board {
     /// interrupt controller up.
     pub fn init(&self) -> Result<(), MapError> {
         let uart = map_registers(self.uart.registers)?;
-        console::init(pl011::Pl011::new(uart));
+        let uart = pl011::Pl011::new(uart);
+        uart.enable();
+        console::init(uart);
         let distributor = map_registers(self.distributor)?;
         let redistributors = self
             .redistributors

@@ -40,8 +40,9 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     delivery: Delivery::AtOnce,
 });
 
-/// The UART for the crash console, which takes no lock.
-static RAW: Once<Pl011> = Once::new();
+/// The UART for the crash console, which takes no lock: the early one, then the one that
+/// the devicetree names.
+static RAW: [Once<Pl011>; 2] = [const { Once::new() }; 2];
 
 impl Console {
     fn push(&mut self, byte: u8) {
@@ -82,13 +83,16 @@ impl Console {
 
 /// Gives the console its UART; bytes go out at once until [`use_interrupts`].
 pub fn init(uart: Pl011) {
-    RAW.call_once(|| uart);
+    // The first free place.
+    if let Some(place) = RAW.iter().find(|place| place.get().is_none()) {
+        place.call_once(|| uart);
+    }
     CONSOLE.lock().uart = Some(uart);
 }
 
 /// The UART, for the crash console.
 pub fn raw_uart() -> Option<Pl011> {
-    RAW.get().copied()
+    RAW.iter().rev().find_map(Once::get).copied()
 }
 
 /// From here on the UART's interrupts move the bytes.

@@ -79,10 +79,13 @@ pub fn kick_cpu(index: usize) {
     }
 }
 
-/// Calls all other CPUs.
-pub fn kick_all() {
+/// There is a job: every CPU looks, the busy ones at their next tick.
+fn call_for_work() {
     for index in 0..cpus() {
         kick_cpu(index);
+    }
+    if let Some(loaded) = current() {
+        loaded.attention.store(true, Relaxed);
     }
 }
 
@@ -154,6 +157,10 @@ pub fn sync(vcpu: &'static Vcpu) {
 
 /// The same, whether or not something is known to be new: for the maintenance interrupt.
 pub fn sync_always(vcpu: &'static Vcpu) {
+    if vcpu.is_fresh() {
+        // Reset since it was loaded: what these list registers hold is of an earlier life.
+        return;
+    }
     let kick = vcpu.vm.vgic.sync(vcpu.index, &mut LiveListRegisters);
     kick_others(vcpu, kick.without(vcpu.index));
 }

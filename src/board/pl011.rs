@@ -4,6 +4,8 @@ use crate::arch::mmio::Mmio;
 
 const DR: usize = 0x00;
 const FR: usize = 0x18;
+const LCR_H: usize = 0x2c;
+const CR: usize = 0x30;
 const IMSC: usize = 0x38;
 const ICR: usize = 0x44;
 const FR_RXFE: u32 = 1 << 4;
@@ -20,6 +22,15 @@ impl Pl011 {
     /// The UART behind a window of device registers.
     pub const fn new(registers: Mmio) -> Self {
         Self(registers)
+    }
+
+    /// Turns the FIFOs, both directions and the UART itself on. Baud rate and line format
+    /// stay the firmware's.
+    pub fn enable(&self) {
+        const FIFOS: u32 = 1 << 4;
+        const UART_TX_RX: u32 = 1 | 1 << 8 | 1 << 9;
+        self.0.write32(LCR_H, self.0.read32(LCR_H) | FIFOS);
+        self.0.write32(CR, self.0.read32(CR) | UART_TX_RX);
     }
 
     /// Sends a byte if there is room for it.

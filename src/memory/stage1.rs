@@ -56,7 +56,7 @@ struct Table([AtomicU64; 512]);
 
 const TABLES: usize = 128;
 static POOL: [Table; TABLES] = [const { Table([const { AtomicU64::new(0) }; 512]) }; TABLES];
-/// POOL[0] is the top table.
+/// The first one is the top table.
 static USED: AtomicUsize = AtomicUsize::new(1);
 
 const VALID: u64 = 1;

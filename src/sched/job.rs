@@ -38,7 +38,7 @@ static WAITING: AtomicUsize = AtomicUsize::new(0);
 pub fn submit(job: Job) {
     WAITING.fetch_add(1, Relaxed);
     JOBS.lock().push_back(job);
-    super::kick_all();
+    super::call_for_work();
 }
 
 /// Whether there are jobs.

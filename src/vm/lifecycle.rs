@@ -56,6 +56,10 @@ fn load(vm: &'static Vm) {
 
 /// The loader is through: the first vCPU runs.
 pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
+    // No vCPU's list registers reach the books from here on, and then they are clean.
+    for vcpu in vm.vcpus() {
+        vcpu.reset(entry, context);
+    }
     vm.vgic.reset();
     vm.uart.lock().reset();
     *vm.clock.lock() = tidemark_devices::pl031::Pl031::new();
@@ -70,7 +74,6 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     }
     info!("{}: running", vm.name());
     if let Some(first) = vm.vcpus().first() {
-        first.reset(entry, context);
         sched::make_ready(first, &mut first.run.lock());
     }
     channel::state_changed(vm);

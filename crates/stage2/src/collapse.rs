@@ -33,9 +33,7 @@ impl<H: Hardware> Stage2<H> {
         target: Level,
         from: u64,
     ) -> Option<u64> {
-        let Some(below) = target.below() else {
-            return None;
-        };
+        let below = target.below()?;
         let mut at = from;
         let mut batch: [Option<Candidate<'_>>; BATCH] = [const { None }; BATCH];
         let mut tables = 0;

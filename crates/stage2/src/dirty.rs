@@ -182,3 +182,15 @@ impl Iterator for Bits {
         Some(bit)
     }
 }
+
+#[cfg(test)]
+impl Dirty {
+    /// Is the page in either bitmap?
+    pub(crate) fn knows(&self, page: u64) -> bool {
+        let has = |bitmap: &[AtomicU64]| {
+            let word = bitmap.get((page / 64) as usize);
+            word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % 64) & 1 == 1)
+        };
+        has(&self.live) || has(&self.in_flight)
+    }
+}

@@ -36,8 +36,6 @@ use core::sync::atomic::{AtomicU64, Ordering};
 const BUDGET: u64 = 2048;
 /// What a split counts for.
 const SPLIT: u64 = 1024;
-/// Attempts on one leaf; see the fault path.
-const ATTEMPTS: usize = 8;
 
 /// How a harvest finds dirty level-3 leaves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -196,7 +194,7 @@ impl<H: Hardware> Stage2<H> {
             }
             (Kind::Leaf, level) => {
                 let end = (here & !(level.size() - 1)) + level.size();
-                harvest.take_live(slot, here, end, cost, |_, _| {});
+                self.take_outside_tables(harvest, slot, here, end, cost);
                 self.harvest_block(harvest, slot, &place, here, cost)?;
                 Ok(end)
             }
@@ -204,10 +202,31 @@ impl<H: Hardware> Stage2<H> {
                 // A hole may be 512 GiB wide; its live bits are taken 1 GiB at a time.
                 let size = place.level.size().min(Level::L1.size());
                 let end = ((here & !(size - 1)) + size).min(slot.end());
-                harvest.take_live(slot, here, end, cost, |_, _| {});
+                self.take_outside_tables(harvest, slot, here, end, cost);
                 Ok(end)
             }
         }
+    }
+
+    /// Takes the live bits where there was no level-3 table a moment ago. Most are writes by EL2.
+    ///
+    /// But a fault may have mapped a table since, with its page dirty and its bit set. Who takes that
+    /// bit must take the permission too, else nothing would ever note the page again.
+    fn take_outside_tables(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        here: u64,
+        end: u64,
+        cost: &mut u64,
+    ) {
+        harvest.take_live(slot, here, end, cost, |pending, page| {
+            let ipa = slot.start() + (page << PAGE_SHIFT);
+            let place = self.descend(ipa);
+            if place.level == Level::L3 {
+                protect_page(place.entry(), ipa, pending);
+            }
+        });
     }
 
     fn harvest_block(
@@ -232,6 +251,9 @@ impl<H: Hardware> Stage2<H> {
                 Err(crate::split::Unsplit::NoTables) => {}
                 Err(crate::split::Unsplit::Raced) => return Err(Stall),
             }
+        }
+        if old.is_none() && !place.pte.is_dirty() && harvest.search != Search::Convert {
+            return Ok(());
         }
         let (block, stale) = match old {
             Some(old) => old,
@@ -399,23 +421,15 @@ fn clean(place: &Place<'_>, search: Search, engine: Engine) -> Option<Pte> {
     (old.kind(place.level) == Kind::Leaf).then_some(old)
 }
 
-/// Makes one tracked leaf a clean one of `engine` and returns what it was; `None` if it is no leaf.
+/// Makes one tracked leaf a clean one of `engine` and returns what it was; `None` if it is no such
+/// leaf. Never gives up, like the change of a leaf when a log starts, and for the same reasons.
 fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
-    let mut seen = Pte(entry.load(Ordering::Relaxed));
-    for _ in 0..ATTEMPTS {
-        if seen.kind(level) != Kind::Leaf {
-            return None;
-        }
-        if !seen.is_tracked() {
-            return Some(seen);
-        }
-        let wanted = seen.with(Permission::Clean(engine));
-        match entry.compare_exchange(seen.0, wanted.0, Ordering::AcqRel, Ordering::Relaxed) {
-            Ok(_) => return Some(seen),
-            Err(now) => seen = Pte(now),
-        }
-    }
-    None
+    let old = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
+        let seen = Pte(seen);
+        let tracked = seen.kind(level) == Kind::Leaf && seen.is_tracked();
+        tracked.then(|| seen.with(Permission::Clean(engine)).0)
+    });
+    old.ok().map(Pte)
 }
 
 impl Harvest<'_> {
@@ -425,13 +439,7 @@ impl Harvest<'_> {
             Search::Live => {
                 self.take_live(slot, here, end, cost, |pending, page| {
                     let ipa = slot.start() + (page << PAGE_SHIFT);
-                    let old = Pte(place
-                        .table
-                        .entry(Level::L3.index(ipa))
-                        .fetch_and(CLEAR_WRITE, Ordering::AcqRel));
-                    if old.is_dirty() {
-                        pending.push(ipa, Level::L3);
-                    }
+                    protect_page(place.table.entry(Level::L3.index(ipa)), ipa, pending);
                 });
             }
             Search::Leaves => {
@@ -499,6 +507,18 @@ impl Harvest<'_> {
             each(pending, page);
         });
         *cost += 4 + pages / 64 + taken;
+    }
+}
+
+/// Makes the page of a live bit clean again.
+fn protect_page(entry: &AtomicU64, ipa: u64, pending: &mut Pending) {
+    // Memory nobody tracks has live bits too, from writes by EL2; its permission is not ours to take.
+    if !Pte(entry.load(Ordering::Relaxed)).is_tracked() {
+        return;
+    }
+    let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
+    if old.is_dirty() {
+        pending.push(ipa, Level::L3);
     }
 }
 

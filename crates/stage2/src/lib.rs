@@ -11,6 +11,8 @@ mod config;
 mod control;
 mod dirty;
 mod error;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 mod fault;
 mod hardware;
 mod harvest;
@@ -20,6 +22,8 @@ mod pte;
 mod slot;
 mod split;
 mod stage2;
+#[cfg(test)]
+mod tests;
 mod tlb;
 mod types;
 mod unmap;

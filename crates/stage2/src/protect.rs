@@ -24,8 +24,6 @@ const BUDGET: usize = 1024;
 const SPLIT: usize = 512;
 /// Bitmap words cleared in a step.
 const WORDS: usize = 8192;
-/// Attempts on one leaf; see the fault path.
-const ATTEMPTS: usize = 8;
 
 impl<H: Hardware> Stage2<H> {
     /// Returns the engine this machine does best with.
@@ -335,18 +333,17 @@ fn release(entry: &AtomicU64, level: Level) {
     });
 }
 
+/// Changes a leaf to what `wanted` says, if anything.
+///
+/// Never gives up: a leaf left as it was would be a hole in the log. It ends because a leaf moves at
+/// most once beneath us, WC to WD, before it can only be moved by whoever holds the control mutex.
 fn change(entry: &AtomicU64, level: Level, wanted: impl Fn(Pte) -> Option<Pte>) {
-    let mut seen = Pte(entry.load(Ordering::Relaxed));
-    for _ in 0..ATTEMPTS {
-        if seen.kind(level) != Kind::Leaf {
-            return;
-        }
-        let Some(wanted) = wanted(seen) else { return };
-        match entry.compare_exchange(seen.0, wanted.0, Ordering::AcqRel, Ordering::Relaxed) {
-            Ok(_) => return,
-            Err(now) => seen = Pte(now),
-        }
-    }
+    // An error means there was nothing to change.
+    let _ = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
+        let seen = Pte(seen);
+        let leaf = seen.kind(level) == Kind::Leaf;
+        leaf.then(|| wanted(seen)).flatten().map(|wanted| wanted.0)
+    });
 }
 
 /// Calls `clear(slot, first word, words)` for a bounded part of all bitmaps, from address `from` on.

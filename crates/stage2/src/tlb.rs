@@ -78,7 +78,7 @@ pub(crate) enum Piece {
 }
 
 /// The most pages one pass over the four scales can cover.
-pub(crate) const RANGE_LIMIT: u64 = (1 << 21) - 1;
+const RANGE_LIMIT: u64 = (1 << 21) - 1;
 
 impl Pieces {
     pub(crate) fn new(start: Ipa, pages: u64, level: Option<Level>) -> Self {
@@ -152,6 +152,8 @@ impl Pending {
     const RUNS: usize = 16;
     /// Above this many leaves one VMALLS12E1IS is cheaper than as many broadcasts.
     const LEAVES: u64 = 64;
+    /// Above this many pages (128 MiB) in one run, likewise.
+    const PAGES: u64 = 1 << 15;
 
     pub(crate) const fn new() -> Self {
         let none = Run {
@@ -180,6 +182,9 @@ impl Pending {
             && last.start + last.leaves * level.size() == ipa
         {
             last.leaves += 1;
+            if last.leaves * level.pages() > Self::PAGES {
+                self.everything = Everything::Yes;
+            }
             return;
         }
         match self.runs.get_mut(self.len) {
@@ -267,7 +272,7 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
         let hint = self.hint(run.level);
         let pages = run.leaves * run.level.pages();
         // One operation drops a whole leaf, so a range pays only from two leaves on.
-        if ranges && run.leaves > 1 && pages <= RANGE_LIMIT {
+        if ranges && run.leaves > 1 {
             for piece in Pieces::new(Ipa::new(run.start), pages, hint) {
                 match piece {
                     Piece::Single(ipa) => self.hw.tlbi_ipas2e1is(IpaOperand::new(ipa, hint)),

@@ -366,3 +366,28 @@ fn an_edge_made_level_while_active_comes_again_at_its_end() {
     board.sync(0);
     assert_eq!(board.cpu(0).state(40), P);
 }
+
+#[test]
+fn of_two_writes_before_a_sync_the_later_counts() {
+    let mut board = Board::new(1);
+    board.edge(0, 40);
+    board.enable(0, 40);
+    board.line(40, Level::High);
+    board.cpu(0).acknowledge();
+    board.sync(0);
+    let mut write_both = |first: u64, second: u64| {
+        for base in [first, second] {
+            let frame = Frame::Distributor;
+            let _ = board
+                .vgic
+                .mmio_write(V0, frame, base + 4u64, AccessSize::Word, 1 << 8);
+        }
+        board.sync(0);
+        board.cpus[0].state(40)
+    };
+    assert_eq!(write_both(0x380, 0x300), A, "inactive, then active");
+    assert_eq!(write_both(0x200, 0x280), A, "pending, then not");
+    assert_eq!(write_both(0x280, 0x200), PA, "not pending, then pending");
+    assert_eq!(write_both(0x300, 0x380), P, "active, then inactive");
+    assert_eq!(write_both(0x180, 0x100), P, "disabled, then enabled");
+}

@@ -273,6 +273,32 @@ fn bit_registers_take_words_only() {
 }
 
 #[test]
+fn misaligned_accesses_are_ignored() {
+    let board = Board::new(1);
+    for (offset, size) in [
+        (0x1, WORD),
+        (0x2, WORD),
+        (0x6144, AccessSize::Double),
+        (0x429, WORD),
+        (0x5, AccessSize::Half),
+    ] {
+        assert_eq!(
+            board.vgic.mmio_read(V0, Frame::Distributor, offset, size),
+            0,
+            "{offset:#x}"
+        );
+        let kick = board
+            .vgic
+            .mmio_write(V0, Frame::Distributor, offset, size, u64::MAX);
+        assert!(kick.is_none(), "{offset:#x}");
+    }
+    let typer = board
+        .vgic
+        .mmio_read(V0, Frame::Redistributor(V0), 0xc, AccessSize::Double);
+    assert_eq!(typer, 0);
+}
+
+#[test]
 fn reset_forgets_all_but_lines() {
     let mut board = Board::new(2);
     let fresh = Vgic::new(2).save();

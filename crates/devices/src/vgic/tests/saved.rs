@@ -57,6 +57,23 @@ fn a_restored_controller_goes_on_where_the_saved_one_was() {
 }
 
 #[test]
+fn what_is_still_listed_is_saved_as_the_last_sync_saw_it() {
+    let mut board = Board::new(1);
+    board.edge(0, 40);
+    board.enable(0, 40);
+    board.line(40, Level::High);
+    assert_eq!(board.cpu(0).state(40), 1);
+    assert_eq!(board.vgic.save().shared[0].pending, 1 << 8);
+    board.cpu(0).acknowledge();
+    board.sync(0);
+    let state = board.vgic.save();
+    assert_eq!(
+        (state.shared[0].pending, state.shared[0].active),
+        (0, 1 << 8)
+    );
+}
+
+#[test]
 fn a_mailed_sgi_is_saved() {
     let board = Board::new(2);
     let _ = board.vgic.sgi(V0, 3 << 24 | 0b10, SgiRegister::Group1);
