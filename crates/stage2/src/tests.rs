@@ -1,0 +1,11 @@
+//! Tests on the build machine. Names begin with the invariant they check, where there is one.
+
+mod descriptors;
+mod epochs;
+mod invariants;
+mod model;
+mod review2014;
+mod sequences;
+mod slots;
+mod stress;
+mod world;
