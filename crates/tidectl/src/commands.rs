@@ -53,7 +53,7 @@ pub struct Global {
     /// Where the target is: unix:PATH, tcp:HOST:PORT or a serial device (/dev/ttyUSB0@115200).
     #[arg(long, global = true, env = "TIDECTL_PORT", value_name = "PORT")]
     pub port: Option<Port>,
-    /// Print data as JSON ("schema": 1).
+    /// Print data, and failures, as JSON ("schema": 1); not in `monitor` and `shell`.
     #[arg(long, global = true)]
     pub json: bool,
     /// Say nothing but errors.
@@ -203,7 +203,8 @@ pub struct Context {
 impl Context {
     /// Reads it off the command line; `interrupt` is set by Ctrl-C.
     #[must_use]
-    pub fn new(global: &Global, interrupt: Arc<AtomicBool>) -> Self {
+    pub fn new(cli: &Cli, interrupt: Arc<AtomicBool>) -> Self {
+        let global = &cli.global;
         let chatter = if global.quiet {
             Chatter::Quiet
         } else {
@@ -214,7 +215,7 @@ impl Context {
             port,
             timeout,
             interrupt,
-            ui: Ui::new(format(global), chatter),
+            ui: Ui::new(format(cli), chatter),
         }
     }
 
@@ -240,13 +241,14 @@ impl Context {
     }
 }
 
-/// How the command line wants data printed.
+/// How data, and a failure, are printed. A console's data is what the guest prints, so no
+/// object may be mixed with it.
 #[must_use]
-pub fn format(global: &Global) -> Format {
-    if global.json {
-        Format::Json
-    } else {
-        Format::Human
+pub fn format(cli: &Cli) -> Format {
+    match cli.command {
+        Command::Monitor(_) | Command::Shell(_) => Format::Human,
+        _ if cli.global.json => Format::Json,
+        _ => Format::Human,
     }
 }
 
@@ -255,7 +257,7 @@ pub fn format(global: &Global) -> Format {
 /// # Errors
 /// Whatever fails.
 pub fn run(cli: &Cli, interrupt: Arc<AtomicBool>) -> Result<()> {
-    let mut context = Context::new(&cli.global, interrupt);
+    let mut context = Context::new(cli, interrupt);
     let context = &mut context;
     match &cli.command {
         Command::List => inspect::list(context),

@@ -237,7 +237,9 @@ impl Error {
             }
             Self::NoSuchVm { known, .. } => format!("there is: {}", known.join(", ")),
             Self::VmGone { .. } => "`tidectl reset` starts it again".into(),
-            Self::TooSlow { .. } => "--timeout gives it longer".into(),
+            Self::TooSlow { .. } => {
+                "--timeout, or --deadline where there is one, gives it longer".into()
+            }
             Self::Mismatch(_) => {
                 "the copy must not be used; this is a bug, please report it".into()
             }

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     match commands::run(&cli, interrupt) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error, commands::format(&cli.global));
+            report(&error, commands::format(&cli));
             ExitCode::from(error.exit_code())
         }
     }

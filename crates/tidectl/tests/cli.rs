@@ -1,0 +1,679 @@
+//! The binary: what it prints where, and with which exit code it ends.
+
+#[path = "support/fake.rs"]
+mod fake;
+
+use fake::{Faults, Slot, Target, Vm, listen, lock, temp_dir};
+use serde_json::Value;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tidemark_wire::bundle::Bundle;
+use tidemark_wire::message::{Engine, Granularity, Logging, SlotAccess, VmState};
+
+struct Stage {
+    target: Arc<Mutex<Target>>,
+    dir: PathBuf,
+    port: String,
+}
+
+impl Stage {
+    fn new(name: &str) -> Self {
+        Self::with_faults(name, Faults::default())
+    }
+
+    fn with_faults(name: &str, faults: Faults) -> Self {
+        let slots = vec![
+            Slot::new(0, 0x4000_0000, 130, SlotAccess::ReadWrite),
+            Slot::new(3, 0x8000_0000, 70, SlotAccess::ReadWrite),
+        ];
+        let mut vm = Vm::new("debian", slots);
+        vm.writes = 1;
+        let target = Target::new(vec![vm]);
+        let dir = temp_dir(name);
+        let port = format!("unix:{}", listen(&target, &dir, faults).display());
+        Self { target, dir, port }
+    }
+
+    fn logging(self) -> Self {
+        let log = Logging {
+            engine: Engine::Dbm,
+            granularity: Granularity::Page,
+        };
+        lock(&self.target).vms[0].logging = Some(log);
+        self
+    }
+
+    fn paused(self) -> Self {
+        lock(&self.target).vms[0].state = VmState::Paused;
+        self
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = bare(args);
+        command
+            .env("TIDECTL_PORT", &self.port)
+            .current_dir(&self.dir);
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args)
+            .stdin(Stdio::null())
+            .output()
+            .expect("tidectl runs")
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
+        text(&output.stdout)
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let value: Value = serde_json::from_str(&self.ok(args)).expect("JSON");
+        assert_eq!(value["schema"], 1);
+        value
+    }
+
+    /// Runs something that fails; returns its exit code, error code and words.
+    fn fails(&self, args: &[&str]) -> (i32, String, String) {
+        let mut with_json = vec!["--json"];
+        with_json.extend(args);
+        failed(self.run(&with_json))
+    }
+}
+
+fn bare(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidectl"));
+    command.args(args).env_remove("TIDECTL_PORT");
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+fn failed(output: Output) -> (i32, String, String) {
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    let last = out.lines().last().unwrap_or_default();
+    let value: Value = serde_json::from_str(last).unwrap_or_else(|_| panic!("JSON: {out:?} {err}"));
+    let code = output.status.code().expect("no signal");
+    assert_eq!(value["error"]["exit_code"], code);
+    assert!(err.starts_with("tidectl: "), "{err}");
+    (
+        code,
+        value["error"]["code"].as_str().expect("a code").into(),
+        err,
+    )
+}
+
+fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+    let path = dir.join(name);
+    fs::write(&path, content).expect("a temporary file");
+    path
+}
+
+fn type_into(mut command: Command, input: &str) -> Output {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("tidectl runs");
+    child
+        .stdin
+        .take()
+        .expect("piped")
+        .write_all(input.as_bytes())
+        .expect("it reads");
+    finish(child)
+}
+
+fn finish(child: Child) -> Output {
+    child.wait_with_output().expect("it ends")
+}
+
+#[test]
+fn list_and_info() {
+    let stage = Stage::new("list");
+    let list = stage.ok(&["list"]);
+    assert!(
+        list.contains("debian") && list.contains("running"),
+        "{list}"
+    );
+    let list = stage.json(&["list", "--json"]);
+    assert_eq!(list["vms"][0]["name"], "debian");
+    assert_eq!(list["vms"][0]["memory_bytes"], 200 * 4096);
+    let info = stage.ok(&["info", "0"]);
+    assert!(info.contains("slot 3: 0x80000000..0x80046000"), "{info}");
+    let info = stage.json(&["--json", "info", "debian"]);
+    assert_eq!(info["slots"][1]["pages"], 70);
+    assert_eq!(info["mappings"]["blocks_2m"], 8);
+}
+
+#[test]
+fn exit_codes_tell_failures_apart() {
+    let stage = Stage::new("codes");
+    let (code, name, words) = stage.fails(&["info", "nobody"]);
+    assert_eq!((code, name.as_str()), (5, "no-such-vm"));
+    assert!(words.contains("there is: debian"), "{words}");
+    let (code, name, _) = stage.fails(&["hash", "debian"]);
+    assert_eq!((code, name.as_str()), (5, "not-paused"));
+    let (code, name, words) = stage.fails(&["dirty", "get", "debian"]);
+    assert_eq!((code, name.as_str()), (2, "usage"), "{words}");
+    let (code, name, words) = stage.fails(&["dirty", "get", "debian", "-o", "x"]);
+    assert_eq!((code, name.as_str()), (5, "not-logging"));
+    assert!(words.contains("dirty start"), "{words}");
+
+    lock(&stage.target).protocol = 9;
+    let (code, name, words) = stage.fails(&["list"]);
+    assert_eq!((code, name.as_str()), (4, "version-mismatch"));
+    assert!(
+        words.contains("hint: use the tidectl that was built with the image"),
+        "{words}"
+    );
+
+    lock(&stage.target).mute = true;
+    let (code, name, words) = stage.fails(&["list", "--timeout", "200ms"]);
+    assert_eq!((code, name.as_str()), (3, "no-answer"));
+    assert!(words.contains("another program attached"), "{words}");
+}
+
+#[test]
+fn ports_that_are_not_there() {
+    let (code, name, words) = failed(bare(&["--json", "list"]).output().expect("it runs"));
+    assert_eq!((code, name.as_str()), (2, "usage"));
+    assert!(words.contains("--port"), "{words}");
+    for port in [
+        "unix:/nonexistent/socket",
+        "tcp:127.0.0.1:1",
+        "/dev/nonexistent",
+    ] {
+        let output = bare(&["--json", "--port", port, "list"])
+            .output()
+            .expect("it runs");
+        let (code, name, words) = failed(output);
+        assert_eq!((code, name.as_str()), (3, "cannot-open-port"), "{port}");
+        assert!(words.contains(port), "{words}");
+    }
+    let output = bare(&["--port", "tcp:nowhere", "list"])
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn lifecycle() {
+    let stage = Stage::new("life");
+    assert_eq!(stage.ok(&["pause", "debian"]), "debian: paused\n");
+    let hashes = stage.json(&["hash", "debian", "--json"]);
+    assert_eq!(hashes["slots"].as_array().expect("a list").len(), 2);
+    let one = stage.ok(&["hash", "debian", "--slot", "3"]);
+    let hash = hashes["slots"][1]["sha256"].as_str().expect("a hash");
+    assert_eq!(one, format!("{hash}  slot-3\n"));
+    assert_eq!(
+        stage.json(&["--json", "resume", "0"])["vm"]["state"],
+        "running"
+    );
+    assert_eq!(stage.ok(&["reset", "debian"]), "debian: running\n");
+    assert_eq!(stage.ok(&["stop", "debian"]), "debian: stopped\n");
+    assert_eq!(stage.ok(&["power-off"]), "powered off\n");
+}
+
+#[test]
+fn dirty_start_status_stop() {
+    let stage = Stage::new("dirty");
+    let status = stage.json(&["--json", "dirty", "status", "debian"]);
+    assert_eq!(status["logging"], Value::Null);
+    let args = ["--json", "dirty", "start", "debian", "--engine", "wp"];
+    let status = stage.json(&args);
+    assert_eq!(status["logging"]["engine"], "wp");
+    assert_eq!(status["logging"]["granularity"], "page");
+    stage.json(&args);
+    let other = ["dirty", "start", "debian", "--engine", "dbm"];
+    assert_eq!(stage.fails(&other).1, "already-logging");
+    assert!(
+        stage
+            .ok(&["dirty", "status", "debian"])
+            .contains("engine wp")
+    );
+    assert!(
+        stage
+            .ok(&["dirty", "stop", "debian"])
+            .contains("dirty log off")
+    );
+    stage.ok(&["dirty", "stop", "debian"]);
+}
+
+#[test]
+fn dirty_get_writes_what_kvm_would() {
+    let stage = Stage::new("get").logging().paused();
+    {
+        let mut state = lock(&stage.target);
+        for (slot, page) in [(0, 0), (0, 129), (1, 69)] {
+            state.vms[0].write(slot, page, 1);
+        }
+    }
+    let said = stage.json(&[
+        "--json",
+        "dirty",
+        "get",
+        "debian",
+        "-o",
+        "b",
+        "--heatmap",
+        "b.png",
+    ]);
+    assert_eq!(said["dirty_pages"], 3);
+    assert_eq!(said["committed"], true);
+    let raw = fs::read(stage.dir.join("b")).expect("a bitmap");
+    let mut wanted = vec![0; 5 * 8];
+    wanted[0] = 1;
+    wanted[2 * 8] = 2;
+    wanted[4 * 8] = 1 << 5;
+    assert_eq!(raw, wanted);
+    let sidecar = fs::read(stage.dir.join("b.json")).expect("a sidecar");
+    let sidecar: Value = serde_json::from_slice(&sidecar).expect("JSON");
+    assert_eq!(sidecar["schema"], 1);
+    assert_eq!(sidecar["vm"]["name"], "debian");
+    assert_eq!(sidecar["granule_shift"], 12);
+    assert_eq!(sidecar["slots"][1]["id"], 3);
+    assert_eq!(sidecar["slots"][1]["base_ipa"], 0x8000_0000_u64);
+    assert_eq!(sidecar["slots"][1]["offset_bytes"], 24);
+    assert_eq!(sidecar["engine"], "dbm");
+    assert!(
+        fs::read(stage.dir.join("b.png"))
+            .expect("a picture")
+            .starts_with(b"\x89PNG")
+    );
+    assert!(!stage.dir.join("b.part").exists());
+    let again = stage.json(&["--json", "dirty", "get", "debian", "-o", "b"]);
+    assert_eq!(again["dirty_pages"], 0, "it was committed");
+}
+
+#[test]
+fn dirty_get_prints_ranges_and_can_peek() {
+    let stage = Stage::new("peek").logging().paused();
+    (5..9).for_each(|page| lock(&stage.target).vms[0].write(0, page, 1));
+    for _ in 0..2 {
+        let got = stage.json(&["dirty", "get", "debian", "--format", "json", "--peek"]);
+        assert_eq!(got["slots"][0]["ranges"][0]["ipa"], 0x4000_5000);
+        assert_eq!(got["slots"][0]["ranges"][0]["pages"], 4);
+    }
+    stage.ok(&["dirty", "get", "debian", "--format", "json", "-o", "r.json"]);
+    let file: Value =
+        serde_json::from_slice(&fs::read(stage.dir.join("r.json")).expect("a file")).expect("JSON");
+    assert_eq!(file["dirty_pages"], 4);
+    let got = stage.json(&["dirty", "get", "debian", "--format", "json"]);
+    assert_eq!(got["dirty_pages"], 0);
+}
+
+#[test]
+fn dirty_get_that_cannot_write_loses_nothing() {
+    let stage = Stage::new("full").logging().paused();
+    (0..7).for_each(|page| lock(&stage.target).vms[0].write(0, page, 1));
+    let (code, name, words) = stage.fails(&["dirty", "get", "debian", "-o", "missing/dir/b"]);
+    assert_eq!((code, name.as_str()), (1, "file"));
+    assert!(words.contains("missing/dir/b"), "{words}");
+    // A device that is always full, as standard output.
+    let full = fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .expect("a full device");
+    let output = stage
+        .command(&["dirty", "get", "debian", "--format", "json"])
+        .stdout(full)
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let got = stage.json(&["dirty", "get", "debian", "--format", "json"]);
+    assert_eq!(got["dirty_pages"], 7);
+}
+
+#[test]
+fn dirty_get_on_a_line_that_closes_loses_nothing() {
+    let faults = Faults {
+        vanish_after: Some(7),
+        ..Faults::default()
+    };
+    let stage = Stage::with_faults("gone", faults).logging().paused();
+    (0..7).for_each(|page| lock(&stage.target).vms[0].write(0, page, 1));
+    let (code, name, words) = stage.fails(&["dirty", "get", "debian", "-o", "b"]);
+    assert_eq!((code, name.as_str()), (3, "line-closed"), "{words}");
+    assert!(words.contains("nothing is lost"), "{words}");
+    assert!(!stage.dir.join("b").exists());
+    let port = listen(&stage.target, &temp_dir("gone2"), Faults::default());
+    let mut command = stage.command(&["dirty", "get", "debian", "--format", "json"]);
+    let output = command
+        .env("TIDECTL_PORT", format!("unix:{}", port.display()))
+        .output();
+    let output = output.expect("it runs");
+    let got: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(got["dirty_pages"], 7);
+}
+
+#[test]
+fn ctrl_c_gives_the_epoch_back() {
+    let stage = Stage::new("sigint").logging().paused();
+    (0..7).for_each(|page| lock(&stage.target).vms[0].write(0, page, 1));
+    // Slow enough to be caught in the middle.
+    lock(&stage.target).vms[0].slowness = u64::MAX - 1;
+    let child = stage
+        .command(&["--json", "dirty", "get", "debian", "-o", "b"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let begun = Instant::now();
+    while lock(&stage.target).vms[0].outstanding.is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = child.id().to_string();
+    let kill = Command::new("kill")
+        .args(["-INT", &pid])
+        .status()
+        .expect("kill runs");
+    assert!(kill.success());
+    let (code, name, _) = failed(finish(child));
+    assert_eq!((code, name.as_str()), (130, "interrupted"));
+    let state = lock(&stage.target);
+    assert_eq!(state.vms[0].outstanding, None);
+    assert_eq!(state.vms[0].dirty(), 7);
+}
+
+#[test]
+fn dirty_rate_counts_and_leaves_no_log_behind() {
+    let stage = Stage::new("rate");
+    lock(&stage.target).vms[0].writes = 20;
+    let out = stage.ok(&["--json", "dirty", "rate", "debian", "30ms", "3"]);
+    let samples: Vec<Value> = out
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    assert_eq!(samples.len(), 3);
+    for (n, sample) in samples.iter().enumerate() {
+        assert_eq!(sample["n"], n + 1);
+        assert!(
+            sample["unique_pages"].as_u64().expect("a number") > 0,
+            "{sample}"
+        );
+        assert!(
+            sample["interval_seconds"].as_f64().expect("a number") >= 0.03,
+            "{sample}"
+        );
+        assert_eq!(sample["granule_bytes"], 4096);
+    }
+    assert_eq!(lock(&stage.target).vms[0].logging, None);
+    assert_eq!(
+        stage
+            .ok(&["dirty", "rate", "debian", "10ms", "2", "-T"])
+            .lines()
+            .count(),
+        3
+    );
+}
+
+#[test]
+fn dirty_rate_does_not_take_from_somebody_elses_log() {
+    let stage = Stage::new("rate2").logging();
+    let (code, _, words) = stage.fails(&["dirty", "rate", "debian", "10ms", "1"]);
+    assert_eq!(code, 2);
+    assert!(words.contains("--discard"), "{words}");
+    stage.ok(&["dirty", "rate", "debian", "10ms", "1", "--discard"]);
+    assert!(lock(&stage.target).vms[0].logging.is_some(), "it goes on");
+}
+
+#[test]
+fn dirty_copy_is_exact_and_says_so() {
+    let stage = Stage::new("copy");
+    let args = [
+        "--json",
+        "dirty",
+        "copy",
+        "debian",
+        "--image-dir",
+        "c",
+        "--heatmap",
+        "c.png",
+    ];
+    let report = stage.json(&args);
+    assert_eq!(report["verified"], true);
+    assert_eq!(report["rounds"][0]["phase"], "whole");
+    assert_eq!(report["rounds"][0]["pages"], 200);
+    let last = report["rounds"]
+        .as_array()
+        .expect("a list")
+        .last()
+        .expect("rounds");
+    assert_eq!(last["phase"], "last");
+    let hash = report["slots"][1]["sha256"].as_str().expect("a hash");
+    let sum = Command::new("sha256sum")
+        .arg(stage.dir.join("c/slot-3.bin"))
+        .output();
+    assert!(text(&sum.expect("sha256sum runs").stdout).starts_with(hash));
+    assert!(stage.dir.join("c.png").exists());
+    let said = stage.ok(&[
+        "dirty",
+        "copy",
+        "debian",
+        "--image-dir",
+        "c",
+        "--rounds",
+        "1",
+    ]);
+    assert!(said.contains("exact after 3 rounds"), "{said}");
+}
+
+#[test]
+fn dirty_copy_that_is_wrong_exits_with_seven() {
+    let stage = Stage::new("wrong");
+    {
+        let mut state = lock(&stage.target);
+        state.vms[0].misses_every = Some(3);
+        state.vms[0].writes = 5;
+    }
+    let (code, name, words) = stage.fails(&["dirty", "copy", "debian", "--image-dir", "c"]);
+    assert_eq!((code, name.as_str()), (7, "mismatch"));
+    assert!(words.contains("pages that differ"), "{words}");
+}
+
+#[test]
+fn monitor_types_what_is_piped_and_prints_what_comes() {
+    let stage = Stage::new("monitor");
+    lock(&stage.target).vms[0].print(b"long ago\n");
+    let output = type_into(stage.command(&["monitor"]), "uname -a\nexit\n");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(text(&output.stdout), "uname -a\nexit\n", "the guest echoes");
+    assert_eq!(lock(&stage.target).vms[0].typed, b"uname -a\nexit\n");
+    let output = type_into(stage.command(&["monitor", "debian", "--history"]), "");
+    assert_eq!(text(&output.stdout), "long ago\nuname -a\nexit\n");
+}
+
+#[test]
+fn monitor_waits_for_a_text_or_a_deadline() {
+    let stage = Stage::new("until");
+    let begun = Instant::now();
+    let output = type_into(
+        stage.command(&["monitor", "--until", "login:"]),
+        "the login: is\n",
+    );
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    let never = [
+        "--json",
+        "monitor",
+        "debian",
+        "--until",
+        "never",
+        "--deadline",
+        "300ms",
+    ];
+    let output = type_into(stage.command(&never), "x");
+    assert_eq!(output.status.code(), Some(6), "{output:?}");
+    assert_eq!(text(&output.stdout), "x", "only what the guest printed");
+    assert!(text(&output.stderr).contains("not done within 300 ms"));
+}
+
+#[test]
+fn monitor_needs_a_name_when_there_are_several() {
+    let stage = Stage::new("several");
+    lock(&stage.target).vms.push(Vm::new("other", vec![]));
+    let output = stage.run(&["monitor"]);
+    assert_eq!(output.status.code(), Some(5));
+    let words = text(&output.stderr);
+    assert!(words.contains("debian, other"), "{words}");
+}
+
+#[test]
+fn shell_is_a_plain_terminal() {
+    let stage = Stage::new("shell");
+    let output = type_into(
+        stage.command(&["shell", "--linger", "300ms"]),
+        "help\nnonsense\n",
+    );
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(
+        text(&output.stdout),
+        "commands: help, list\r\n> nonsense?\r\n> "
+    );
+    let state = lock(&stage.target);
+    assert!(
+        state.requests.is_empty() && state.session.is_none(),
+        "no frame was sent"
+    );
+}
+
+#[test]
+fn bundle_packs_and_explains() {
+    let dir = temp_dir("bundle");
+    write(&dir, "Image", [7; 5000]);
+    write(&dir, "initrd", [8; 10]);
+    write(&dir, "u-boot.bin", [9; 10]);
+    write(&dir, "empty", "");
+    let good = "[machine]\nwhen_all_stopped = \"power-off\"\n\
+                [[vm]]\nname = \"debian\"\nvcpus = 2\nmemory = \"512MiB\"\n\
+                kernel = \"Image\"\ninitrd = \"initrd\"\ncmdline = \"quiet\"\n\
+                [[vm]]\nname = \"fw\"\nmemory = \"64MiB\"\nfirmware = \"u-boot.bin\"\n\
+                autostart = false\n";
+    let pack = |toml: &str| {
+        let path = write(&dir, "vms.toml", toml);
+        // From another directory: paths are relative to the description.
+        bare(&["--json", "bundle", path.to_str().expect("UTF-8"), "-o"])
+            .arg(dir.join("out.bundle"))
+            .output()
+            .expect("it runs")
+    };
+    let output = pack(good);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let value: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(value["vms"][1]["name"], "fw");
+    let bytes = fs::read(dir.join("out.bundle")).expect("a bundle");
+    let bundle = Bundle::parse(&bytes).expect("a good bundle");
+    assert_eq!(bundle.manifest().vms[0].memory_bytes, 512 << 20);
+    assert!(!bundle.manifest().vms[1].autostart);
+
+    let vm = "[[vm]]\nname = \"a\"\nmemory = \"64MiB\"\n";
+    let kernel = "kernel = \"Image\"\n";
+    for (toml, wanted) in [
+        (String::new(), "no [[vm]]"),
+        (
+            format!("{vm}{kernel}{vm}{kernel}"),
+            "two VMs are named \"a\"",
+        ),
+        (vm.to_string(), "give kernel = \"...\" or firmware"),
+        (
+            format!("{vm}{kernel}firmware = \"u-boot.bin\"\n"),
+            "not both",
+        ),
+        (
+            format!("{vm}firmware = \"u-boot.bin\"\ncmdline = \"x\"\n"),
+            "belong to a kernel",
+        ),
+        (
+            format!("{vm}kernel = \"missing\"\n"),
+            "missing: No such file",
+        ),
+        (format!("{vm}kernel = \"empty\"\n"), "the file is empty"),
+        (format!("{vm}{kernel}vcpus = 17\n"), "17 vCPUs; 1 to 16"),
+        (format!("{vm}{kernel}vcpu = 2\n"), "unknown field `vcpu`"),
+        (
+            format!("[[vm]]\nname = \"a\"\nmemory = \"64MB\"\n{kernel}"),
+            "is not a size",
+        ),
+        (
+            format!("[[vm]]\nname = \"a\"\nmemory = \"3MiB\"\n{kernel}"),
+            "multiple of 2 MiB",
+        ),
+        (
+            format!("[[vm]]\nname = \"7\"\nmemory = \"2MiB\"\n{kernel}"),
+            "not digits alone",
+        ),
+        (
+            format!("[[vm]]\nmemory = \"2MiB\"\n{kernel}"),
+            "missing field `name`",
+        ),
+        ("[[vm]\n".into(), "TOML parse error"),
+        (
+            "[machine]\nwhen_all_stopped = \"explode\"\n".into(),
+            "unknown variant",
+        ),
+    ] {
+        let (code, _, words) = failed(pack(&toml));
+        assert_eq!(code, 1, "{toml}: {words}");
+        assert!(words.contains(wanted), "{toml}: {words}");
+        assert_eq!(
+            fs::read(dir.join("out.bundle")).expect("the old one"),
+            bytes,
+            "untouched"
+        );
+    }
+}
+
+#[test]
+fn completions_and_help() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = bare(&["completions", shell]).output().expect("it runs");
+        assert!(text(&output.stdout).contains("power-off"), "{shell}");
+    }
+    for command in [
+        &["list"][..],
+        &["info"],
+        &["monitor"],
+        &["pause"],
+        &["resume"],
+        &["reset"],
+        &["stop"],
+        &["power-off"],
+        &["hash"],
+        &["dirty", "start"],
+        &["dirty", "stop"],
+        &["dirty", "status"],
+        &["dirty", "get"],
+        &["dirty", "rate"],
+        &["dirty", "copy"],
+        &["shell"],
+        &["bundle"],
+        &["completions"],
+    ] {
+        let output = bare(command).arg("--help").output().expect("it runs");
+        assert!(
+            text(&output.stdout).contains("Example"),
+            "{command:?} has no example"
+        );
+    }
+}
+
+#[test]
+fn quiet_is_quiet() {
+    let stage = Stage::new("quiet");
+    let output = stage.run(&["-q", "dirty", "copy", "debian", "--image-dir", "c"]);
+    assert_eq!(
+        (output.status.code(), text(&output.stderr).as_str()),
+        (Some(0), "")
+    );
+}
