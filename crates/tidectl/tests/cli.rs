@@ -529,6 +529,64 @@ fn monitor_needs_a_name_when_there_are_several() {
     assert!(words.contains("debian, other"), "{words}");
 }
 
+/// A terminal pair: the tool's side and the person's.
+fn terminal() -> (fs::File, fs::File) {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
+    grantpt(&person).expect("a terminal");
+    unlockpt(&person).expect("a terminal");
+    let name = ptsname(&person, Vec::new()).expect("its name");
+    let path = name.to_str().expect("UTF-8");
+    let tool = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("a terminal");
+    (tool, person.into())
+}
+
+fn is_raw(terminal: &fs::File) -> bool {
+    let modes = rustix::termios::tcgetattr(terminal).expect("a terminal");
+    !modes
+        .local_modes
+        .contains(rustix::termios::LocalModes::ICANON)
+}
+
+#[test]
+fn consoles_on_a_terminal_are_raw_until_they_are_left() {
+    let stage = Stage::new("raw");
+    for command in ["monitor", "shell"] {
+        let (tool, mut person) = terminal();
+        assert!(!is_raw(&tool));
+        let child = stage
+            .command(&[command])
+            .stdin(tool.try_clone().expect("a handle"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it runs");
+        let begun = Instant::now();
+        while !is_raw(&tool) {
+            assert!(begun.elapsed() < Duration::from_secs(10));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Ctrl-C is a key like any other.
+        person.write_all(b"he\x03lp\r").expect("a terminal");
+        std::thread::sleep(Duration::from_millis(300));
+        person.write_all(&[0x1D]).expect("a terminal");
+        let output = finish(child);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let out = text(&output.stdout);
+        let wanted = if command == "monitor" {
+            "he\x03lp\r"
+        } else {
+            "he\x03lp?"
+        };
+        assert!(out.contains(wanted), "{command}: {out:?}");
+        assert!(!is_raw(&tool), "{command} puts the terminal back");
+    }
+}
+
 #[test]
 fn shell_is_a_plain_terminal() {
     let stage = Stage::new("shell");

@@ -181,7 +181,7 @@ fn copy_is_exact_on_bad_lines() {
 fn copy_is_exact_with_small_frames_and_one_in_flight() {
     let target = Target::new(vec![small()]);
     let options = Options {
-        max_payload: 512,
+        max_payload: 1024,
         window: 1,
         ..options()
     };
@@ -325,7 +325,7 @@ fn nothing_is_lost_when_the_target_vanishes_at_any_moment() {
         }
         let before = lock(&target).vms[0].dirty();
         let options = Options {
-            max_payload: 512,
+            max_payload: 1024,
             ..options()
         };
         let faults = Faults {

@@ -23,7 +23,7 @@ mod manifest;
 
 pub use build::{BootFiles, Builder, VmDraft};
 pub use manifest::{
-    Blob, Boot, MachineOptions, Manifest, NAME_MAX, VCPUS_MAX, VmSpec, WhenAllStopped,
+    Blob, Boot, MachineOptions, Manifest, NAME_MAX, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,
 };
 
 use crate::checksum::crc32c;
@@ -69,7 +69,7 @@ pub enum BundleError {
     Manifest,
     /// No VM at all.
     NoVms,
-    /// More VMs than ids.
+    /// More VMs than a list of them can show.
     TooManyVms(usize),
     /// A name that is empty, too long or not printable.
     Name(String),
@@ -106,7 +106,7 @@ impl fmt::Display for BundleError {
                 "bundle manifest unreadable; pack it again with the tidectl built with this image",
             ),
             Self::NoVms => f.write_str("bundle without a VM; add a [[vm]] to its vms.toml"),
-            Self::TooManyVms(count) => write!(f, "bundle with {count} VMs; 256 is the most"),
+            Self::TooManyVms(count) => write!(f, "bundle with {count} VMs; {VMS_MAX} is the most"),
             Self::Name(name) => write!(
                 f,
                 "VM name {name:?}: 1 to {NAME_MAX} characters of A-Z a-z 0-9 . _ - are allowed, \

@@ -40,8 +40,9 @@ pub const REQUEST_PAYLOAD_MAX: usize = 256;
 /// Longest payload the target may send, whatever the host offers in `Hello`.
 pub const RESPONSE_PAYLOAD_MAX: usize = 16384;
 
-/// Shortest maximum the host may offer in `Hello`; every list fits page by page.
-pub const RESPONSE_PAYLOAD_MIN: usize = 512;
+/// Shortest maximum the host may offer in `Hello`; the target takes less for this. The
+/// longest list of VMs fits, and all about a VM with two slots in pieces.
+pub const RESPONSE_PAYLOAD_MIN: usize = 1024;
 
 /// Most console bytes in one `ConsoleWrite`.
 pub const CONSOLE_WRITE_MAX: usize = 128;

@@ -470,6 +470,63 @@ fn longest_requests_fit_their_frame() {
 }
 
 #[test]
+fn longest_lists_fit_the_shortest_answer() {
+    let mut buffer = [0; tidemark_wire::RESPONSE_PAYLOAD_MIN];
+    let longest = |id| VmSummary {
+        id: VmId(id),
+        name: "n".repeat(tidemark_wire::bundle::NAME_MAX),
+        state: VmState::Failed,
+        vcpus: 16,
+        memory_bytes: 1 << 48,
+    };
+    let vms = (0..tidemark_wire::bundle::VMS_MAX as u16)
+        .map(longest)
+        .collect();
+    assert!(Response::Vms(vms).encode(&mut buffer).is_ok());
+
+    // Two slots in as many pieces as are told, anywhere in 48 bits, and counters that have
+    // run for a century at a billion a second.
+    let all = (1 << 48) - 1;
+    let extents = vec![
+        Extent {
+            ipa: all,
+            pa: all,
+            pages: all >> 12
+        };
+        16
+    ];
+    let slot = SlotInfo {
+        id: SlotId(1),
+        base_ipa: all,
+        pages: all >> 12,
+        access: SlotAccess::ReadWrite,
+        extents,
+        more_extents: u32::MAX,
+    };
+    let many = 1 << 62;
+    let info = VmInfo {
+        summary: longest(15),
+        reason: "r".repeat(100),
+        restarts: u32::MAX,
+        slots: vec![slot.clone(), slot],
+        counters: Counters {
+            exits: many,
+            hypercalls: many,
+            mmio: many,
+            wfi: many,
+            irqs: many,
+            translation_faults: many,
+            write_faults: many,
+            splits: many,
+            collapses: many,
+            tlbis: many,
+        },
+        ..info()
+    };
+    assert!(Response::Info(info).encode(&mut buffer).is_ok());
+}
+
+#[test]
 fn overheads_are_upper_bounds() {
     let data = vec![0xFF; 16384];
     let mut buffer = vec![0; 16384 + 64];

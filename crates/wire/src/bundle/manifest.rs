@@ -17,8 +17,8 @@ const COMMAND_LINE_MAX: usize = 2047;
 /// Memory comes in blocks of this.
 const MEMORY_UNIT: u64 = 2 << 20;
 
-/// Most VMs; ids are bytes in VMIDs of the smallest CPUs.
-const VMS_MAX: usize = 256;
+/// Most VMs: the list of them must fit the shortest answer.
+pub const VMS_MAX: usize = 16;
 
 /// All a bundle describes.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
