@@ -97,6 +97,16 @@ fn vtcr(ipa_bits: u8, sl0: u64, ps: u64, features: &Features) -> u64 {
     vtcr
 }
 
+/// Returns VTCR_EL2 for VMs of `ipa_bits` on a machine with `features`, without making one: it is set
+/// once for each CPU, before there is any VM.
+///
+/// # Errors
+///
+/// [`Error::IpaBits`] and [`Error::PaBits`], as [`Stage2::new`](crate::Stage2::new).
+pub fn vtcr_el2(ipa_bits: u8, features: &Features) -> Result<u64, Error> {
+    Ok(Shape::new(ipa_bits, features)?.vtcr)
+}
+
 /// Returns VTTBR_EL2 for a root table; CnP stays clear.
 pub(crate) const fn vttbr(root: Pa, vmid: Vmid) -> u64 {
     (vmid.raw() as u64) << 48 | root.raw()

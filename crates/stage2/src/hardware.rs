@@ -6,6 +6,7 @@
 
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
+use core::ops::Deref;
 use core::sync::atomic::AtomicU64;
 
 /// One translation table: 512 descriptors, each shared with the hardware walker.
@@ -125,7 +126,8 @@ pub trait Hardware: Sync {
     fn tlbi_vmalle1(&self);
 }
 
-impl<H: Hardware + ?Sized> Hardware for &H {
+/// A reference, an `Arc` or a `Box` of a machine is that machine.
+impl<P: Deref<Target: Hardware> + Sync> Hardware for P {
     fn table(&self, pa: Pa) -> &Table {
         (**self).table(pa)
     }

@@ -81,7 +81,7 @@ impl Ipa {
 }
 
 impl GuestVa {
-    /// Returns the operand of `TLBI VAAE1`: VA[55:12] in bits 43:0, level hint "any".
+    /// Returns the operand of `TLBI VAAE1`: VA\[55:12\] in bits 43:0, level hint "any".
     pub const fn operand(self) -> u64 {
         (self.0 >> PAGE_SHIFT) & ((1 << 44) - 1)
     }

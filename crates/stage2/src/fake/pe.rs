@@ -159,10 +159,14 @@ impl Machine {
                     if pte & ACCESSED == 0 {
                         return Err(abort(FaultKind::AccessFlag));
                     }
-                    Cached { pte, level }
+                    let cached = Cached { pte, level };
+                    pe.fill(ipa, cached);
+                    cached
                 }
             };
-            pe.fill(ipa, cached);
+            // A hit makes a combined entry and never a stage-2 one: what an invalidation by IPA took
+            // does not come back from a combined entry it left.
+            pe.combined.insert(ipa >> 12, cached);
             if access == FaultAccess::Write && cached.pte & WRITE == 0 {
                 let hardware_dirty = guest.vtcr >> 21 & 3 == 3;
                 if cached.pte & DBM == 0 || !hardware_dirty {

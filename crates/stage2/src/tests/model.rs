@@ -160,7 +160,7 @@ struct Host {
 impl Host {
     fn new(features: Features) -> Self {
         let host = Self {
-            world: World::sized(features, 40, 2000, 2),
+            world: World::sized(features, 40, 700, 2),
             pages: pages(),
             present: [true; SLOTS.len()],
             mode: None,
@@ -208,7 +208,7 @@ impl Host {
         if found == Err(Outcome::OutOfTables) {
             assert!(self.starved, "there was memory for tables");
             self.starved = false;
-            self.world.machine.limit_tables(2000);
+            self.world.machine.limit_tables(700);
             found = self.world.access(pe, ipa, access).map(drop);
         }
         assert_eq!(found, expected, "{ipa:#x}");
@@ -462,14 +462,14 @@ impl Host {
         if world.stage2.log_status().stage != LogStage::Off {
             world.stop();
         }
-        let machine = world.machine;
+        let machine = std::sync::Arc::clone(&world.machine);
         drop(world);
         assert_eq!(machine.tables_in_use(), 0);
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn inv01_no_history_loses_a_page(features in features(), actions in prop::collection::vec(action(), 1..120)) {

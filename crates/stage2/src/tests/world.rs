@@ -6,10 +6,9 @@ use crate::pte::{Kind, Pte};
 use crate::stage2::Stage2;
 use crate::types::*;
 use crate::{Error, Fault, FaultAccess, FaultKind, Features, Outcome, Support, Translation};
-use std::boxed::Box;
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::vec::Vec;
 
 pub const MIB: u64 = 1 << 20;
@@ -21,8 +20,8 @@ pub const P1G: u64 = 512 * 512;
 pub const RAM: u64 = 0x20_0000_0000;
 
 pub struct World {
-    pub machine: &'static Machine,
-    pub stage2: Stage2<&'static Machine>,
+    pub machine: Arc<Machine>,
+    pub stage2: Stage2<Arc<Machine>>,
     pub guest: Guest,
     /// What each machine page holds: the time of its last write.
     pub ram: Mutex<HashMap<u64, u64>>,
@@ -63,8 +62,8 @@ impl World {
     }
 
     pub fn sized(features: Features, ipa_bits: u8, tables: usize, pes: usize) -> Self {
-        let machine: &'static Machine = Box::leak(Box::new(Machine::new(tables, pes)));
-        let stage2 = Stage2::new(machine, ipa_bits, vmid(), features).unwrap();
+        let machine = Arc::new(Machine::new(tables, pes));
+        let stage2 = Stage2::new(Arc::clone(&machine), ipa_bits, vmid(), features).unwrap();
         let guest = Guest {
             vtcr: stage2.vtcr(),
             vttbr: stage2.vttbr(),
@@ -185,28 +184,25 @@ impl World {
 
     /// Reads what the epoch holds, checking the counts and the tails on the way.
     pub fn read_epoch(&self, epoch: Epoch) -> BTreeSet<u64> {
-        let mut pages = BTreeSet::new();
+        let mut pages = Vec::new();
         for slot in self.stage2.taken(epoch).unwrap() {
             let words = self.stage2.in_flight(slot.slot, epoch).unwrap();
             assert_eq!(words.len() as u64, slot.pages.div_ceil(64));
-            let mut count = 0;
+            let before = pages.len();
             for (index, word) in words.iter().enumerate() {
-                for bit in 0..64 {
-                    if word.load(Ordering::SeqCst) >> bit & 1 == 1 {
-                        let page = index as u64 * 64 + bit;
-                        assert!(
-                            page < slot.pages,
-                            "bit {page} is past the end of a slot of {}",
-                            slot.pages
-                        );
-                        pages.insert(slot.base.ipa().raw() + page * PAGE_SIZE);
-                        count += 1;
-                    }
+                for bit in crate::dirty::Bits(word.load(Ordering::SeqCst)) {
+                    let page = index as u64 * 64 + u64::from(bit);
+                    assert!(
+                        page < slot.pages,
+                        "bit {page} is past the end of a slot of {}",
+                        slot.pages
+                    );
+                    pages.push(slot.base.ipa().raw() + page * PAGE_SIZE);
                 }
             }
-            assert_eq!(count, slot.dirty_pages);
+            assert_eq!((pages.len() - before) as u64, slot.dirty_pages);
         }
-        pages
+        pages.into_iter().collect()
     }
 
     /// The descriptor that decides about `ipa`.
