@@ -7,7 +7,7 @@ use tidemark_tests::guests::{self, Mib};
 use tidemark_tests::host::Host;
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
-use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity, VmState};
+use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity};
 
 use crate::case::{Case, Place};
 
@@ -30,13 +30,7 @@ fn features_and_choice(script: &mut Script, machine: &str) -> Result<(Features, 
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("oracle")?;
-    let info = host.info(vm)?;
-    ensure!(
-        info.summary.state == VmState::Running,
-        "the guest is {}: {}",
-        info.summary.state,
-        info.reason
-    );
+    let info = host.until_running(vm)?;
     ensure!(
         info.features.cpus == 2,
         "{} of 2 CPUs are up",
@@ -132,11 +126,8 @@ fn plain_terminal_shell_help(script: &mut Script) -> Result<()> {
             "`help` does not name `{command}`: {help:?}"
         );
     }
-    let list = target.shell("list")?;
-    ensure!(
-        list.contains("oracle") && list.contains("running"),
-        "`list` says {list:?}"
-    );
+    let list = target.shell_until("list", "running")?;
+    ensure!(list.contains("oracle"), "`list` says {list:?}");
     let info = target.shell("info oracle")?;
     ensure!(
         info.contains("64 MiB"),

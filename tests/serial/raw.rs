@@ -1,10 +1,10 @@
 //! A host end made by hand, for saying what `tidectl` never would.
 //!
-//! It writes bytes straight to the machine and reads what comes back through the relay.
+//! It writes bytes straight to the machine and listens in on the line.
 
-use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,7 +21,8 @@ const ANSWER_SECONDS: u64 = 5;
 /// A session spoken by hand.
 pub struct Raw {
     line: Arc<Line>,
-    stream: UnixStream,
+    bytes: Receiver<Vec<u8>>,
+    pending: VecDeque<u8>,
     decoder: Box<Decoder<{ buffer_len(RESPONSE_PAYLOAD_MAX) }>>,
     session: Session,
     seq: Seq,
@@ -29,18 +30,15 @@ pub struct Raw {
 
 impl Raw {
     /// Listens to `target`; says nothing yet.
-    pub fn connect(target: &Target, session: u16) -> Result<Self> {
-        let port = target.port();
-        let path = port.strip_prefix("unix:").context("a socket")?;
-        let stream = UnixStream::connect(path).context("the relay")?;
-        stream.set_read_timeout(Some(Duration::from_millis(50)))?;
-        Ok(Self {
+    pub fn connect(target: &Target, session: u16) -> Self {
+        Self {
             line: Arc::clone(target.line()),
-            stream,
+            bytes: target.line().listen_in(),
+            pending: VecDeque::new(),
             decoder: Box::new(Decoder::new()),
             session: Session(session),
             seq: Seq(0),
-        })
+        }
     }
 
     /// The bytes of `request` as a frame, with the next number.
@@ -88,23 +86,23 @@ impl Raw {
     /// Waits for the response to the last frame made; `None` when `limit` is over.
     pub fn response(&mut self, limit: Duration) -> Result<Option<Vec<u8>>> {
         let deadline = Instant::now() + limit;
-        let mut byte = [0];
-        while Instant::now() < deadline {
-            match self.stream.read(&mut byte) {
-                Ok(0) => bail!("the line closed"),
-                Ok(_) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
-                Err(error) => return Err(error.into()),
+        loop {
+            while let Some(byte) = self.pending.pop_front() {
+                if let Some(Item::Frame(frame)) = self.decoder.push(byte)
+                    && frame.header.kind == Kind::Response
+                    && frame.header.seq == self.seq
+                    && frame.header.session == self.session
+                {
+                    return Ok(Some(frame.payload.to_vec()));
+                }
             }
-            if let Some(Item::Frame(frame)) = self.decoder.push(byte[0])
-                && frame.header.kind == Kind::Response
-                && frame.header.seq == self.seq
-                && frame.header.session == self.session
-            {
-                return Ok(Some(frame.payload.to_vec()));
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.bytes.recv_timeout(left) {
+                Ok(bytes) => self.pending.extend(bytes),
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
+                Err(RecvTimeoutError::Disconnected) => bail!("the line closed"),
             }
         }
-        Ok(None)
     }
 
     /// Opens the session with `protocol`.

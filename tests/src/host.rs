@@ -13,7 +13,7 @@ use tidectl::link::{Link, Port};
 use tidemark_guests::pattern::{Config, Gfn, Iteration, PAGE_BYTES, PageRun};
 use tidemark_wire::message::{
     ConsoleFrom, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, SlotAccess, VmId,
-    VmInfo,
+    VmInfo, VmState,
 };
 
 use crate::clocks::{Running, scaled};
@@ -102,6 +102,23 @@ impl Host {
     /// Everything about a VM.
     pub fn info(&mut self, vm: VmId) -> Result<VmInfo> {
         Ok(self.client.info(vm)?)
+    }
+
+    /// Waits until a VM runs: the prompt is there before the guests have started.
+    pub fn until_running(&mut self, vm: VmId) -> Result<VmInfo> {
+        let began = Instant::now();
+        loop {
+            let info = self.info(vm)?;
+            match info.summary.state {
+                VmState::Running => return Ok(info),
+                VmState::Starting => {}
+                other => bail!("the guest is {other}: {}", info.reason),
+            }
+            self.clocks
+                .left(began)
+                .map_err(|ran_out| anyhow::anyhow!("{ran_out} while a guest was starting"))?;
+            self.look()?;
+        }
     }
 
     /// Starts the dirty log.

@@ -11,6 +11,7 @@
 
 use std::io::{Read, Write};
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -109,6 +110,12 @@ impl Line {
         machine.write_all(bytes)?;
         machine.flush()?;
         Ok(())
+    }
+
+    /// Every byte of the machine from now on, frames and all.
+    #[must_use]
+    pub fn listen_in(&self) -> Receiver<Vec<u8>> {
+        self.relay.listen_in()
     }
 
     /// Cuts off the client that is connected through the relay, in the middle of whatever

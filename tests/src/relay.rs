@@ -36,6 +36,7 @@ struct Connected {
 #[derive(Clone)]
 pub struct Relay {
     tap: Tap,
+    ears: Arc<Mutex<Vec<Sender<Vec<u8>>>>>,
 }
 
 impl Relay {
@@ -53,11 +54,23 @@ impl Relay {
                     serve(client, &for_thread, &machine);
                 }
             })?;
-        Ok(Self { tap })
+        Ok(Self {
+            tap,
+            ears: Arc::default(),
+        })
     }
 
-    /// Hands bytes of the machine to the client, if there is one.
+    /// Gives every byte of the machine from now on to a receiver in this process.
+    #[must_use]
+    pub fn listen_in(&self) -> Receiver<Vec<u8>> {
+        let (queue, bytes) = channel();
+        lock(&self.ears).push(queue);
+        bytes
+    }
+
+    /// Hands bytes of the machine to whoever listens.
     pub fn forward(&self, bytes: &[u8]) {
+        lock(&self.ears).retain(|ear| ear.send(bytes.to_vec()).is_ok());
         let mut tap = lock(&self.tap);
         if let Some(client) = tap.as_ref()
             && client.queue.send(bytes.to_vec()).is_err()

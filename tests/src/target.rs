@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -166,6 +167,22 @@ impl Target {
         // The first line is the echo of what was typed.
         let answer = said.split_once('\n').map_or("", |(_, answer)| answer);
         Ok(answer.replace('\r', ""))
+    }
+
+    /// Asks EL2's shell until its answer contains `wanted`: guests start, and logs are
+    /// written, while the shell already answers.
+    pub fn shell_until(&self, command: &str, wanted: &str) -> Result<String> {
+        let began = Instant::now();
+        loop {
+            let answer = self.shell(command)?;
+            if answer.contains(wanted) {
+                return Ok(answer);
+            }
+            if self.clocks.left(began).is_err() {
+                bail!("`{command}` never says `{wanted}`, last: {answer:?}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Waits until the machine is off and checks all signs of a good end: EL2's
