@@ -60,6 +60,10 @@ pub struct Faults {
     pub text: u64,
     /// Close the line after this many frames sent.
     pub vanish_after: Option<u64>,
+    /// Lose just the request of this number.
+    pub lose_request: Option<u64>,
+    /// Before each answer, send one of a session that is no more.
+    pub stale_answers: bool,
 }
 
 pub struct Slot {
@@ -210,23 +214,29 @@ impl Vm {
         self.write(index, page, value);
     }
 
+    /// Writes a word into a page, or, now and then, wipes the page.
     pub fn write(&mut self, slot: usize, page: u64, value: u64) {
         self.written += 1;
-        let at = page as usize * PAGE + (value % 512) as usize * 8;
-        let bytes = value.to_le_bytes();
-        let slot = &mut self.slots[slot];
-        slot.memory[at..at + 8].copy_from_slice(&bytes);
         let missed = self
             .misses_every
             .is_some_and(|every| self.written.is_multiple_of(every));
+        let slot = &mut self.slots[slot];
+        let start = page as usize * PAGE;
+        if value.is_multiple_of(4) {
+            slot.memory[start..start + PAGE].fill(0);
+        } else {
+            let at = start + (value % 512) as usize * 8;
+            slot.memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
         if self.logging.is_some() && !missed {
             slot.live[page as usize / 64] |= 1 << (page % 64);
         }
         let id = slot.id;
         if let Some((file, base)) = &self.ram {
             let slot = self.slots.iter().find(|s| s.id == id).expect("it is there");
-            file.write_all_at(&bytes, self.pa(slot) - base + at as u64)
-                .expect("a temporary file");
+            let place = self.pa(slot) - base + start as u64;
+            let content = &slot.memory[start..start + PAGE];
+            file.write_all_at(content, place).expect("a temporary file");
         }
     }
 
@@ -860,7 +870,7 @@ pub fn serve(target: &Mutex<Target>, mut stream: UnixStream, faults: &Faults) {
     let mut decoder = Decoder::<{ buffer_len(REQUEST_PAYLOAD_MAX) }>::new();
     let mut rng = Rng::new(faults.seed);
     let mut buffer = [0; 4096];
-    let mut sent = 0;
+    let (mut sent, mut heard) = (0, 0);
     loop {
         let Ok(got @ 1..) = stream.read(&mut buffer) else {
             return;
@@ -868,6 +878,10 @@ pub fn serve(target: &Mutex<Target>, mut stream: UnixStream, faults: &Faults) {
         for &byte in &buffer[..got] {
             let replies = match decoder.push(byte) {
                 Some(Item::Frame(frame)) => {
+                    heard += 1;
+                    if faults.lose_request == Some(heard) {
+                        continue;
+                    }
                     // The way to the target is bad too.
                     if rng.percent(faults.drop + faults.flip) {
                         continue;
@@ -894,6 +908,17 @@ pub fn serve(target: &Mutex<Target>, mut stream: UnixStream, faults: &Faults) {
                 sent += 1;
                 lock(target).frames_sent += 1;
                 let mut bytes = Vec::new();
+                if faults.stale_answers {
+                    let session = Session(!header.session.0);
+                    let stale = Header { session, ..header };
+                    let refusal = Response::Error(ErrorReply::NoSuchVm);
+                    let mut buffer = [0; 8];
+                    let payload = refusal.encode(&mut buffer).expect("it fits");
+                    encode(&stale, payload, &mut |part: &[u8]| {
+                        bytes.extend_from_slice(part)
+                    })
+                    .expect("it fits");
+                }
                 encode(&header, &payload, &mut |part: &[u8]| {
                     bytes.extend_from_slice(part)
                 })
