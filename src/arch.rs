@@ -11,6 +11,7 @@ pub mod boot;
 pub mod cache;
 pub mod context;
 pub mod cpu;
+pub mod crc;
 pub mod el1;
 pub mod exception;
 pub mod features;

@@ -29,7 +29,18 @@ const EVENT_TEXT: usize = 200;
 
 type Receiver = Decoder<{ frame::buffer_len(REQUEST_PAYLOAD) }>;
 
-static RECEIVER: Mutex<Receiver> = Mutex::new(Decoder::new());
+static RECEIVER: Mutex<(Receiver, Text)> = Mutex::new((Decoder::new(), Text::Typed));
+
+/// What bytes outside frames are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Text {
+    /// Somebody typed them.
+    Typed,
+    /// The rest of a frame that was given up, until the next delimiter. The decoder hands
+    /// them on as text, which is right for a person's screen and wrong for a shell.
+    Wreckage,
+}
+
 static SESSION: Mutex<Option<Open>> = Mutex::new(None);
 
 /// An open session.
@@ -93,16 +104,31 @@ pub fn interrupt() {
 /// carried out.
 fn receive(byte: u8) {
     let mut payload = [0; REQUEST_PAYLOAD];
-    let (header, len) = match RECEIVER.lock().push(byte) {
+    let mut receiver = RECEIVER.lock();
+    let (decoder, text) = &mut *receiver;
+    if byte == 0 {
+        *text = Text::Typed;
+    }
+    let (header, len) = match decoder.push(byte) {
         None => return,
-        Some(Item::Text(byte)) => return typed(byte),
+        Some(Item::Text(_)) if *text == Text::Wreckage => return,
+        Some(Item::Text(byte)) => {
+            drop(receiver);
+            return typed(byte);
+        }
         Some(Item::Frame(frame)) => {
             let len = frame.payload.len().min(REQUEST_PAYLOAD);
             payload[..len].copy_from_slice(&frame.payload[..len]);
             (frame.header, len)
         }
-        Some(Item::Bad(bad)) => return bad_frame(bad.reason),
+        Some(Item::Bad(bad)) => {
+            if bad.reason == BadReason::TooLong {
+                *text = Text::Wreckage;
+            }
+            return bad_frame(bad.reason);
+        }
     };
+    drop(receiver);
     if header.kind == Kind::Request {
         commands::request(header, &payload[..len]);
     }

@@ -100,7 +100,6 @@ pub fn use_interrupts() {
     let mut console = CONSOLE.lock();
     console.delivery = Delivery::Interrupts;
     if let Some(uart) = console.uart {
-        uart.clear_receive();
         uart.listen();
     }
 }
@@ -114,11 +113,10 @@ pub fn flush() {
     console.delivery = Delivery::AtOnce;
 }
 
-/// The UART's interrupt: gives what was received to `sink`, and sends on. Bounded by the
-/// receive FIFO's depth twice over; what comes later interrupts again.
+/// The UART's interrupt: gives what was received to `sink`, and sends on. Bounded; what is
+/// left keeps the interrupt raised.
 pub fn interrupt(mut sink: impl FnMut(u8)) {
     let Some(uart) = raw_uart() else { return };
-    uart.clear_receive();
     for _ in 0..2 * STEP {
         match uart.receive() {
             Some(byte) => sink(byte),

@@ -65,7 +65,7 @@ extern "C" fn boot_main(dtb: usize) -> ! {
         crash::provoke(name);
     }
 
-    let manifest = vm::bundle::read(map.bundle);
+    let manifest = vm::bundle::read(&map);
     vm::work::set_default_engine(options.dirty);
     vm::lifecycle::when_idle(match (options.when_idle, manifest) {
         (None, WhenAllStopped::PowerOff) => WhenIdle::PowerOff,

@@ -2,6 +2,7 @@
 //! and the frames that guests and tables are made of.
 
 use crate::board::map::{MemoryMap, Ranges};
+use tidemark_ownership::Owner;
 
 pub mod frames;
 pub mod heap;
@@ -96,23 +97,62 @@ pub fn init(map: &MemoryMap, dtb: usize) {
     {
         free = free.without(taken.whole_pages());
     }
+    let span = Range {
+        start: map
+            .memory
+            .iter()
+            .map(|range| range.start)
+            .min()
+            .unwrap_or(0),
+        end: map.memory.iter().map(|range| range.end).max().unwrap_or(0),
+    };
     let largest = free
         .iter()
         .max_by_key(Range::size)
         .expect("the devicetree describes no free memory");
-    let heap = (largest.size() / 32)
+    let heap_size = (largest.size() / 32)
         .next_power_of_two()
         .clamp(SMALLEST_HEAP, LARGEST_HEAP);
-    assert!(largest.size() > heap, "less than 4 MiB of free memory");
+    let table_size = frames::table_size(span);
+    assert!(
+        largest.size() > heap_size + table_size + SMALLEST_HEAP,
+        "not enough free memory: {} KiB in one piece",
+        largest.size() >> 10
+    );
     // From the end: what guests get is then aligned to large blocks from the start.
-    let start = (largest.end - heap) & !(PAGE as u64 - 1);
+    let end = largest.end & !(PAGE as u64 - 1);
     let heap = Range {
-        start,
-        end: largest.end,
+        start: end - heap_size,
+        end,
+    };
+    let table = Range {
+        start: heap.start - table_size,
+        end: heap.start,
     };
     // SAFETY: mapped above, and cut out of what the frame allocator gets.
     unsafe { heap::init(heap) };
-    for range in free.without(heap).iter() {
+    // SAFETY: as for the heap; whole pages, as many as the span needs.
+    unsafe { frames::init(span, table) };
+    for own in [layout::image(), heap, table] {
+        frames::claim(own, Owner::Hypervisor);
+    }
+    if let Some(bundle) = map.bundle {
+        frames::claim(bundle, Owner::Bundle);
+    }
+    for range in free.without(heap).without(table).iter() {
         frames::add(range);
     }
+}
+
+/// What the boot loader put into memory, as bytes.
+///
+/// `None` where the range is not memory: then the devicetree is wrong about it.
+pub fn handed_over(map: &MemoryMap, range: Range) -> Option<&'static [u8]> {
+    let inside = |all: Range| all.start <= range.start && range.end <= all.end;
+    if !map.memory.iter().any(inside) || map.reserved.iter().any(|r| r.overlaps(&range)) {
+        return None;
+    }
+    // SAFETY: mapped memory (`init`) that the boot loader filled and the frame allocator
+    // never gets; nothing writes it.
+    Some(unsafe { core::slice::from_raw_parts(range.start as *const u8, range.size() as usize) })
 }

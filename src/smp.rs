@@ -14,6 +14,7 @@ use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use log::warn;
 use spin::{Mutex, Once};
+use tidemark_ownership::Owner;
 
 /// How long a CPU may take to answer, in microseconds.
 const PATIENCE: u64 = 1_000_000;
@@ -69,8 +70,10 @@ pub fn start_others(board: &Board) -> Features {
 }
 
 fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
-    let stack = Run::take(stage1::STACK_SIZE / PAGE).ok_or("no memory for its stack")?;
-    let emergency = Run::take(EMERGENCY_PAGES).ok_or("no memory for its stack")?;
+    let stack =
+        Run::take(stage1::STACK_SIZE / PAGE, Owner::Hypervisor).ok_or("no memory for its stack")?;
+    let emergency =
+        Run::take(EMERGENCY_PAGES, Owner::Hypervisor).ok_or("no memory for its stack")?;
     let stack_top =
         stage1::map_stack(index, stack.leak()).map_err(|_| "its stack cannot be mapped")?;
     let emergency_top = emergency.leak() as usize + EMERGENCY_PAGES * PAGE;
@@ -129,7 +132,7 @@ pub fn init_controls(features: &Features) {
     }
     let controls = CONTROLS.call_once(|| Controls {
         hcr,
-        vtcr: vm::stage2::vtcr(),
+        vtcr: vm::stage2::vtcr().unwrap_or_else(|error| panic!("{error}")),
     });
     el1::init_controls(controls.hcr, controls.vtcr);
     crate::arch::tlb::alle1is();

@@ -19,12 +19,13 @@ pub mod work;
 use crate::arch::timer;
 use alloc::boxed::Box;
 use alloc::string::String;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use memory::GuestMemory;
 use spin::{Mutex, Once};
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::Vgic;
+use tidemark_ownership::Generation;
 use tidemark_wire::bundle::VmSpec;
 use tidemark_wire::message::{VmId, VmState};
 use vcpu::Vcpu;
@@ -55,8 +56,10 @@ pub struct Vm {
     pub counters: Counters,
     /// The physical count that its virtual counter starts from.
     pub counter_offset: AtomicU64,
-    /// Starts so far: frames and translations of an earlier one are never this one's.
-    pub generation: AtomicU32,
+    /// Whether its memory was ever loaded: then it holds a guest's data.
+    pub loaded: AtomicBool,
+    /// The life that its frames are of; each restart is the next one.
+    pub life: Mutex<Generation>,
     vcpus: Once<Box<[Vcpu]>>,
 }
 
@@ -138,7 +141,8 @@ impl Vm {
             held: AtomicBool::new(true),
             counters: Counters::default(),
             counter_offset: AtomicU64::new(timer::now()),
-            generation: AtomicU32::new(0),
+            loaded: AtomicBool::new(false),
+            life: Mutex::new(Generation::FIRST),
             vcpus: Once::new(),
             spec,
         }));

@@ -49,7 +49,8 @@ impl Pl011 {
         }
     }
 
-    /// Takes a received byte. Errors of the line (bits 11:8) are the frame CRC's matter.
+    /// Takes a received byte. Reading is what lowers the receive interrupts: clearing them
+    /// by ICR could lose one, because QEMU raises it on an edge. Errors of the line (bits 11:8) are the frame CRC's matter.
     pub fn receive(&self) -> Option<u8> {
         (self.0.read32(FR) & FR_RXFE == 0).then(|| self.0.read32(DR) as u8)
     }
@@ -62,12 +63,6 @@ impl Pl011 {
     /// Asks also for an interrupt when there is room to send.
     pub fn request_room(&self) {
         self.0.write32(IMSC, RX | RX_TIMEOUT | TX);
-    }
-
-    /// Clears the receive interrupts. Before draining: QEMU raises them on an edge, and
-    /// clearing after would lose what came in between.
-    pub fn clear_receive(&self) {
-        self.0.write32(ICR, RX | RX_TIMEOUT);
     }
 
     /// Clears the send interrupt.

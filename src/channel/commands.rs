@@ -432,8 +432,50 @@ fn memory_piece<'a>(
     })
 }
 
-/// For the shell: the log's line about a VM.
+/// All about a VM, for a person.
 pub fn describe(vm: &Vm) {
     let info = info_of(vm);
-    console::print(format_args!("{info:#?}\n"));
+    let (summary, c, m) = (&info.summary, &info.counters, &info.mappings);
+    console::print(format_args!(
+        "{}: {}{}{}, {} vCPUs, {} MiB, restarted {} times\n",
+        summary.name,
+        summary.state,
+        if info.reason.is_empty() { "" } else { ": " },
+        info.reason,
+        summary.vcpus,
+        summary.memory_bytes >> 20,
+        info.restarts
+    ));
+    for slot in &info.slots {
+        let access = match slot.access {
+            SlotAccess::ReadWrite => "read and write",
+            SlotAccess::ReadOnly => "read only",
+        };
+        console::print(format_args!(
+            "  slot {}: {:#x}, {} MiB, {access}\n",
+            slot.id,
+            slot.base_ipa,
+            slot.pages >> 8
+        ));
+        for extent in &slot.extents {
+            console::print(format_args!(
+                "    {:#x} is at {:#x}, {} MiB\n",
+                extent.ipa,
+                extent.pa,
+                extent.pages >> 8
+            ));
+        }
+    }
+    console::print(format_args!(
+        "  mapped by {} x 1 GiB, {} x 2 MiB, {} x 4 KiB\n",
+        m.blocks_1g, m.blocks_2m, m.pages_4k
+    ));
+    console::print(format_args!(
+        "  {} exits: {} hypercalls, {} device accesses, {} WFI, {} interrupts\n",
+        c.exits, c.hypercalls, c.mmio, c.wfi, c.irqs
+    ));
+    console::print(format_args!(
+        "  stage 2: {} translation faults, {} write faults, {} splits, {} collapses, {} TLBIs\n",
+        c.translation_faults, c.write_faults, c.splits, c.collapses, c.tlbis
+    ));
 }

@@ -9,6 +9,7 @@ use crate::vm::{self, Vm, Wish, lifecycle};
 use alloc::string::String;
 use core::sync::atomic::Ordering::Relaxed;
 use spin::Mutex;
+use tidemark_ownership::Kind;
 
 const LONGEST: usize = 128;
 const PROMPT: &str = "tidemark> ";
@@ -136,6 +137,14 @@ fn machine() {
         used >> 10,
         total >> 10
     ));
+    let census = frames::census();
+    print(format_args!("frames:"));
+    for kind in Kind::ALL {
+        if census.of(kind) != 0 {
+            print(format_args!(" {} {kind:?}", census.of(kind)));
+        }
+    }
+    print(format_args!("\n"));
 }
 
 fn dirty(vm: &'static Vm) {

@@ -1,7 +1,9 @@
 //! The machine's frames: who has them, and the only way to their content.
 //!
-//! The allocator's own bookkeeping lives in the heap, never in the frames: they may belong
-//! to a guest, or hold one's secrets. Runs are powers of two and aligned to their size, so
+//! Every frame has one entry in the ownership table, from boot on; nothing is handed out
+//! or taken back without changing it, and a transition that does not fit is refused. The
+//! allocator's own bookkeeping lives in the heap, never in the frames: they may belong to
+//! a guest, or hold one's secrets. Runs are powers of two and aligned to their size, so
 //! that guest memory can be mapped by blocks.
 //!
 //! A [`Run`] is the proof of having frames. Its content is only ever seen as atomics: a
@@ -10,11 +12,62 @@
 use super::{PAGE, Range};
 use crate::arch::cache;
 use buddy_system_allocator::FrameAllocator;
+use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use spin::Mutex;
+use spin::{Mutex, Once};
+use tidemark_ownership::{Census, Error, FrameTable, Generation, Guest, Owner, Pa, VmId};
 
 static FREE: Mutex<FrameAllocator<33>> = Mutex::new(FrameAllocator::new());
 static FREE_PAGES: AtomicU64 = AtomicU64::new(0);
+static OWNERS: Once<FrameTable<'static>> = Once::new();
+
+/// Bytes of the ownership table for memory from the start of `span` to its end.
+pub fn table_size(span: Range) -> u64 {
+    (span.whole_pages().size() / PAGE as u64 * size_of::<u64>() as u64)
+        .next_multiple_of(PAGE as u64)
+}
+
+/// Makes the ownership table in `place`: all of `span` is reserved until it is released.
+///
+/// # Safety
+///
+/// `place` is mapped read-write memory, whole pages, as large as [`table_size`] says, that
+/// nothing else uses, now or later.
+pub unsafe fn init(span: Range, place: Range) {
+    let span = span.whole_pages();
+    // SAFETY: the caller's promise.
+    unsafe { cache::zero(place.start as usize, place.size() as usize) };
+    // SAFETY: the caller's promise; zeroed memory is valid atomics.
+    let entries = unsafe {
+        core::slice::from_raw_parts(
+            place.start as *const AtomicU64,
+            (span.size() / PAGE as u64) as usize,
+        )
+    };
+    // The base is a page's, and the span is of physical addresses.
+    if let Ok(table) = FrameTable::new(Pa(span.start), entries) {
+        OWNERS.call_once(|| table);
+    }
+}
+
+fn owners() -> &'static FrameTable<'static> {
+    OWNERS
+        .get()
+        .expect("frames are used before memory is set up")
+}
+
+/// Says that memory is the hypervisor's own, for good.
+pub fn claim(range: Range, owner: Owner) {
+    let range = range.whole_pages();
+    if let Err(error) = owners().transfer_range(
+        Pa(range.start),
+        range.size() / PAGE as u64,
+        Owner::Reserved,
+        owner,
+    ) {
+        log::warn!("memory {range:x?}: {error}");
+    }
+}
 
 /// Hands memory over to the allocator: whole pages of `range`, mapped read-write.
 pub fn add(range: Range) {
@@ -22,6 +75,13 @@ pub fn add(range: Range) {
     let first = range.start.saturating_add(mask) / PAGE as u64;
     let end = range.end / PAGE as u64;
     if first < end {
+        claim(
+            Range {
+                start: first * PAGE as u64,
+                end: end * PAGE as u64,
+            },
+            Owner::Free,
+        );
         FREE.lock().add_frame(first as usize, end as usize);
         FREE_PAGES.fetch_add(end - first, Relaxed);
     }
@@ -32,25 +92,77 @@ pub fn free_pages() -> u64 {
     FREE_PAGES.load(Relaxed)
 }
 
+/// How many frames of each kind there are: one load a frame, for people.
+pub fn census() -> Census {
+    owners().census()
+}
+
+/// The owner of guest memory from `gfn` on, in a VM's life `generation`. `None` past what
+/// an entry can name.
+pub fn guest(vm: u16, generation: Generation, gfn: u64) -> Option<Owner> {
+    Some(Owner::GuestRam(Guest::new(
+        VmId::new(vm)?,
+        generation,
+        gfn,
+    )?))
+}
+
+/// The owner of a VM's translation tables.
+pub fn table_of(vm: u16) -> Owner {
+    VmId::new(vm).map_or(Owner::Hypervisor, Owner::Table)
+}
+
 /// Contiguous frames, a power of two of them, aligned to their size. Given back when dropped.
-#[derive(Debug)]
 pub struct Run {
     address: u64,
     pages: usize,
 }
 
+impl fmt::Debug for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Run({:#x}, {} pages)", self.address, self.pages)
+    }
+}
+
 impl Run {
     /// Takes frames for `owner`. Their content is whatever their last owner left.
-    pub fn take(pages: usize) -> Option<Self> {
+    pub fn take(pages: usize, owner: Owner) -> Option<Self> {
         if !pages.is_power_of_two() {
             return None;
         }
         let first = FREE.lock().alloc(pages)?;
+        let address = (first * PAGE) as u64;
+        if let Err(error) = owners().transfer_range(Pa(address), pages as u64, Owner::Free, owner) {
+            // The two books disagree: the frames stay out of use, for good.
+            log::error!("{error}");
+            return None;
+        }
         FREE_PAGES.fetch_sub(pages as u64, Relaxed);
-        Some(Self {
-            address: (first * PAGE) as u64,
-            pages,
-        })
+        Some(Self { address, pages })
+    }
+
+    /// Gives `pages` frames from `first` on to the next life of the guest that has them.
+    ///
+    /// # Errors
+    ///
+    /// Says whose frame stands in the way.
+    pub fn next_generation(
+        &self,
+        first: usize,
+        pages: usize,
+        vm: u16,
+        old: Generation,
+        gfn: u64,
+    ) -> Result<(), Error> {
+        let first = first.min(self.pages);
+        let pages = pages.min(self.pages - first) as u64;
+        let at = Pa(self.address + (first * PAGE) as u64);
+        let gfn = gfn + first as u64;
+        let vm = VmId::new(vm).ok_or(Error::NoSuchFrame(at))?;
+        let guest = |generation| Guest::new(vm, generation, gfn).ok_or(Error::NoSuchFrame(at));
+        let (old, new) = (guest(old)?, guest(old.next())?);
+        owners().transfer_range(at, pages, Owner::GuestRam(old), Owner::Dying(old))?;
+        owners().transfer_range(at, pages, Owner::Dying(old), Owner::GuestRam(new))
     }
 
     /// Where the frames are.
@@ -102,9 +214,26 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        FREE.lock()
-            .dealloc(self.address as usize / PAGE, self.pages);
-        FREE_PAGES.fetch_add(self.pages as u64, Relaxed);
+        let (at, pages) = (Pa(self.address), self.pages as u64);
+        let give_back = || {
+            let mut owner = owners().owner(at)?;
+            if let Owner::GuestRam(guest) = owner {
+                // A guest's memory is scrubbed before anyone else has it.
+                owners().transfer_range(at, pages, owner, Owner::Dying(guest))?;
+                self.zero(0, self.pages);
+                owner = Owner::Dying(guest);
+            }
+            owners().transfer_range(at, pages, owner, Owner::Free)
+        };
+        match give_back() {
+            Ok(()) => {
+                FREE.lock()
+                    .dealloc(self.address as usize / PAGE, self.pages);
+                FREE_PAGES.fetch_add(pages, Relaxed);
+            }
+            // Whoever has a frame of it keeps it: better lost than shared.
+            Err(error) => log::error!("{error}"),
+        }
     }
 }
 

@@ -3,7 +3,8 @@
 
 use super::memory::GuestMemory;
 use super::{Vm, publish};
-use crate::memory::Range;
+use crate::board::map::MemoryMap;
+use crate::memory;
 use alloc::vec::Vec;
 use log::{error, info};
 use spin::Once;
@@ -20,17 +21,17 @@ pub fn get() -> Option<&'static Bundle<'static>> {
 /// Reads the bundle and makes its VMs. What is wrong with it is said, and no guest is made.
 ///
 /// Gives what the manifest wants when all guests have ended.
-pub fn read(place: Option<Range>) -> WhenAllStopped {
-    let Some(place) = place else {
+pub fn read(map: &MemoryMap) -> WhenAllStopped {
+    let Some(place) = map.bundle else {
         info!(
             "no bundle of guests was handed over (QEMU: -initrd FILE; `tidectl bundle` makes one)"
         );
         return WhenAllStopped::default();
     };
-    // SAFETY: the range is memory that the boot loader filled and the frame allocator never
-    // got; it is mapped, and nothing writes it.
-    let bytes =
-        unsafe { core::slice::from_raw_parts(place.start as *const u8, place.size() as usize) };
+    let Some(bytes) = memory::handed_over(map, place) else {
+        error!("bundle: {place:x?} is not memory; check what the boot loader says of the initrd");
+        return WhenAllStopped::default();
+    };
     let bundle = match Bundle::parse(bytes) {
         Ok(bundle) => bundle,
         Err(error) => {
@@ -45,8 +46,7 @@ pub fn read(place: Option<Range>) -> WhenAllStopped {
             Boot::Firmware { image } => image.len,
             Boot::Kernel { .. } => 0,
         };
-        // VMID 0 is the hardware's out of reset; VMs count from 1.
-        match GuestMemory::new(id + 1, spec.memory_bytes, flash) {
+        match GuestMemory::new(id, spec.memory_bytes, flash) {
             Ok(memory) => {
                 info!(
                     "{}: {} vCPUs, {} MiB",

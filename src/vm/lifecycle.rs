@@ -65,7 +65,6 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     *vm.clock.lock() = tidemark_devices::pl031::Pl031::new();
     vm.console.forget_input();
     vm.counter_offset.store(timer::now(), Relaxed);
-    vm.generation.fetch_add(1, Relaxed);
     {
         let mut status = vm.status.lock();
         status.state = VmState::Running;

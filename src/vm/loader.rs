@@ -5,10 +5,12 @@
 //! laid anew. Each file's CRC is computed as it is copied; a guest whose files are damaged
 //! does not start.
 
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, Slot};
 use super::tree::{self, Initrd};
 use super::{Vm, lifecycle};
+use crate::arch::crc::Crc32c;
 use crate::memory::PAGE;
+use crate::memory::frames::Run;
 use crate::sched::job::Step;
 use alloc::format;
 use alloc::string::String;
@@ -17,7 +19,6 @@ use core::sync::atomic::Ordering::Relaxed;
 use log::debug;
 use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
 use tidemark_wire::bundle::{Blob, Boot};
-use tidemark_wire::checksum::Crc32c;
 
 /// Bytes copied in one step.
 const COPY_STEP: usize = 64 * 1024;
@@ -37,6 +38,11 @@ struct Piece {
 }
 
 enum Phase {
+    Renew {
+        slot: usize,
+        run: usize,
+        page: usize,
+    },
     Clear {
         slot: usize,
         run: usize,
@@ -95,14 +101,18 @@ impl Loader {
             pieces: Vec::new(),
             initrd: None,
             entry: 0,
-            phase: if vm.generation.load(Relaxed) == 0 {
+            phase: if !vm.loaded.swap(true, Relaxed) {
                 Phase::Clear {
                     slot: 0,
                     run: 0,
                     page: 0,
                 }
             } else {
-                Phase::Map { slot: 0, page: 0 }
+                Phase::Renew {
+                    slot: 0,
+                    run: 0,
+                    page: 0,
+                }
             },
         };
         let ram_end = RAM_BASE + vm.spec.memory_bytes;
@@ -172,27 +182,29 @@ impl Loader {
     fn try_step(&mut self) -> Result<Step, String> {
         let memory = &self.vm.memory;
         match &mut self.phase {
-            Phase::Clear { slot, run, page } => {
-                let Some(of) = memory.slots().get(*slot) else {
-                    self.phase = Phase::Map { slot: 0, page: 0 };
-                    return Ok(Step::Again);
-                };
-                match of.runs.get(*run) {
-                    None => {
-                        *slot += 1;
-                        *run = 0;
-                    }
-                    Some((_, frames)) if *page >= frames.pages() => {
-                        *run += 1;
-                        *page = 0;
-                    }
-                    Some((_, frames)) => {
-                        of.clear(frames, *page, CLEAR_STEP);
-                        frames.clean(*page, CLEAR_STEP);
-                        *page += CLEAR_STEP;
-                    }
+            Phase::Clear { slot, run, page } => match next_frames(memory, slot, run, page) {
+                None => self.phase = Phase::Map { slot: 0, page: 0 },
+                Some((of, _, frames, first)) => {
+                    of.clear(frames, first, CLEAR_STEP);
+                    frames.clean(first, CLEAR_STEP);
                 }
-            }
+            },
+            Phase::Renew { slot, run, page } => match next_frames(memory, slot, run, page) {
+                None => {
+                    let mut life = self.vm.life.lock();
+                    *life = life.next();
+                    self.phase = Phase::Map { slot: 0, page: 0 };
+                }
+                Some((_, base, frames, first)) => frames
+                    .next_generation(
+                        first,
+                        CLEAR_STEP,
+                        self.vm.id.0,
+                        *self.vm.life.lock(),
+                        base / PAGE as u64,
+                    )
+                    .map_err(|error| format!("its memory: {error}"))?,
+            },
             Phase::Map { slot, page } => match memory.slots().get(*slot) {
                 None => {
                     self.phase = Phase::Copy {
@@ -218,7 +230,7 @@ impl Loader {
                 let rest = &current.from[(*done).min(current.from.len())..];
                 let now = &rest[..rest.len().min(COPY_STEP)];
                 if now.is_empty() {
-                    if core::mem::take(crc).finish() != current.crc32c {
+                    if core::mem::replace(crc, Crc32c::new()).finish() != current.crc32c {
                         return Err(format!(
                             "its {} is damaged (CRC-32C): pack the bundle again",
                             current.what
@@ -253,6 +265,35 @@ impl Loader {
         lifecycle::loaded(self.vm, self.entry, RAM_BASE);
         Ok(())
     }
+}
+
+/// The next frames of a walk over all of a guest's memory, a step's worth of them: the
+/// slot, the address of their run, the run, and the first frame in it.
+fn next_frames<'m>(
+    memory: &'m GuestMemory,
+    slot: &mut usize,
+    run: &mut usize,
+    page: &mut usize,
+) -> Option<(&'m Slot, u64, &'m Run, usize)> {
+    // At most one empty turn a slot and a run.
+    while let Some(of) = memory.slots().get(*slot) {
+        match of.runs.get(*run) {
+            None => {
+                *slot += 1;
+                *run = 0;
+            }
+            Some((_, frames)) if *page >= frames.pages() => {
+                *run += 1;
+                *page = 0;
+            }
+            Some((base, frames)) => {
+                let first = *page;
+                *page += CLEAR_STEP;
+                return Some((of, *base, frames, first));
+            }
+        }
+    }
+    None
 }
 
 fn write(memory: &GuestMemory, what: &str, to: u64, bytes: &[u8]) -> Result<(), String> {

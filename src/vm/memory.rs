@@ -5,11 +5,12 @@
 
 use super::stage2::{Hw, features};
 use crate::memory::PAGE;
-use crate::memory::frames::Run;
+use crate::memory::frames::{self, Run};
 use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
+use tidemark_ownership::Generation;
 use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Vmid};
 
 /// The guest's RAM.
@@ -30,6 +31,7 @@ const SMALLEST_RUN: usize = 1 << 9;
 
 /// A guest's memory.
 pub struct GuestMemory {
+    vm: u16,
     stage2: Stage2<Hw>,
     slots: Vec<Slot>,
 }
@@ -80,11 +82,21 @@ pub struct OutOfMemoryRange;
 
 impl GuestMemory {
     /// Memory with `ram` bytes at the board's RAM address, and `flash` bytes at 0.
-    pub fn new(vmid: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
+    ///
+    /// The frames belong to the VM's first life, generation 0.
+    ///
+    /// # Errors
+    ///
+    /// There is not enough memory, or no VMID for it.
+    pub fn new(vm: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
         let (features, ipa_bits) = features();
+        // VMID 0 is the hardware's out of reset.
+        let vmid = vm.saturating_add(1);
         let vmid = Vmid::new(vmid, features.vmid).ok_or(MemoryError::NoVmid(vmid))?;
-        let stage2 = Stage2::new(Hw, ipa_bits, vmid, features).map_err(MemoryError::Stage2)?;
+        let stage2 =
+            Stage2::new(Hw { vm }, ipa_bits, vmid, features).map_err(MemoryError::Stage2)?;
         let mut memory = Self {
+            vm,
             stage2,
             slots: Vec::new(),
         };
@@ -114,9 +126,11 @@ impl GuestMemory {
                 size /= 2;
                 continue;
             }
-            match Run::take(size) {
+            let at = base + (pages as usize - left) as u64 * PAGE as u64;
+            let owner = frames::guest(self.vm, Generation::FIRST, at / PAGE as u64)
+                .ok_or(MemoryError::NotEnough(bytes))?;
+            match Run::take(size, owner) {
                 Some(run) => {
-                    let at = base + (pages as usize - left) as u64 * PAGE as u64;
                     runs.push((at, run));
                     left -= size;
                 }

@@ -5,13 +5,15 @@ use crate::arch::{barrier, tlb};
 use crate::memory::frames::{self, Run};
 use spin::Once;
 use tidemark_stage2::{
-    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Stage2, Support, Table, Vmid,
-    VmidWidth,
+    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, VmidWidth,
 };
 
-/// The machine, as stage 2 uses it.
+/// The machine, as one VM's stage 2 uses it.
 #[derive(Debug, Clone, Copy)]
-pub struct Hw;
+pub struct Hw {
+    /// Whose tables it allocates.
+    pub vm: u16,
+}
 
 impl Hardware for Hw {
     #[inline]
@@ -24,7 +26,7 @@ impl Hardware for Hw {
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
-        let run = Run::take(count)?;
+        let run = Run::take(count, frames::table_of(self.vm))?;
         run.zero(0, count);
         Some(Pa::new(run.leak()))
     }
@@ -135,9 +137,11 @@ pub fn features() -> (stage2::Features, u8) {
 }
 
 /// VTCR_EL2 for every CPU: all guests' spaces have one shape.
-pub fn vtcr() -> u64 {
+///
+/// # Errors
+///
+/// The CPUs' features do not go together.
+pub fn vtcr() -> Result<u64, stage2::Error> {
     let (features, ipa_bits) = features();
-    Vmid::new(1, features.vmid)
-        .and_then(|vmid| Stage2::new(Hw, ipa_bits, vmid, features).ok())
-        .map_or(0, |stage2| stage2.vtcr())
+    stage2::vtcr(ipa_bits, &features)
 }

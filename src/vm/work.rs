@@ -140,6 +140,10 @@ fn drive(vm: &'static Vm, wanted: Operation) -> Result<Option<(u64, u64)>, Error
     }
     work.operation = Some(wanted);
     work.progress = (0, 0);
+    if let Operation::Take(epoch) = wanted {
+        // From the start: an epoch that is given up is never used again either.
+        work.last_taken = work.last_taken.max(epoch.0);
+    }
     // The first step at once: most work on a small guest is over with it.
     if step(vm, &mut work) == Step::Done {
         return match work.failure.take() {
@@ -213,7 +217,6 @@ pub fn take(vm: &'static Vm, epoch: Epoch) -> Result<Work<TakeReport>, ErrorRepl
     match drive(vm, Operation::Take(wanted))? {
         Some(progress) => Ok(going(progress)),
         None => {
-            vm.work.lock().last_taken = epoch.0;
             let slots = stage2.taken(wanted).map_err(refusal)?;
             Ok(Work::Done(report(epoch, &slots)))
         }
@@ -290,7 +293,6 @@ pub fn status(vm: &Vm) -> DirtyStatus {
         outstanding: log.outstanding.map(|epoch| Epoch(epoch.0)),
         last_taken: Epoch(
             work.last_taken
-                .max(log.outstanding.map_or(0, |epoch| epoch.0))
                 .max(log.last_committed.map_or(0, |epoch| epoch.0)),
         ),
         last_committed: Epoch(log.last_committed.map_or(0, |epoch| epoch.0)),
