@@ -93,7 +93,8 @@ fmt: lint ## put every source file into its form
 
 clippy: lint ## lints of everything, warnings are errors
 	$(say) "lints: crates of this machine"
-	@$(HOST) clippy $(Q) --all-targets --test serial -- -D warnings
+	@$(HOST) clippy $(Q) --all-targets -- -D warnings
+	@$(HOST) clippy $(Q) --test serial -- -D warnings
 	$(say) "lints: image and guests"
 	@$(IMAGE) clippy $(Q) --release -p tidemark -p tidemark-guests -- -D warnings
 
