@@ -18,6 +18,12 @@ pub(super) const SGI_EDGE: u32 = 0xffff;
 /// The most list registers there can be.
 pub(super) const MAX_LIST_REGISTERS: usize = 16;
 
+/// Gives one bit for each of `count` list registers.
+#[inline]
+pub(super) fn mask_of(count: usize) -> u32 {
+    (1 << count.min(MAX_LIST_REGISTERS)) - 1
+}
+
 /// Whether deliverable interrupts were left out for want of list registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Supply {

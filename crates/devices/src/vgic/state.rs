@@ -93,9 +93,9 @@ impl WordState {
             group1: word.group1,
             edge: word.edge,
             // A hardware link is its physical line, which comes again where the state is restored.
-            pending: (word.latch & !word.hardware) | word.soft & word.in_pending | mailed,
+            pending: (word.latch & !word.hardware) | word.listed_pending() | mailed,
             line: word.line,
-            active: word.active | word.in_active & !word.deactivate,
+            active: word.active | word.listed_active(),
             priority: word.priority,
         }
     }

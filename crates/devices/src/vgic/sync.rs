@@ -21,9 +21,9 @@ use core::sync::atomic::{Ordering, fence};
 use spin::MutexGuard;
 
 use super::list_register::Lr;
-use super::private::{MAX_LIST_REGISTERS, Private, Supply};
+use super::private::{self, MAX_LIST_REGISTERS, Private, Supply};
 use super::shared::Shared;
-use super::word::{Physical, Word};
+use super::word::{Physical, Simple, Word};
 use super::{Kick, ListRegisters, MAIL_SHARED, SPI_WORDS, Underflow, Vgic};
 use crate::VcpuIndex;
 
@@ -49,6 +49,7 @@ impl Vgic {
     /// Folds what the guest did with its list registers and fills them again. Gives other vCPUs to kick: those that SPIs moved to.
     ///
     /// Only the CPU that has the vCPU's list registers calls it.
+    #[inline]
     pub fn sync(&self, vcpu: VcpuIndex, registers: &mut impl ListRegisters) -> Kick {
         let Some(bank) = self.bank(vcpu) else {
             return Kick::NONE;
@@ -58,11 +59,27 @@ impl Vgic {
         private.word.latch |= mail as u32;
         let about_spis =
             mail & MAIL_SHARED != 0 || private.used_spi != 0 || private.supply == Supply::Short;
+        if !about_spis && sync_simple(&mut private, self.groups(), registers) == Rest::Nothing {
+            return Kick::NONE;
+        }
+        let shared = about_spis.then(|| self.shared.lock());
+        self.sync_rest(vcpu, private, shared, registers)
+    }
+
+    /// Does all that a sync does. Apart, so that the way of a lone SGI stays short.
+    #[inline(never)]
+    fn sync_rest<'a>(
+        &'a self,
+        vcpu: VcpuIndex,
+        mut private: MutexGuard<'a, Private>,
+        shared: Option<MutexGuard<'a, Shared>>,
+        registers: &mut impl ListRegisters,
+    ) -> Kick {
         let mut desk = Desk {
             vcpu,
             groups: self.groups(),
             private: &mut private,
-            shared: about_spis.then(|| self.shared.lock()),
+            shared,
             moved: [0; SPI_WORDS],
         };
         desk.release(registers);
@@ -134,6 +151,59 @@ impl Vgic {
             word.fresh(word.deliverable(groups)) & shared.routed(vcpu, index) != 0
         })
     }
+}
+
+/// What [`sync_simple`] left undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// Nothing.
+    Nothing,
+    /// A whole sync.
+    All,
+}
+
+/// Syncs a vCPU that has only private interrupts about, if each list register in use ended without further ado or
+/// is as it was, and at most one interrupt is to be listed. Otherwise what it did so far is what a whole sync begins with.
+#[inline]
+fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegisters) -> Rest {
+    let mut left = private.used;
+    while left != 0 {
+        let n = left.trailing_zeros() as usize;
+        left &= left - 1;
+        let lr = Lr(registers.read(n));
+        let bit = 1 << (private.held(n) & 31);
+        if lr.is_empty() && !lr.asks_maintenance() {
+            private.word.unlist(bit);
+            private.let_go(n);
+        } else if !private.word.is_as_noted(bit, lr) {
+            return Rest::All;
+        }
+    }
+    let deliverable = private.word.deliverable(groups);
+    if private.word.pressing(deliverable) != 0 {
+        return Rest::All;
+    }
+    let simple = private.word.simple(deliverable);
+    let intid = match simple {
+        // Before this sync nothing was left out, so the underflow interrupt is off already.
+        Simple::Nothing => return Rest::Nothing,
+        Simple::Several => return Rest::All,
+        Simple::Edge(intid) | Simple::One(intid) => intid,
+    };
+    let free = !private.used & private::mask_of(registers.count());
+    if free == 0 {
+        return Rest::All;
+    }
+    let pintid = private.pintid(intid);
+    let lr = match simple {
+        Simple::Edge(_) => private.word.list_simple(intid, intid),
+        _ => private.word.list(intid, intid, pintid, deliverable),
+    };
+    let n = free.trailing_zeros() as usize;
+    registers.write(n, lr.0);
+    private.hold(n, intid);
+    private.pending |= 1 << n;
+    Rest::Nothing
 }
 
 impl Desk<'_> {
@@ -237,6 +307,9 @@ impl Desk<'_> {
         let mut best = first.map(|(rank, intid)| Candidate { rank, intid });
         if let Some(shared) = &self.shared {
             for (index, word) in shared.words.iter().enumerate() {
+                if word.is_quiet() {
+                    continue;
+                }
                 let routed = shared.routed(self.vcpu, index);
                 let Some((rank, bit)) = word.first(word.deliverable(self.groups), routed) else {
                     continue;
@@ -255,7 +328,7 @@ impl Desk<'_> {
     #[inline]
     fn room(&mut self, registers: &mut impl ListRegisters, rank: u16) -> Option<usize> {
         let count = registers.count().min(MAX_LIST_REGISTERS);
-        let free = !self.private.used & ((1 << count) - 1);
+        let free = !self.private.used & private::mask_of(count);
         if free != 0 {
             return Some(free.trailing_zeros() as usize);
         }
@@ -313,7 +386,11 @@ impl Desk<'_> {
         let Some(shared) = &self.shared else {
             return Kick::NONE;
         };
-        let moved = self.moved.iter().enumerate();
+        let moved = self
+            .moved
+            .iter()
+            .enumerate()
+            .filter(|(_, bits)| **bits != 0);
         moved
             .map(|(index, bits)| {
                 shared.kicks(index, bits & !shared.routed(self.vcpu, index), self.groups)

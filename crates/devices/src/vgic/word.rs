@@ -13,7 +13,8 @@
 //! - In a list register, pending came from `latch` iff `soft`: listing moves the bit from `latch` to `soft`, taking it
 //!   back moves it from `soft` to `latch`. So a pending edge or SGI is in exactly one of `latch`, `soft`, or was seen by the guest.
 //! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
-//! - `soft`, `linked`, `in_pending`, `in_active`, `told` and `deactivate` are within `listed`; `hardware` is within `latch`.
+//! - `soft`, `linked`, `in_pending`, `in_active`, `told` and `deactivate` mean something within `listed` only; listing sets
+//!   them all, and what is left of them afterwards is not cleared. `hardware` is within `latch`.
 //! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
 //!
 //! # Concurrency
@@ -107,6 +108,19 @@ pub(super) struct Word {
     pub(super) release: u32,
 }
 
+/// What a word has to be listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Simple {
+    /// Nothing.
+    Nothing,
+    /// An edge alone, for [`Word::list_simple`].
+    Edge(u32),
+    /// Another one alone, for [`Word::list`].
+    One(u32),
+    /// Several, or one that is active: [`Word::first`] chooses.
+    Several,
+}
+
 /// Writable priority bits: five, as QEMU and KVM show. GICv3 asks for at least four with one security state.
 pub(super) const PRIORITY_MASK: u8 = 0xf8;
 
@@ -167,11 +181,34 @@ impl Word {
 
     /// Interrupts a fold or a fill would do something about.
     pub(super) const fn work(&self, deliverable: u32) -> u32 {
+        self.fresh(deliverable) | self.stranded() | self.pressing(deliverable)
+    }
+
+    /// Those of them that concern a list register in use, or a physical interrupt.
+    #[inline]
+    pub(super) const fn pressing(&self, deliverable: u32) -> u32 {
         let unsupported = self.in_pending & !(deliverable & (self.soft | self.held()));
         // Pending again at their end, of which nobody would tell.
         let untold = (self.latch | self.held()) & !self.told & !self.linked;
         let merge = self.latch & deliverable | self.active | self.deactivate | unsupported | untold;
-        self.fresh(deliverable) | self.stranded() | self.listed & merge | self.release
+        self.listed & merge | self.release
+    }
+
+    /// Says whether a list register is as the last fold left it.
+    #[inline]
+    pub(super) const fn is_as_noted(&self, bit: u32, lr: Lr) -> bool {
+        lr.is_pending() == (self.in_pending & bit != 0)
+            && lr.is_active() == (self.in_active & bit != 0)
+    }
+
+    /// Interrupts that are pending in a list register as far as the last fold saw, but for those their line alone makes so.
+    pub(super) const fn listed_pending(&self) -> u32 {
+        self.listed & self.in_pending & self.soft
+    }
+
+    /// Interrupts that are active in a list register as far as the last fold saw.
+    pub(super) const fn listed_active(&self) -> u32 {
+        self.listed & self.in_active & !self.deactivate
     }
 
     /// Reads a bit register. `mailed` are interrupts latched and not yet in `latch`.
@@ -180,9 +217,9 @@ impl Word {
             Bits::Group => self.group1,
             Bits::SetEnable | Bits::ClearEnable => self.enabled,
             Bits::SetPending | Bits::ClearPending => {
-                mailed | self.latch | self.held() | self.in_pending & self.soft
+                mailed | self.latch | self.held() | self.listed_pending()
             }
-            Bits::SetActive | Bits::ClearActive => self.active | self.in_active & !self.deactivate,
+            Bits::SetActive | Bits::ClearActive => self.active | self.listed_active(),
         }
     }
 
@@ -225,7 +262,7 @@ impl Word {
     /// Sets the line of one interrupt low, be it its own or that of its physical interrupt.
     pub(super) fn lower(&mut self, bit: u32) {
         self.line &= !bit;
-        self.clear_pending(bit & (self.hardware | self.linked));
+        self.clear_pending(bit & (self.hardware | self.listed & self.linked));
     }
 
     /// Reads ICFGR: two bits an interrupt, the upper one set for edge. `half` 1 is the upper 16 interrupts.
@@ -264,6 +301,12 @@ impl Word {
         for (priority, byte) in bytes.zip(value.to_le_bytes()) {
             *priority = byte & PRIORITY_MASK;
         }
+    }
+
+    /// Says whether nothing in the word is pending, or active without a list register.
+    #[inline]
+    pub(super) const fn is_quiet(&self) -> bool {
+        self.latch | self.line | self.active == 0
     }
 
     /// Gives the first of `allowed` to be listed, with its rank (lower goes first): stranded ones before all, then by priority, then by number.
@@ -311,13 +354,15 @@ impl Word {
             lr = lr.with_pending();
             if self.hardware & bit != 0 {
                 lr = lr.with_hardware(pintid);
-                self.linked |= bit;
             }
             self.latch &= !bit;
             self.hardware &= !bit;
             self.soft |= bit;
-        } else if self.held() & deliverable & bit != 0 && !active {
-            lr = lr.with_pending();
+        } else {
+            self.soft &= !bit;
+            if self.held() & deliverable & bit != 0 && !active {
+                lr = lr.with_pending();
+            }
         }
         if active {
             lr = lr.with_active();
@@ -327,8 +372,46 @@ impl Word {
             lr = lr.with_eoi();
         }
         self.listed |= bit;
+        self.deactivate &= !bit;
         self.note(bit, lr);
         lr
+    }
+
+    /// Says what there is to be listed, and whether [`Word::list_simple`] can.
+    #[inline]
+    pub(super) fn simple(&self, deliverable: u32) -> Simple {
+        let fresh = self.fresh(deliverable);
+        let stranded = self.stranded();
+        if fresh | stranded == 0 {
+            return Simple::Nothing;
+        }
+        if stranded != 0 || fresh & fresh.wrapping_sub(1) != 0 {
+            return Simple::Several;
+        }
+        if fresh & self.latch & self.edge & !self.hardware != 0 {
+            return Simple::Edge(fresh.trailing_zeros());
+        }
+        Simple::One(fresh.trailing_zeros())
+    }
+
+    /// Does what [`Word::list`] does for an inactive, latched edge without a hardware link: nearly every SGI.
+    #[inline]
+    pub(super) fn list_simple(&mut self, index: u32, intid: u32) -> Lr {
+        let bit = 1 << (index & 31);
+        let group = if self.group1 & bit != 0 {
+            Group::One
+        } else {
+            Group::Zero
+        };
+        self.latch &= !bit;
+        self.listed |= bit;
+        self.soft |= bit;
+        self.in_pending |= bit;
+        self.linked &= !bit;
+        self.in_active &= !bit;
+        self.told &= !bit;
+        self.deactivate &= !bit;
+        Lr::new(intid, self.priority_of(index), group).with_pending()
     }
 
     /// Takes note of what the guest did with the list register of `bit`, and gives what it should hold now.
@@ -423,8 +506,12 @@ impl Word {
         self.in_pending &= !bit;
         self.in_active &= !bit;
         self.told &= !bit;
+        self.linked &= !bit;
         if lr.asks_maintenance() {
             self.told |= bit;
+        }
+        if lr.is_hardware() {
+            self.linked |= bit;
         }
         if lr.is_pending() {
             self.in_pending |= bit;
@@ -434,13 +521,9 @@ impl Word {
         }
     }
 
-    fn unlist(&mut self, bit: u32) {
+    /// Forgets that it is listed, and with that all that describes how.
+    #[inline]
+    pub(super) fn unlist(&mut self, bit: u32) {
         self.listed &= !bit;
-        self.soft &= !bit;
-        self.linked &= !bit;
-        self.in_pending &= !bit;
-        self.in_active &= !bit;
-        self.told &= !bit;
-        self.deactivate &= !bit;
     }
 }
