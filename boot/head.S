@@ -150,6 +150,7 @@ secondary_entry:
     mov     x29, xzr
     mov     x30, xzr
     isb
+    mov     x0, x20
     bl      secondary_main
     b       .
 

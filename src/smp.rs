@@ -1,7 +1,7 @@
 //! The machine's further CPUs: started one by one through PSCI, held until the boot CPU has
 //! set everything up, then let go to look for work.
 
-use crate::arch::boot::{self, SecondaryBoot};
+use crate::arch::boot::{self, Answer, Progress, SecondaryBoot};
 use crate::arch::features::Features;
 use crate::arch::stage1::EnableMmu;
 use crate::arch::{barrier, cpu, el1, timer};
@@ -17,7 +17,7 @@ use spin::{Mutex, Once};
 use tidemark_ownership::Owner;
 
 /// How long a CPU may take to answer, in microseconds.
-const PATIENCE: u64 = 1_000_000;
+const PATIENCE: u64 = 5_000_000;
 /// Pages of a CPU's stack for fatal exceptions.
 const EMERGENCY_PAGES: usize = 2;
 
@@ -70,12 +70,14 @@ pub fn start_others(board: &Board) -> Features {
 }
 
 fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
-    let stack =
-        Run::take(stage1::STACK_SIZE / PAGE, Owner::Hypervisor).ok_or("no memory for its stack")?;
-    let emergency =
-        Run::take(EMERGENCY_PAGES, Owner::Hypervisor).ok_or("no memory for its stack")?;
+    // A stretch of the stack window for each try: a CPU that answers too late is on its own.
+    static TRIES: AtomicUsize = AtomicUsize::new(1);
+    let place = TRIES.fetch_add(1, Relaxed);
+    let no_memory = "no memory for its stack";
+    let stack = Run::take(stage1::STACK_SIZE / PAGE, Owner::Hypervisor).ok_or(no_memory)?;
+    let emergency = Run::take(EMERGENCY_PAGES, Owner::Hypervisor).ok_or(no_memory)?;
     let stack_top =
-        stage1::map_stack(index, stack.leak()).map_err(|_| "its stack cannot be mapped")?;
+        stage1::map_stack(place, stack.leak()).map_err(|_| "its stack cannot be mapped")?;
     let emergency_top = emergency.leak() as usize + EMERGENCY_PAGES * PAGE;
     let mmu = EnableMmu::new();
     stage1::fill_registers(&mmu);
@@ -83,6 +85,7 @@ fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
         mmu,
         stack_top,
         cpu: cpu::prepare(index, mpidr, stack_top, emergency_top),
+        answer: Answer::silent(),
     }));
     boot::start_cpu(mpidr, boot).map_err(|error| match error.0 {
         -2 => "PSCI: invalid parameters",
@@ -91,30 +94,38 @@ fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
         _ => "PSCI refuses",
     })?;
     let end = timer::now() + timer::ticks(PATIENCE);
-    while UP.load(Acquire) == index {
-        if timer::now() > end {
-            return Err("it was started but does not answer");
+    loop {
+        match boot.answer.progress() {
+            Progress::Ready => {
+                UP.store(index + 1, Release);
+                return Ok(());
+            }
+            Progress::Unfit => return Err("it has no redistributor"),
+            Progress::Silent if timer::now() > end && boot.answer.give_up() => {
+                return Err("it was started but does not answer");
+            }
+            Progress::Silent | Progress::Begun => core::hint::spin_loop(),
         }
-        core::hint::spin_loop();
     }
-    Ok(())
 }
 
 /// A further CPU's way, from boot/head.S.
 #[unsafe(no_mangle)]
-extern "C" fn secondary_main() -> ! {
+extern "C" fn secondary_main(boot: &'static SecondaryBoot) -> ! {
+    // Its index is only its own from here on.
+    if !boot.answer.begin() {
+        halt();
+    }
+    if board::init_cpu().is_err() {
+        boot.answer.unfit();
+        halt();
+    }
     let mine = Features::read();
     {
         let mut joined = JOINED.lock();
         *joined = Some(joined.map_or(mine, |others| others.least(mine)));
     }
-    if board::init_cpu().is_err() {
-        // Reported by the boot CPU: this one does not answer.
-        loop {
-            barrier::wfi();
-        }
-    }
-    UP.fetch_add(1, Release);
+    boot.answer.ready();
     while !RELEASED.load(Acquire) {
         barrier::wfe();
     }
@@ -122,6 +133,13 @@ extern "C" fn secondary_main() -> ! {
         el1::init_controls(controls.hcr, controls.vtcr);
     }
     sched::run()
+}
+
+/// A CPU that is left out waits for nothing.
+fn halt() -> ! {
+    loop {
+        barrier::wfi();
+    }
 }
 
 /// Decides EL2's controls for all CPUs, and sets this one's.

@@ -67,7 +67,7 @@ const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
 /// unmapped lower half as the guard below it.
 const STACK_WINDOW: usize = 0xff00_0000_0000;
 const STACK_STRIDE: usize = 64 * 1024;
-/// Stacks mapped so far: those of CPUs 0 to here.
+/// Stacks mapped so far: numbers 0 to here.
 static MAPPED_STACKS: AtomicUsize = AtomicUsize::new(0);
 /// Bytes of a CPU's stack.
 pub const STACK_SIZE: usize = 32 * 1024;
@@ -132,7 +132,7 @@ pub fn map_identity(range: Range, access: Access) -> Result<(), MapError> {
     map(range.start as usize, range.start, range.size(), access)
 }
 
-/// Maps the stack of CPU `index` onto the frames at `pa`; gives its top.
+/// Maps stack number `index` of the window onto the frames at `pa`; gives its top.
 pub fn map_stack(index: usize, pa: u64) -> Result<usize, MapError> {
     let top = STACK_WINDOW + (index + 1) * STACK_STRIDE;
     map(top - STACK_SIZE, pa, STACK_SIZE as u64, Access::ReadWrite)?;
