@@ -100,7 +100,7 @@ impl<H: Hardware> Stage2<H> {
         }
     }
 
-    fn fault_on_leaf(
+    pub(crate) fn fault_on_leaf(
         &self,
         layout: &Layout,
         slot: &Slot,

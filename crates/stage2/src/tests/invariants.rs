@@ -58,6 +58,36 @@ fn inv02_the_returned_value_decides_not_an_earlier_look() {
 }
 
 #[test]
+fn inv02_a_fault_that_looked_too_long_ago_changes_nothing() {
+    let world = mapped(dbm(), P2M);
+    world.start(Engine::WriteProtect, Granularity::Adaptive);
+    let layout = world.stage2.layout.read();
+    let slot = layout.slot_at(Ipa::new(IPA)).unwrap();
+    let late = fault(IPA, FaultAccess::Write, FaultKind::Permission);
+    let place = world.stage2.descend(IPA);
+    // Meanwhile another CPU splits the block.
+    world
+        .stage2
+        .split(world.entry(IPA), Level::L2, IPA, Engine::WriteProtect)
+        .unwrap();
+    let table = place.entry().load(Ordering::SeqCst);
+    let outcome = world.stage2.fault_on_leaf(&layout, slot, &late, &place);
+    assert_eq!(
+        (outcome, place.entry().load(Ordering::SeqCst)),
+        (Outcome::Retry, table)
+    );
+    // And once more: a page that another CPU made dirty and the harvest clean again.
+    let place = world.stage2.descend(IPA);
+    place.entry().fetch_or(!CLEAR_WRITE, Ordering::SeqCst);
+    assert_eq!(
+        world.stage2.fault_on_leaf(&layout, slot, &late, &place),
+        Outcome::Resume
+    );
+    assert_eq!(world.stage2.counters().spurious_faults, 1);
+    assert!(!slot.dirty.knows(0), "whoever made it dirty notes it");
+}
+
+#[test]
 fn inv03_a_stale_tlb_entry_cannot_outlive_the_harvest() {
     for (engine, features) in engines() {
         let world = mapped(features, P2M);
@@ -272,6 +302,19 @@ fn inv07_what_is_no_block_in_small_change_is_not_collapsed() {
 }
 
 #[test]
+fn inv07_one_leaf_that_differs_keeps_the_table() {
+    for odd in [0, 1, P2M - 1] {
+        let world = mapped(Features::BASELINE, P2M);
+        world.start(Engine::WriteProtect, Granularity::Page);
+        world
+            .entry(IPA + odd * PAGE_SIZE)
+            .fetch_or(0b10 << 53, Ordering::SeqCst);
+        world.stop();
+        assert_eq!(world.stage2.mappings().pages_4k, P2M, "leaf {odd}");
+    }
+}
+
+#[test]
 fn inv08_read_only_memory_never_becomes_writable() {
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
@@ -318,6 +361,45 @@ fn inv08_read_only_memory_never_becomes_writable() {
                 world.harvest();
                 check("switched");
             }
+            world.stop();
+            check("stopped");
+        }
+    }
+}
+
+#[test]
+fn inv08_a_read_only_leaf_in_writable_memory_stays_one() {
+    // Nothing here makes such a leaf yet; sharing pages between VMs will.
+    for (engine, features) in engines() {
+        for granularity in GRANULARITIES {
+            let world = World::sized(features, 39, 64, 2);
+            world.slot(0, IPA, 3 * P2M + 9, Access::ReadWrite, RAM);
+            world.map_all(0);
+            let (block, page) = (IPA + 2 * MIB, IPA + 6 * MIB + 3 * PAGE_SIZE);
+            for ipa in [block, page] {
+                let pte = world.pte(ipa).0.with(Permission::ReadOnly);
+                world.entry(ipa).swap(pte.0, Ordering::SeqCst);
+            }
+            let check = |when| {
+                for ipa in [block, block + 9 * PAGE_SIZE, page] {
+                    let pte = world.pte(ipa).0;
+                    let read_only = !pte.is_writable() && !pte.is_tracked();
+                    assert!(read_only, "{when}: {engine:?} {granularity:?} {ipa:#x}");
+                    let outcome = world.access(0, ipa, FaultAccess::Write);
+                    assert_eq!(outcome, Err(Outcome::ReadOnly), "{when}");
+                }
+            };
+            world.start(engine, granularity);
+            check("started");
+            for ipa in [block, page] {
+                world.stage2.mark_dirty(Ipa::new(ipa), 1).unwrap();
+            }
+            world.write(0, page + PAGE_SIZE);
+            assert!(world.harvest().contains(&page));
+            check("harvested");
+            world.stage2.set_engine(Engine::WriteProtect).unwrap();
+            world.harvest();
+            check("switched");
             world.stop();
             check("stopped");
         }
@@ -585,6 +667,38 @@ fn inv18_marking_takes_any_range_and_names_what_is_no_memory() {
     assert_eq!(world.harvest(), all);
     assert_eq!(mark(IPA - 1, 2), Err(Error::NotMemory(Ipa::new(IPA - 1))));
     assert_eq!(world.harvest(), set([IPA]));
+}
+
+#[test]
+fn inv19_bits_past_the_end_are_never_set() {
+    use crate::dirty::Dirty;
+    let dirty = Dirty::new(70).unwrap();
+    dirty.add(64, u64::MAX);
+    dirty.add(69, u64::MAX);
+    dirty.mark_run(66, u64::MAX);
+    dirty.mark_run(70, 1);
+    dirty.add_run(68, 1000);
+    dirty.take_live(0, u64::MAX, |page| assert!(page < 70));
+    let words: std::vec::Vec<_> = dirty
+        .in_flight()
+        .iter()
+        .map(|word| word.load(Ordering::SeqCst))
+        .collect();
+    assert_eq!(
+        (words, dirty.in_flight_pages()),
+        (std::vec![0, 0b11_1111], 6)
+    );
+    dirty.add(3, 1 << 63 | 1);
+    let words: std::vec::Vec<_> = dirty
+        .in_flight()
+        .iter()
+        .map(|word| word.load(Ordering::SeqCst))
+        .collect();
+    assert_eq!(
+        (words, dirty.in_flight_pages()),
+        (std::vec![1 << 3, 0b11_1111], 7),
+        "across a word"
+    );
 }
 
 #[test]

@@ -162,7 +162,7 @@ fn soak(
             }
             arena.world.start(engine, granularity);
             arena.copy_all(&mut copy);
-            for round in 0..12u64 {
+            for round in 0..ROUNDS {
                 arena.el2_write(round * 41 % PAGES);
                 let epoch = arena.world.new_epoch();
                 if trouble == Trouble::Aborts && round % 3 == 1 {
@@ -215,6 +215,8 @@ fn soak(
     assert!(arena.writes.load(Ordering::Relaxed) > 0);
 }
 
+/// Epochs a session.
+const ROUNDS: u64 = 200;
 const TIME: Duration = Duration::from_millis(700);
 
 #[test]
@@ -260,6 +262,42 @@ fn inv19_aborts_lose_nothing_under_fire() {
 fn inv14_switching_engines_loses_nothing_under_fire() {
     for granularity in [Granularity::Page, Granularity::Adaptive] {
         soak(dbm(), Engine::Dbm, granularity, Trouble::Switches, TIME);
+    }
+}
+
+/// A harvester that never rests while a guest touches one new table after the other: the fault maps
+/// the page dirty and notes it while the harvest walks by and sees a hole.
+#[test]
+fn inv01_a_hole_that_is_mapped_during_a_harvest_is_not_lost() {
+    const TABLES: u64 = 500;
+    let began = Instant::now();
+    while began.elapsed() < 2 * TIME {
+        let world = &World::sized(Features::BASELINE, 39, 600, 2);
+        // One page off, so that every 2 MiB are a table of pages.
+        world.slot(0, IPA, TABLES * P2M, Access::ReadWrite, RAM + PAGE_SIZE);
+        world.start(Engine::WriteProtect, Granularity::Page);
+        let touched = &AtomicU64::new(0);
+        let mut reported = thread::scope(|scope| {
+            scope.spawn(move || {
+                for table in 0..TABLES {
+                    world.touch(1, IPA + table * 2 * MIB);
+                    touched.store(table + 1, Ordering::SeqCst);
+                }
+            });
+            let mut reported = std::collections::BTreeSet::new();
+            while touched.load(Ordering::SeqCst) < TABLES {
+                reported.extend(world.harvest());
+            }
+            reported
+        });
+        reported.extend(world.harvest());
+        assert_eq!(
+            reported,
+            set((0..TABLES).map(|table| IPA + table * 2 * MIB))
+        );
+        // Whatever the TLB holds by now, a second write is noted too.
+        (0..TABLES).for_each(|table| world.touch(1, IPA + table * 2 * MIB));
+        assert_eq!(world.harvest().len() as u64, TABLES);
     }
 }
 
