@@ -259,7 +259,7 @@ impl Client {
 
     /// Ends the session, waiting briefly for the target to confirm.
     pub fn close(mut self) {
-        self.goodbye(Duration::from_millis(500));
+        self.goodbye(Duration::from_secs(2));
     }
 
     /// Silence after which the target counts as gone.
@@ -292,7 +292,7 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.goodbye(Duration::from_millis(300));
+        self.goodbye(Duration::from_millis(500));
         self.outgoing = None;
     }
 }

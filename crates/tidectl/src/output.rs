@@ -134,7 +134,12 @@ impl Drop for Bar {
 
 /// Reports a failure: words on standard error, and an object on standard output if JSON was
 /// asked for.
+///
+/// Nothing when the reader of standard output went away, as `head` does: it knows.
 pub fn report(error: &Error, format: Format) {
+    if matches!(error, Error::Local { source, .. } if source.kind() == io::ErrorKind::BrokenPipe) {
+        return;
+    }
     let mut words = format!("tidectl: {error}\n");
     if let Some(hint) = error.hint() {
         words.push_str(&format!("  hint: {hint}\n"));

@@ -3,7 +3,7 @@
 #[path = "support/fake.rs"]
 mod fake;
 
-use fake::{Faults, Slot, Target, Vm, listen, lock, temp_dir};
+use fake::{Faults, Slot, Socket, Target, Vm, listen, lock, temp_dir};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
@@ -17,7 +17,7 @@ use tidemark_wire::message::{Engine, Granularity, Logging, SlotAccess, VmState};
 struct Stage {
     target: Arc<Mutex<Target>>,
     dir: PathBuf,
-    port: String,
+    socket: Socket,
 }
 
 impl Stage {
@@ -34,8 +34,12 @@ impl Stage {
         vm.writes = 1;
         let target = Target::new(vec![vm]);
         let dir = temp_dir(name);
-        let port = format!("unix:{}", listen(&target, &dir, faults).display());
-        Self { target, dir, port }
+        let socket = listen(&target, name, faults);
+        Self {
+            target,
+            dir,
+            socket,
+        }
     }
 
     fn logging(self) -> Self {
@@ -55,7 +59,7 @@ impl Stage {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = bare(args);
         command
-            .env("TIDECTL_PORT", &self.port)
+            .env("TIDECTL_PORT", self.socket.port())
             .current_dir(&self.dir);
         command
     }
@@ -345,11 +349,9 @@ fn dirty_get_on_a_line_that_closes_loses_nothing() {
     assert_eq!((code, name.as_str()), (3, "line-closed"), "{words}");
     assert!(words.contains("nothing is lost"), "{words}");
     assert!(!stage.dir.join("b").exists());
-    let port = listen(&stage.target, &temp_dir("gone2"), Faults::default());
+    let socket = listen(&stage.target, "gone2", Faults::default());
     let mut command = stage.command(&["dirty", "get", "debian", "--format", "json"]);
-    let output = command
-        .env("TIDECTL_PORT", format!("unix:{}", port.display()))
-        .output();
+    let output = command.env("TIDECTL_PORT", socket.port()).output();
     let output = output.expect("it runs");
     let got: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(got["dirty_pages"], 7);
@@ -724,6 +726,49 @@ fn completions_and_help() {
             "{command:?} has no example"
         );
     }
+}
+
+#[test]
+fn shell_is_heard_after_a_frame_that_was_cut_off() {
+    let stage = Stage::new("cutoff");
+    let path = stage.socket.0.clone();
+    // The target keeps its decoder over a reconnect, as EL2 does: so does this connection.
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+    let listener = {
+        fs::remove_file(&path).expect("a socket");
+        std::os::unix::net::UnixListener::bind(&path).expect("a socket")
+    };
+    let target = Arc::clone(&stage.target);
+    std::thread::spawn(move || fake::serve(&target, ours, &Faults::default()));
+    theirs.write_all(&[0, 3, 1, 1, 5]).expect("half a frame");
+    std::thread::spawn(move || {
+        let (mut tool, _) = listener.accept().expect("the tool");
+        let (mut from, mut to) = (tool.try_clone().expect("a handle"), theirs.try_clone());
+        let to = to.as_mut().expect("a handle");
+        std::thread::scope(|scope| {
+            scope.spawn(|| std::io::copy(&mut from, to));
+            let _ = std::io::copy(&mut theirs, &mut tool);
+        });
+    });
+    let output = type_into(stage.command(&["shell", "--linger", "300ms"]), "help\n");
+    assert_eq!(text(&output.stdout), "commands: help, list\r\n> ");
+}
+
+#[test]
+fn a_reader_that_leaves_is_not_an_accident() {
+    let stage = Stage::new("pipe");
+    let mut child = stage
+        .command(&["list"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    drop(child.stdout.take());
+    let output = finish(child);
+    assert_eq!(
+        (output.status.code(), text(&output.stderr).as_str()),
+        (Some(1), "")
+    );
 }
 
 #[test]

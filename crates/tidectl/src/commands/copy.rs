@@ -118,13 +118,16 @@ fn round_text(round: &Round) -> String {
         Phase::Last => "last round".into(),
     };
     let bytes = round.pages * PAGE_SIZE;
+    let speed = match bytes {
+        0 => String::new(),
+        bytes => format!(" ({})", rate(bytes, round.copy_time)),
+    };
     format!(
-        "{what}: {} pages ({}), harvest {}, copy {} ({})",
+        "{what}: {} pages ({}), harvest {}, copy {}{speed}",
         round.pages,
         size(bytes),
         duration(round.harvest_time),
         duration(round.copy_time),
-        rate(bytes, round.copy_time)
     )
 }
 

@@ -1,4 +1,6 @@
-//! `shell`: the hypervisor's own text shell, over the bare line. No frame is sent.
+//! `shell`: the hypervisor's own text shell, over the bare line. No frame is sent, but one
+//! delimiter first: a program that was cut off in the middle of a frame would otherwise have
+//! the target take what is typed for the rest of it.
 
 use super::Context;
 use crate::link::Link;
@@ -55,6 +57,10 @@ pub(super) fn run(context: &mut Context, args: &ShellArgs) -> Result<()> {
         what: "starting a thread",
         source,
     })?;
+    let closed = || Error::Closed {
+        during: "talking to the shell".into(),
+    };
+    writer.write_all(&[0]).map_err(|_| closed())?;
     let (raw, keyboard) = RawMode::enter()?;
     if keyboard == Keyboard::Terminal {
         context
@@ -73,9 +79,7 @@ pub(super) fn run(context: &mut Context, args: &ShellArgs) -> Result<()> {
                 show(&mut context.ui, keyboard, &text)?;
             }
             Ok(Came::Closed) | Err(RecvTimeoutError::Disconnected) => {
-                break Err(Error::Closed {
-                    during: "talking to the shell".into(),
-                });
+                break Err(closed());
             }
             Ok(Came::Typed(bytes)) => {
                 let leave = bytes.iter().position(|&byte| byte == LEAVE);
@@ -84,9 +88,7 @@ pub(super) fn run(context: &mut Context, args: &ShellArgs) -> Result<()> {
                 }
                 let sent = writer.write_all(&bytes).and_then(|()| writer.flush());
                 if sent.is_err() {
-                    break Err(Error::Closed {
-                        during: "talking to the shell".into(),
-                    });
+                    break Err(closed());
                 }
             }
             Ok(Came::TypedEnd) if keyboard == Keyboard::Terminal => break Ok(()),

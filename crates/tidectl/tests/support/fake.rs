@@ -965,9 +965,11 @@ pub fn connect(target: &Arc<Mutex<Target>>, faults: Faults) -> UnixStream {
     ours
 }
 
-/// Serves one connection after the other at a socket, as QEMU does. Returns its path.
-pub fn listen(target: &Arc<Mutex<Target>>, dir: &Path, faults: Faults) -> PathBuf {
-    let path = dir.join("s");
+/// Serves one connection after the other at a socket, as QEMU does. The socket's name is
+/// short whatever the target directory is, as it must be.
+pub fn listen(target: &Arc<Mutex<Target>>, name: &str, faults: Faults) -> Socket {
+    let path = std::env::temp_dir().join(format!("tidectl-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).expect("a socket");
     let target = Arc::clone(target);
     thread::spawn(move || {
@@ -975,12 +977,27 @@ pub fn listen(target: &Arc<Mutex<Target>>, dir: &Path, faults: Faults) -> PathBu
             serve(&target, stream, &faults);
         }
     });
-    path
+    Socket(path)
 }
 
-/// A fresh directory that lives as long as the test run's own.
+/// A socket's name, removed with the test that made it.
+pub struct Socket(pub PathBuf);
+
+impl Socket {
+    pub fn port(&self) -> String {
+        format!("unix:{}", self.0.display())
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A fresh directory among what the build made.
 pub fn temp_dir(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("tidectl-{name}-{}", std::process::id()));
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tidectl-{name}"));
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir).expect("a temporary directory");
     dir
