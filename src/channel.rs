@@ -11,6 +11,7 @@
 mod commands;
 mod shell;
 
+use crate::arch::timer;
 use crate::board::options::Terminal;
 use crate::console;
 use crate::sched::job::{self, Step};
@@ -24,6 +25,8 @@ use tidemark_wire::message::{CONSOLE_OVERHEAD, Event, VmId};
 
 /// The longest payload that a host may send.
 const REQUEST_PAYLOAD: usize = 256;
+/// How long a frame may stay open without a byte, in microseconds.
+const FRAME_PATIENCE: u64 = 1_000_000;
 /// Bytes of console text in one event.
 const EVENT_TEXT: usize = 200;
 
@@ -84,8 +87,19 @@ fn attach_terminal(vm: &Vm) {
     TERMINAL.store(vm.id.0, Relaxed);
 }
 
+/// Forgets a frame that nobody goes on with: its sender is gone, and whoever comes next
+/// must not be taken for the rest of it.
+fn forget_open_frame() {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = timer::microseconds();
+    if now.saturating_sub(LAST.swap(now, Relaxed)) > FRAME_PATIENCE {
+        RECEIVER.lock().0.reset();
+    }
+}
+
 /// The UART's interrupt.
 pub fn interrupt() {
+    forget_open_frame();
     let mut bytes = [0; 128];
     let mut len = 0;
     console::interrupt(|byte| {
