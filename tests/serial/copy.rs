@@ -40,7 +40,7 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
     let config = Config {
         seed: Seed(script.seed()),
         vcpus: 2,
-        pages: 60,
+        pages: 1000,
         blocks: 16,
     };
     let bundle = guests::pack([guests::oracle(2, Mib(16))?])?;

@@ -378,15 +378,10 @@ impl OracleGuest {
                 .context("the oracle is not ready")?,
             Arrival::Running => guest.take_over()?,
         }
-        guest.command(&configure_command(config))?;
+        guest.configure(config)?;
         guest.command("map")?;
         guest.command("own")?;
         guest.command("fill")?;
-        ensure!(
-            guest.ledger.config() == config,
-            "the oracle is configured as {:?}",
-            guest.ledger.config()
-        );
         Ok(guest)
     }
 
@@ -399,6 +394,14 @@ impl OracleGuest {
         let ram = PageRun::new(Gfn(slot.base_ipa / PAGE_BYTES), slot.pages);
         self.ledger.found_running(ram, info.summary.vcpus);
         self.host.dirty_stop(self.vm)
+    }
+
+    /// Sets what the next iterations write.
+    pub fn configure(&mut self, config: &Config) -> Result<()> {
+        self.command(&configure_command(config))?;
+        let set = self.ledger.config();
+        ensure!(set == *config, "the oracle is configured as {set:?}");
+        Ok(())
     }
 
     /// Gives a command and waits until it is carried out.

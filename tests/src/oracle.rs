@@ -8,9 +8,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tidemark_guests::pattern::{
-    BLOCK_PAGES, Config, Gfn, Iteration, Layout, PageRun, Store, Vcpu, Write, writes,
+    BLOCK_PAGES, Config, Gfn, Iteration, Layout, PageRun, Seed, Store, Vcpu, Write, writes,
 };
 use tidemark_guests::report::Line;
 
@@ -22,7 +22,8 @@ pub type Pages = BTreeSet<Gfn>;
 pub struct Ledger {
     ram: PageRun,
     vcpus: u8,
-    config: Config,
+    /// What was configured, and from which iteration on.
+    configs: Vec<(Iteration, Config)>,
     holes: Vec<PageRun>,
     own: Pages,
     /// What the guest named, by iteration; taken out once it has been compared.
@@ -38,7 +39,7 @@ impl Default for Ledger {
         Self {
             ram: PageRun::EMPTY,
             vcpus: 0,
-            config: Config::default(),
+            configs: Vec::new(),
             holes: Vec::new(),
             own: Pages::new(),
             named: BTreeMap::new(),
@@ -88,10 +89,12 @@ impl Ledger {
             }
             Line::Ok(configured) => {
                 if let Some(configured) = configured {
-                    self.config = configured.config;
-                    // On a board the oracle may have written for others before.
-                    self.since = Iteration(configured.next.0.saturating_sub(1));
-                    self.done = self.since;
+                    if self.configs.is_empty() {
+                        // On a board the oracle may have written for others before.
+                        self.since = Iteration(configured.next.0.saturating_sub(1));
+                        self.done = self.since;
+                    }
+                    self.configs.push((configured.next, configured.config));
                 }
                 return Ok(Step::Ok);
             }
@@ -108,6 +111,8 @@ impl Ledger {
                     .extend(pages);
             }
             Line::Done(iteration) => return self.iteration_done(*iteration),
+            // `sum` is answered by this line alone.
+            Line::Sum(_) => return Ok(Step::Ok),
             Line::Stopped(iteration) => return Ok(Step::Stopped(*iteration)),
             Line::Own(runs) => self.own.extend(runs.clone().flat_map(PageRun::pages)),
             Line::Hole(runs) => self.holes.extend(runs.clone()),
@@ -163,10 +168,19 @@ impl Ledger {
         self.ram
     }
 
-    /// What is configured, as the guest confirmed it.
+    /// What is configured, as the guest confirmed it last.
     #[must_use]
-    pub fn config(&self) -> &Config {
-        &self.config
+    pub fn config(&self) -> Config {
+        self.configs
+            .last()
+            .map_or_else(Config::default, |&(_, config)| config)
+    }
+
+    /// What was configured when `iteration` was written, or will be.
+    fn config_of(&self, iteration: Iteration) -> Config {
+        let mut since = self.configs.iter().rev();
+        let found = since.find(|&&(first, _)| first <= iteration);
+        found.map_or_else(Config::default, |&(_, config)| config)
     }
 
     /// The pages it writes for its own running.
@@ -178,13 +192,44 @@ impl Ledger {
     /// The writes of one vCPU in one iteration.
     fn writes(&self, vcpu: Vcpu, iteration: Iteration) -> Vec<Write> {
         let layout = Layout::new(self.ram, &self.holes);
-        writes(&layout, &self.config, vcpu, iteration).collect()
+        writes(&layout, &self.config_of(iteration), vcpu, iteration).collect()
+    }
+
+    /// Finds a configuration under which `vcpu` writes one and the same page, and nothing
+    /// else, in each of the next two iterations. The search begins at `from`.
+    ///
+    /// That is the guest that a stale TLB entry betrays: between its two writes it takes
+    /// no fault whose own invalidation would hide that the harvest's was missing.
+    pub fn same_page_twice(&self, from: Seed, vcpu: Vcpu) -> Result<Config> {
+        const SEEDS: u64 = 200_000;
+        let layout = Layout::new(self.ram, &self.holes);
+        let page = |config: &Config, iteration: u64| {
+            let mut all = writes(&layout, config, vcpu, Iteration(iteration));
+            match (all.next(), all.next()) {
+                (Some(one), None) if one.run.count == 1 => Some(one.run.first),
+                _ => None,
+            }
+        };
+        let next = self.done.0 + 1;
+        let configs = (0..SEEDS).map(|step| Config {
+            seed: Seed(from.0.wrapping_add(step)),
+            vcpus: self.vcpus,
+            pages: 1,
+            blocks: 0,
+        });
+        let mut fitting = configs.filter(|config| {
+            let first = page(config, next);
+            first.is_some() && first == page(config, next + 1)
+        });
+        fitting
+            .next()
+            .context("no seed makes the generator repeat a page")
     }
 
     /// The pages written in one iteration, by all vCPUs.
     #[must_use]
     pub fn written_in(&self, iteration: Iteration) -> Pages {
-        let vcpus = (0..self.config.vcpus).map(Vcpu);
+        let vcpus = (0..self.config_of(iteration).vcpus).map(Vcpu);
         let writes = vcpus.flat_map(|vcpu| self.writes(vcpu, iteration));
         writes.flat_map(|write| write.run.pages()).collect()
     }
@@ -204,7 +249,7 @@ impl Ledger {
     pub fn contents(&self, until: Iteration) -> BTreeMap<u64, u64> {
         let mut words = BTreeMap::new();
         for iteration in (self.since.0 + 1..=until.0).map(Iteration) {
-            for vcpu in (0..self.config.vcpus).map(Vcpu) {
+            for vcpu in (0..self.config_of(iteration).vcpus).map(Vcpu) {
                 for write in self.writes(vcpu, iteration) {
                     let stores = write.stores(vcpu, iteration);
                     words.extend(stores.map(|Store { ipa, value }| (ipa, value)));
@@ -315,7 +360,6 @@ pub fn configure_command(config: &Config) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidemark_guests::pattern::Seed;
     use tidemark_guests::report::{Configured, print_runs};
 
     fn pages(first: u64, count: u64) -> Pages {
@@ -422,6 +466,37 @@ mod tests {
         let pages: Pages = [1, 2, 3, 7].map(Gfn).into_iter().collect();
         let found = runs(&pages);
         assert_eq!(found, [PageRun::new(Gfn(1), 3), PageRun::new(Gfn(7), 1)]);
+    }
+
+    #[test]
+    fn each_iteration_is_judged_by_the_configuration_it_was_written_under() {
+        let mut ledger = heard();
+        let before = ledger.written_in(Iteration(1));
+        ledger
+            .push("done 1\nok seed=9 vcpus=2 pages=3 blocks=0 next=2\n")
+            .expect("reads");
+        assert_eq!(ledger.written_in(Iteration(1)), before);
+        assert!(ledger.written_in(Iteration(2)).len() <= 6);
+    }
+
+    #[test]
+    fn a_seed_is_found_that_writes_one_page_twice() {
+        let mut ledger = heard();
+        let config = ledger.same_page_twice(Seed(1), Vcpu(1)).expect("a seed");
+        let Config {
+            seed,
+            vcpus,
+            pages,
+            blocks,
+        } = config;
+        let said = format!(
+            "ok seed={} vcpus={vcpus} pages={pages} blocks={blocks} next=1\n",
+            seed.0
+        );
+        ledger.push(&said).expect("reads");
+        let runs = |iteration| ledger.writes(Vcpu(1), Iteration(iteration));
+        assert_eq!(runs(1), runs(2));
+        assert_eq!(runs(1).len(), 1);
     }
 
     #[test]
