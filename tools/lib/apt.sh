@@ -118,9 +118,9 @@ installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
 }
 
-# install PACKAGE...: those that are not there, from the machine's own sources. The lists
+# apt_install PACKAGE...: those that are not there, from the machine's own sources. The lists
 # are only fetched when they do not know a package or are too old to get it.
-install() {
+apt_install() {
     local wanted=() package known=yes
     for package; do
         installed "$package" || wanted+=("$package")

@@ -37,7 +37,7 @@ newest_kernel() {
 }
 
 fetch_guests() {
-    local store=$1 kernel apt config
+    local store=$1 kernel apt config package file
     is_debian || die "the guests come from Debian's packages, which this machine cannot fetch. Say where they are:
   TIDEMARK_KERNEL=<arm64 Image of Linux 6.12>  TIDEMARK_BUSYBOX=<static arm64 busybox>  TIDEMARK_UBOOT=<u-boot.bin for qemu_arm64>"
     say "fetching Debian's arm64 kernel, busybox and U-Boot"

@@ -43,7 +43,7 @@ install_qemu() {
     candidate=$(apt_candidate qemu-system-arm)
     candidate=${candidate#*:}
     if [ -n "$candidate" ] && version_at_least "${candidate%%[+~-]*}" "$qemu_wanted"; then
-        install qemu-system-arm
+        apt_install qemu-system-arm
         return
     fi
     need_root -t "$(. /etc/os-release && echo "$VERSION_CODENAME")-backports" qemu-system-arm
@@ -54,7 +54,7 @@ install_qemu() {
         return
     fi
     warn "no QEMU in this release's backports (see $log); taking Debian's own, which may be too old"
-    install qemu-system-arm
+    apt_install qemu-system-arm
 }
 
 backports_install() {

@@ -43,7 +43,7 @@ setup_toolchain() {
     fi
     if ! have cc; then
         is_debian || die "no C compiler (cc), which Rust needs for linking; install gcc or clang"
-        install gcc libc6-dev
+        apt_install gcc libc6-dev
     fi
 
     # For the image.
@@ -104,7 +104,7 @@ debian_rust() {
             die "$1, nor in Debian's packages; install Rust $(rust_wanted) or newer with rustup"
     fi
     # shellcheck disable=SC2086
-    install $flavour
+    apt_install $flavour
     hash -r
 }
 
@@ -186,7 +186,7 @@ find_lld() {
 write_toolchain() {
     local linker='' how
     if [ -n "$3" ]; then
-        linker=$(find_lld) || { install lld; linker=$(find_lld) || die "lld is installed, but there is no ld.lld"; }
+        linker=$(find_lld) || { apt_install lld; linker=$(find_lld) || die "lld is installed, but there is no ld.lld"; }
         how="Debian's Rust $(rust_version /usr/bin/rustc)"
         cat >"$target/toolchain.toml.new" <<END
 [target.$triple]
@@ -221,9 +221,9 @@ setup_lint() {
         return
     fi
     if is_debian && installed rustc-web; then
-        install rustfmt-web rust-web-clippy
+        apt_install rustfmt-web rust-web-clippy
     elif is_debian && installed rustc; then
-        install rustfmt rust-clippy
+        apt_install rustfmt rust-clippy
     else
         die "no cargo ${missing[*]}; install them (rustup component add rustfmt clippy)"
     fi
