@@ -312,12 +312,14 @@ impl Vgic {
         if offset & (size.bytes() - 1) != 0 {
             return Kick::NONE;
         }
-        let kick = match frame {
-            Frame::Distributor => self.write_distributor(offset, size, value),
+        match frame {
+            Frame::Distributor => {
+                let kick = self.write_distributor(offset, size, value);
+                self.post(kick, MAIL_SHARED);
+                kick
+            }
             Frame::Redistributor(owner) => self.write_redistributor(owner, offset, size, value),
-        };
-        self.post(kick, MAIL_PRIVATE | MAIL_SHARED);
-        kick
+        }
     }
 
     /// Names the vCPUs whose list registers hold state that a read of this register reports; nobody for

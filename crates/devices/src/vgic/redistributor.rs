@@ -8,7 +8,7 @@ use super::distributor::{Half, IIDR_VALUE, priorities, read_id};
 use super::private::SGI_EDGE;
 use super::shared::Wake;
 use super::word::Bits;
-use super::{Kick, MAIL_PRIVATE, Vgic};
+use super::{Kick, MAIL_PRIVATE, MAIL_SHARED, Vgic};
 use crate::{AccessSize, VcpuIndex};
 
 /// Where the SGI frame starts.
@@ -85,7 +85,9 @@ impl Vgic {
                     _ => Wake::Asleep,
                 };
                 let groups = self.groups();
-                self.shared.lock().set_awake(vcpu, wake, groups)
+                let kick = self.shared.lock().set_awake(vcpu, wake, groups);
+                self.post(kick, MAIL_SHARED);
+                kick
             }
             // SGIs are edge-triggered for good; GICR_ICFGR0 is read-only.
             ICFGR1 => self.change_private(vcpu, |private| {

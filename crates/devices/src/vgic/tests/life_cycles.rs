@@ -391,3 +391,146 @@ fn of_two_writes_before_a_sync_the_later_counts() {
     assert_eq!(write_both(0x300, 0x380), P, "active, then inactive");
     assert_eq!(write_both(0x180, 0x100), P, "disabled, then enabled");
 }
+
+/// What described an interrupt in an earlier list register says nothing about it in the next one.
+mod earlier_lives {
+    use super::*;
+
+    /// A board with PPI 20 enabled, which has been through a list register as an edge.
+    fn after_an_edge() -> Board {
+        let mut board = Board::new(1);
+        board.enable(0, 20);
+        board.edge(0, 20);
+        board.raise(0, 20, Link::Software);
+        board.lower(0, 20);
+        assert_eq!(board.cpu(0).acknowledge(), Some(20));
+        board.cpu(0).end(20);
+        board.sync(0);
+        board
+    }
+
+    #[test]
+    fn an_ended_level_ppi_leaves_no_maintenance_behind() {
+        let mut board = Board::new(1);
+        board.enable(0, 20);
+        board.raise(0, 20, Link::Software);
+        board.cpu(0).acknowledge();
+        board.lower(0, 20);
+        assert!(board.cpu(0).end(20));
+        board.sync(0);
+        assert_eq!(board.cpu(0).lrs, [0; 4]);
+    }
+
+    #[test]
+    fn an_sgi_that_was_active_is_not_when_it_comes_again() {
+        let mut board = Board::new(1);
+        board.enable(0, 1);
+        board.sgi(0, 1 << 24 | 1);
+        board.cpu(0).acknowledge();
+        board.sync(0);
+        assert_eq!(board.read_bit(0, 0x300, 1), 1);
+        board.cpu(0).end(1);
+        board.sgi(0, 1 << 24 | 1);
+        assert_eq!(
+            (board.read_bit(0, 0x300, 1), board.read_bit(0, 0x200, 1)),
+            (0, 1)
+        );
+    }
+
+    #[test]
+    fn an_end_told_once_is_not_told_for_good() {
+        let mut board = Board::new(1);
+        board.enable(0, 20);
+        board.raise(0, 20, Link::Software);
+        board.cpu(0).acknowledge();
+        board.lower(0, 20);
+        assert!(board.cpu(0).end(20));
+        board.sync(0);
+        board.edge(0, 20);
+        board.raise(0, 20, Link::Software);
+        board.cpu(0).acknowledge();
+        board.gicr(0, 0xc04, 0);
+        assert!(board.cpu(0).end(20), "a level again, and its line is high");
+        board.sync(0);
+        assert_eq!(board.cpu(0).state(20), P);
+    }
+
+    #[test]
+    fn a_deactivation_too_late_does_not_hit_the_next() {
+        let mut board = Board::new(1);
+        board.enable(0, 1);
+        board.sgi(0, 1 << 24 | 1);
+        board.cpu(0).acknowledge();
+        board.sync(0);
+        let frame = Frame::Redistributor(V0);
+        let clear = GICR_SGI + 0x380;
+        let _ = board.vgic.mmio_write(V0, frame, clear, AccessSize::Word, 2);
+        board.cpu(0).end(1);
+        board.sgi(0, 1 << 24 | 1);
+        board.cpu(0).acknowledge();
+        board.sync(0);
+        assert_eq!(board.cpu(0).state(1), A);
+        assert_eq!(board.read_bit(0, 0x300, 1), 1);
+    }
+
+    #[test]
+    fn nor_that_of_an_spi() {
+        let mut board = Board::new(1);
+        board.edge(0, 40);
+        board.enable(0, 40);
+        board.line(40, Level::High);
+        board.cpu(0).acknowledge();
+        board.sync(0);
+        let _ = board
+            .vgic
+            .mmio_write(V0, Frame::Distributor, 0x384, AccessSize::Word, 1 << 8);
+        board.cpu(0).end(40);
+        board.line(40, Level::Low);
+        board.line(40, Level::High);
+        board.cpu(0).acknowledge();
+        board.sync(0);
+        assert_eq!(board.cpu(0).state(40), A);
+    }
+
+    #[test]
+    fn a_level_after_an_edge_is_held_by_its_line_alone() {
+        let mut board = after_an_edge();
+        board.gicr(0, 0xc04, 0);
+        board.raise(0, 20, Link::Software);
+        assert_eq!(board.cpu(0).state(20), P);
+        board.lower(0, 20);
+        assert_eq!(board.cpu(0).state(20), NONE);
+    }
+
+    #[test]
+    fn a_hardware_link_ends_with_its_list_register() {
+        let mut board = Board::new(1);
+        board.enable(0, 27);
+        board.raise(0, 27, Link::Hardware(27));
+        board.cpu(0).acknowledge();
+        board.cpu(0).end(27);
+        board.sync(0);
+        // Listed again by hand, without a link.
+        board.bit(0, 0x200, 27);
+        board.lower(0, 27);
+        assert_eq!(
+            board.cpu(0).state(27),
+            P,
+            "a line that falls takes nothing of ISPENDR's"
+        );
+        assert_eq!(board.cpu(0).holding(27).map(|lr| lr & HARDWARE), Some(0));
+        board.raise(0, 27, Link::Hardware(27));
+        assert_eq!(board.cpu(0).acknowledge(), Some(27));
+        board.cpu(0).end(27);
+        board.sync(0);
+        board.cpu(0).acknowledge();
+        board.cpu(0).end(27);
+        board.sync(0);
+        // Pending by hand and not listed.
+        board.disable(0, 27);
+        board.bit(0, 0x200, 27);
+        board.lower(0, 27);
+        assert_eq!(board.read_bit(0, 0x200, 27), 1);
+        assert_eq!(board.cpu(0).deactivated, []);
+    }
+}

@@ -201,3 +201,20 @@ fn a_sync_with_one_sgi_touches_one_register() {
         registers.inner.end(5);
     }
 }
+
+#[test]
+fn several_sgis_in_one_sync_are_all_listed_the_most_urgent_first() {
+    for (count, expected) in [(4, [1, 1, 1]), (2, [0, 1, 1]), (1, [0, 0, 1])] {
+        let mut board = Board::with_list_registers(2, count);
+        for (intid, priority) in [(2, 0x80), (3, 0x40), (9, 0x20)] {
+            board.enable(1, intid);
+            board.priority(1, intid, priority);
+        }
+        for intid in [2u64, 3, 9] {
+            let kick = board.vgic.sgi(V0, intid << 24 | 0b10, SgiRegister::Group1);
+            assert_eq!(kick, Kick::one(vcpu(1)));
+        }
+        board.sync(1);
+        assert_eq!([2, 3, 9].map(|intid| board.cpus[1].state(intid)), expected);
+    }
+}
