@@ -7,7 +7,9 @@ use crate::sched;
 use crate::vm::memory::ERASED;
 use crate::vm::vcpu::Vcpu;
 use crate::vm::{Vm, count, unix_time};
+use core::sync::atomic::Ordering::SeqCst;
 use tidemark_devices::AccessSize;
+use tidemark_devices::vgic::Kick;
 use tidemark_devices::virt::{Device, RTC_INTERRUPT, UART_INTERRUPT};
 
 /// Does what a load or store to a device says (data abort ISS: SAS, SSE, SRT, SF, WnR).
@@ -76,8 +78,7 @@ fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
         }
         Device::Uart(offset) => {
             let value = vm.uart.lock().read(offset & !3);
-            feed_uart(vm);
-            update_uart_line(vcpu);
+            sched::kick(vcpu, settle_uart(vm));
             u64::from(value)
         }
         Device::Rtc(offset) => u64::from(vm.clock.lock().read(offset & !3, unix_time())),
@@ -100,23 +101,24 @@ fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
             if let Some(byte) = sent {
                 channel::guest_output(vm, byte);
             }
-            feed_uart(vm);
-            update_uart_line(vcpu);
+            sched::kick(vcpu, settle_uart(vm));
         }
         Device::Rtc(offset) => {
-            let level = {
+            let kick = {
                 let mut clock = vm.clock.lock();
                 clock.write(offset & !3, value as u32, unix_time());
-                clock.irq_level()
+                vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level())
             };
-            sched::kick(vcpu, vm.vgic.set_spi_level(RTC_INTERRUPT, level));
+            sched::kick(vcpu, kick);
         }
         Device::Virtio(..) => {}
     }
 }
 
-/// Moves typed bytes into the guest's FIFO, as far as there is room.
-pub fn feed_uart(vm: &Vm) {
+/// Moves typed bytes into the guest's FIFO, as far as there is room, and tells the interrupt
+/// controller its line. Under the UART's lock to the end: two CPUs must not tell their
+/// levels in the wrong order.
+fn settle_uart(vm: &Vm) -> Kick {
     let mut uart = vm.uart.lock();
     while uart.rx_room() > 0 {
         let Some(byte) = vm.console.next_input() else {
@@ -125,22 +127,15 @@ pub fn feed_uart(vm: &Vm) {
         // There is room.
         let _ = uart.push_rx(byte);
     }
-}
-
-fn update_uart_line(vcpu: &'static Vcpu) {
-    let level = vcpu.vm.uart.lock().irq_level();
-    sched::kick(vcpu, vcpu.vm.vgic.set_spi_level(UART_INTERRUPT, level));
+    vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level())
 }
 
 /// Input came for a guest: its FIFO is filled and its interrupt raised, from any CPU.
 pub fn input_arrived(vm: &'static Vm) {
-    feed_uart(vm);
-    let level = vm.uart.lock().irq_level();
-    let kick = vm.vgic.set_spi_level(UART_INTERRUPT, level);
+    let kick = settle_uart(vm);
     for index in kick.iter() {
         if let Some(vcpu) = vm.vcpus().get(index.index()) {
-            vcpu.attention
-                .store(true, core::sync::atomic::Ordering::SeqCst);
+            vcpu.attention.store(true, SeqCst);
             sched::wake(vcpu);
         }
     }

@@ -39,7 +39,7 @@ pub fn read(vcpu: &Vcpu, register: Register) -> u64 {
 
 /// Writes one.
 pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
-    {
+    let kick = {
         let mut state = vcpu.physical_timer.lock();
         match register {
             Register::Value => {
@@ -49,27 +49,29 @@ pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
             Register::Compare => state.compare = value,
         }
         state.raised = false;
-    }
-    let kick = vcpu.vm.vgic.lower_ppi(vcpu.index, PHYSICAL_TIMER);
+        vcpu.vm.vgic.lower_ppi(vcpu.index, PHYSICAL_TIMER)
+    };
     sched::kick(vcpu, kick);
     fire_physical(vcpu, timer::now());
     // The timer of EL2 is set anew at the end of this exit.
     vcpu.attention.store(true, Relaxed);
 }
 
-/// Raises the interrupt if the time has come.
+/// Raises the interrupt if the time has come. Under the timer's lock to the end, so that the
+/// line is told in the order in which it changed.
 pub fn fire_physical(vcpu: &'static Vcpu, now: u64) {
-    let mut state = vcpu.physical_timer.lock();
-    if state.deadline().is_some_and(|deadline| deadline <= now) {
+    let kick = {
+        let mut state = vcpu.physical_timer.lock();
+        if state.deadline().is_none_or(|deadline| deadline > now) {
+            return;
+        }
         // The line stays high until the guest writes a register; until then there is
         // nothing to wait for.
         state.raised = true;
-        drop(state);
-        let kick = vcpu
-            .vm
+        vcpu.vm
             .vgic
-            .raise_ppi(vcpu.index, PHYSICAL_TIMER, Link::Software);
-        sched::kick(vcpu, kick);
-        sched::wake(vcpu);
-    }
+            .raise_ppi(vcpu.index, PHYSICAL_TIMER, Link::Software)
+    };
+    sched::kick(vcpu, kick);
+    sched::wake(vcpu);
 }
