@@ -18,8 +18,8 @@ use crate::types::{GuestVa, Pa, VmidWidth};
 use pe::{Op, Pe};
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::vec::Vec;
 
@@ -82,6 +82,11 @@ struct Record {
     watched: Option<(usize, usize, u64)>,
 }
 
+/// Locks, also after a test that failed with the lock held: it must still be able to clean up.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The fake machine.
 pub struct Machine {
     tables: Vec<Table>,
@@ -135,7 +140,7 @@ impl Machine {
 
     /// Lets at most `limit` tables be in use at once.
     pub fn limit_tables(&self, limit: usize) {
-        self.memory.lock().unwrap().limit = limit;
+        lock(&self.memory).limit = limit;
     }
 
     /// Returns how many tables are in use.
@@ -151,7 +156,7 @@ impl Machine {
 
     /// Starts recording, with an empty record.
     pub fn record(&self) {
-        *self.record.lock().unwrap() = Record {
+        *lock(&self.record) = Record {
             on: true,
             ..Record::default()
         };
@@ -162,7 +167,7 @@ impl Machine {
         let table = self.index(pa);
         let value = self.tables[table].entries()[index].load(Ordering::SeqCst);
         let watched = Some((table, index, value));
-        *self.record.lock().unwrap() = Record {
+        *lock(&self.record) = Record {
             on: true,
             events: Vec::new(),
             watched,
@@ -171,7 +176,7 @@ impl Machine {
 
     /// Stops recording and returns the record.
     pub fn recorded(&self) -> Vec<Event> {
-        let mut record = self.record.lock().unwrap();
+        let mut record = lock(&self.record);
         self.look(&mut record);
         record.on = false;
         std::mem::take(&mut record.events)
@@ -188,7 +193,7 @@ impl Machine {
     }
 
     fn note(&self, event: Event) {
-        let mut record = self.record.lock().unwrap();
+        let mut record = lock(&self.record);
         if record.on {
             self.look(&mut record);
             record.events.push(event);
@@ -200,7 +205,7 @@ impl Machine {
     }
 
     fn enqueue(&self, op: Op) {
-        let mut queues = self.queues.lock().unwrap();
+        let mut queues = lock(&self.queues);
         queues
             .entry(std::thread::current().id())
             .or_default()
@@ -210,7 +215,7 @@ impl Machine {
     fn complete(&self, shareable: Shareable) {
         let id = std::thread::current().id();
         let ops: Vec<Op> = {
-            let mut queues = self.queues.lock().unwrap();
+            let mut queues = lock(&self.queues);
             let Some(queue) = queues.get_mut(&id) else {
                 return;
             };
@@ -226,7 +231,7 @@ impl Machine {
         let current = CURRENT.with(Cell::get);
         for (number, pe) in self.pes.iter().enumerate() {
             // Waits for an access in progress, as the DSB does.
-            pe.lock().unwrap().invalidate(
+            lock(pe).invalidate(
                 ops.iter()
                     .filter(|op| op.is_broadcast() || number == current),
             );
@@ -246,7 +251,7 @@ impl Hardware for Machine {
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
-        let mut memory = self.memory.lock().unwrap();
+        let mut memory = lock(&self.memory);
         if memory.in_use + count > memory.limit {
             return None;
         }
@@ -275,7 +280,7 @@ impl Hardware for Machine {
     fn free_tables(&self, pa: Pa, count: usize) {
         self.note(Event::Free(count));
         let first = self.index(pa);
-        let mut memory = self.memory.lock().unwrap();
+        let mut memory = lock(&self.memory);
         for table in first..first + count {
             assert!(memory.used[table], "a table was freed twice");
             memory.used[table] = false;

@@ -126,7 +126,7 @@ impl<H: Hardware> Stage2<H> {
                 pte.accessed()
             };
             if wanted == pte {
-                return self.spurious(fault, page, place.level, pte);
+                return self.spurious(slot, fault, page, place.level, pte);
             }
             match entry.compare_exchange(pte.0, wanted.0, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
@@ -147,9 +147,13 @@ impl<H: Hardware> Stage2<H> {
 
     /// The leaf allows the access by now: another CPU was faster, or this one's TLB is stale.
     #[cold]
-    fn spurious(&self, fault: &Fault, page: u64, level: Level, pte: Pte) -> Outcome {
+    fn spurious(&self, slot: &Slot, fault: &Fault, page: u64, level: Level, pte: Pte) -> Outcome {
         if fault.access == FaultAccess::Write && !pte.is_writable() {
-            return Outcome::ReadOnly;
+            // A slot that is becoming writable still has a read-only leaf here, about to go.
+            return match slot.outdated {
+                Some(_) => Outcome::Retry,
+                None => Outcome::ReadOnly,
+            };
         }
         self.counters
             .spurious_faults

@@ -212,7 +212,7 @@ impl<H: Hardware> Stage2<H> {
         permission: Permission,
         touched: Permission,
         reach: Reach,
-    ) -> u64 {
+    ) -> i64 {
         let region = ipa & !(Level::L2.size() - 1);
         let end = slot.end().min(region + Level::L2.size());
         let mut at = slot.start().max(region);
@@ -244,7 +244,7 @@ impl<H: Hardware> Stage2<H> {
                             Ordering::AcqRel,
                             Ordering::Acquire,
                         );
-                        filled += u64::from(put.is_ok());
+                        filled += i64::from(put.is_ok());
                     }
                 }
             }

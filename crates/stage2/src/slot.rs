@@ -35,6 +35,8 @@ pub(crate) struct Slot {
     pub(crate) pages: u64,
     pub(crate) access: Access,
     pub(crate) life: Life,
+    /// The access was changed and leaves from this address on may still be of the old kind.
+    pub(crate) outdated: Option<u64>,
     pieces: Vec<Piece>,
     pub(crate) dirty: Arc<Dirty>,
 }
@@ -111,6 +113,7 @@ impl Slot {
             pages,
             access,
             life: Life::Usable,
+            outdated: None,
             pieces,
             dirty,
         })

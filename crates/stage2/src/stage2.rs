@@ -203,12 +203,46 @@ impl<H: Hardware> Stage2<H> {
             Life::Usable => slot.start(),
             Life::Dying(from) => from,
         };
-        let reached = self.unmap_step(slot.start(), slot.end(), from);
+        let reached = self.unmap_step(slot, from);
         if reached >= slot.end() {
             layout.slots.remove(index);
             return Ok(Progress::Done);
         }
         slot.life = Life::Dying(reached);
+        Ok(Progress::More {
+            done: slot.page(reached),
+            total: slot.pages,
+        })
+    }
+
+    /// Changes what the guest may do with a slot, in bounded steps; call it until it is done. Its leaves
+    /// are taken out and come back on first touch; what was dirty stays known.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchSlot`], [`Error::SlotDying`].
+    pub fn set_access(&self, id: SlotId, access: Access) -> Result<Progress, Error> {
+        let mut layout = self.exclusive();
+        let found = layout.slots.iter_mut().find(|slot| slot.id == id);
+        let slot = found.ok_or(Error::NoSuchSlot(id))?;
+        if slot.life != Life::Usable {
+            return Err(Error::SlotDying(id));
+        }
+        if slot.access != access {
+            slot.access = access;
+            slot.outdated = Some(slot.start());
+        }
+        let Some(from) = slot.outdated else {
+            return Ok(Progress::Done);
+        };
+        // Leaves mapped meanwhile are of the new kind already; those in front of the cursor go once
+        // more, which costs a fault.
+        let reached = self.unmap_step(slot, from);
+        if reached >= slot.end() {
+            slot.outdated = None;
+            return Ok(Progress::Done);
+        }
+        slot.outdated = Some(reached);
         Ok(Progress::More {
             done: slot.page(reached),
             total: slot.pages,
@@ -289,11 +323,8 @@ impl<H: Hardware> Stage2<H> {
         Progress::More { done: 0, total: 0 }
     }
 
-    pub(crate) fn count_leaves(&self, level: Level, change: impl TryInto<i64>) {
-        if let (Some(count), Ok(change)) = (
-            self.leaves.get(usize::from(level.number())),
-            change.try_into(),
-        ) {
+    pub(crate) fn count_leaves(&self, level: Level, change: i64) {
+        if let Some(count) = self.leaves.get(usize::from(level.number())) {
             count.fetch_add(change, Ordering::Relaxed);
         }
     }

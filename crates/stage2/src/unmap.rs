@@ -1,11 +1,17 @@
-//! Taking a slot's leaves and tables out.
+//! Taking a slot's leaves and tables out, for good or to be mapped anew.
 //!
 //! Runs under the exclusive lock in bounded steps. A step unlinks, invalidates once, and only then
 //! frees: tables go back when no TLB and no walker can reach them (invariant 5). The guest may run
-//! meanwhile; its faults on the slot are answered "not memory".
+//! meanwhile and waits, if it faults, for the lock.
+//!
+//! The value that the exchange with "empty" returns says whether a leaf was dirty, and it is noted
+//! before the lock is released: no harvest can complete in between. A CPU that cached the leaf as clean
+//! cannot make it dirty any more, since its update compares with memory; one that cached it as dirty
+//! writes on until the invalidation, to a page that is noted.
 
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
+use crate::slot::Slot;
 use crate::stage2::Stage2;
 use crate::types::{Level, Pa};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -43,9 +49,10 @@ impl Unlinked {
 }
 
 impl<H: Hardware> Stage2<H> {
-    /// Unmaps a bounded part of `from..end`. Returns the address it reached.
-    pub(crate) fn unmap_step(&self, start: u64, end: u64, from: u64) -> u64 {
-        let mut at = from.max(start);
+    /// Unmaps a bounded part of `slot` from address `from` on. Returns the address it reached.
+    pub(crate) fn unmap_step(&self, slot: &Slot, from: u64) -> u64 {
+        let end = slot.end();
+        let mut at = from.max(slot.start());
         let mut visits = 0;
         let mut unlinked = Unlinked {
             tables: [None; BATCH],
@@ -63,8 +70,11 @@ impl<H: Hardware> Stage2<H> {
                     break;
                 }
                 if pte.kind(path.level) == Kind::Leaf {
-                    entry.swap(Pte::EMPTY.0, Ordering::AcqRel);
+                    let old = Pte(entry.swap(Pte::EMPTY.0, Ordering::AcqRel));
                     self.count_leaves(path.level, -1);
+                    if old.is_dirty() {
+                        slot.dirty.mark_run(slot.page(reached), path.level.pages());
+                    }
                 }
                 visits += 1;
                 reached = (reached & !(path.level.size() - 1)) + path.level.size();

@@ -140,7 +140,7 @@ impl Machine {
         access: FaultAccess,
         then: impl FnOnce(Pa) -> R,
     ) -> Result<R, Abort> {
-        let mut pe = self.pes[pe].lock().unwrap();
+        let mut pe = super::lock(&self.pes[pe]);
         let abort = |kind| Fault {
             ipa: Ipa::new(ipa),
             access,

@@ -149,6 +149,44 @@ fn inv05_no_translation_outlives_a_deleted_slot() {
 }
 
 #[test]
+fn inv05_a_slot_that_changes_access_keeps_its_dirty_pages() {
+    for (engine, features) in engines() {
+        for granularity in GRANULARITIES {
+            let world = mapped(features, 30 * P2M + 3);
+            let change = |access| finish(|| world.stage2.set_access(SlotId(0), access)).unwrap();
+            world.start(engine, granularity);
+            let written =
+                set([0, 5, P2M, 29 * P2M, 30 * P2M + 2].map(|page| IPA + page * PAGE_SIZE));
+            written.iter().for_each(|ipa| world.touch(0, *ipa));
+            change(Access::ReadOnly);
+            for ipa in &written {
+                assert_eq!(
+                    world.access(0, *ipa, FaultAccess::Write),
+                    Err(Outcome::ReadOnly)
+                );
+                world.read(1, *ipa);
+            }
+            let reported = world.harvest();
+            assert!(reported.is_superset(&written));
+            if granularity == Granularity::Page {
+                assert_eq!(reported, written);
+            }
+            assert!(world.harvest().is_empty());
+            change(Access::ReadWrite);
+            world.write(1, IPA + 5 * PAGE_SIZE);
+            assert!(world.harvest().contains(&(IPA + 5 * PAGE_SIZE)));
+            world.stop();
+            assert!(
+                world
+                    .leaves()
+                    .iter()
+                    .all(|(_, _, pte)| pte.is_untracked_writable())
+            );
+        }
+    }
+}
+
+#[test]
 fn inv06_split_inherits_dirty_from_break() {
     for bbm2 in [Support::Absent, Support::Present] {
         let world = mapped(Features { bbm2, ..dbm() }, 2 * P2M);

@@ -90,6 +90,7 @@ enum Action {
     Delete(usize),
     Add(usize),
     Limit(usize),
+    Flip,
 }
 
 fn engine() -> impl Strategy<Value = Engine> {
@@ -121,6 +122,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (0..SLOTS.len()).prop_map(Action::Delete),
         1 => (0..SLOTS.len()).prop_map(Action::Add),
         1 => (0..40usize).prop_map(Action::Limit),
+        1 => Just(Action::Flip),
     ]
 }
 
@@ -139,6 +141,7 @@ struct Host {
     world: World,
     pages: Vec<u64>,
     present: [bool; SLOTS.len()],
+    access: [Access; SLOTS.len()],
     mode: Option<(Engine, Granularity)>,
     /// The log has said it is started: from here on nothing may be lost.
     on: bool,
@@ -163,6 +166,7 @@ impl Host {
             world: World::sized(features, 40, 700, 2),
             pages: pages(),
             present: [true; SLOTS.len()],
+            access: SLOTS.map(|slot| slot.3),
             mode: None,
             on: false,
             stopping: false,
@@ -199,7 +203,7 @@ impl Host {
         let slot = self.slot_of(ipa);
         let expected = if !self.present[slot] {
             Err(Outcome::NotMemory)
-        } else if access == FaultAccess::Write && SLOTS[slot].3 == Access::ReadOnly {
+        } else if access == FaultAccess::Write && self.access[slot] == Access::ReadOnly {
             Err(Outcome::ReadOnly)
         } else {
             Ok(())
@@ -385,12 +389,24 @@ impl Host {
                 if !self.present[*slot] {
                     self.add(*slot);
                     self.present[*slot] = true;
+                    self.access[*slot] = SLOTS[*slot].3;
                     // The host copies a slot whole when it first sees it.
                     for ipa in self.pages.clone() {
                         if self.slot_of(ipa) == *slot {
                             self.copy(ipa);
                         }
                     }
+                }
+            }
+            Action::Flip => {
+                const FLIPPED: usize = 4;
+                if self.present[FLIPPED] {
+                    let access = match self.access[FLIPPED] {
+                        Access::ReadOnly => Access::ReadWrite,
+                        Access::ReadWrite => Access::ReadOnly,
+                    };
+                    self.access[FLIPPED] = access;
+                    finish(|| self.world.stage2.set_access(SlotId(4), access)).unwrap();
                 }
             }
             Action::Limit(more) => {

@@ -303,6 +303,48 @@ fn a_slot_being_deleted_answers_no_fault() {
 }
 
 #[test]
+fn changing_access_is_refused_where_there_is_no_slot() {
+    let world = World::sized(Features::BASELINE, 40, 300, 2);
+    let change = |access| world.stage2.set_access(SlotId(0), access);
+    assert_eq!(change(Access::ReadOnly), Err(Error::NoSuchSlot(SlotId(0))));
+    let pages = 100 * P2M;
+    add(&world, 0, IPA, pages, &[(RAM + PAGE_SIZE, pages)]).unwrap();
+    assert_eq!(change(Access::ReadWrite), Ok(Progress::Done));
+    world.map_all(0);
+    assert!(matches!(
+        change(Access::ReadOnly),
+        Ok(Progress::More { .. })
+    ));
+    // Changed back half way: whatever was mapped meanwhile goes too.
+    world.read(0, IPA);
+    assert!(matches!(
+        change(Access::ReadWrite),
+        Ok(Progress::More { .. })
+    ));
+    finish(|| change(Access::ReadWrite)).unwrap();
+    assert_eq!(world.stage2.mappings().pages_4k, 0);
+    // A write that meets a leaf of the old kind waits for it to go; it is no error of the guest's.
+    finish(|| change(Access::ReadOnly)).unwrap();
+    world.map_all(0);
+    assert!(matches!(
+        change(Access::ReadWrite),
+        Ok(Progress::More { .. })
+    ));
+    let last = IPA + (pages - 1) * PAGE_SIZE;
+    let abort = fault(last, FaultAccess::Write, FaultKind::Permission);
+    assert_eq!(world.stage2.handle_fault(abort), Outcome::Retry);
+    finish(|| change(Access::ReadWrite)).unwrap();
+    world.write(0, last);
+    world.write(0, IPA);
+    world.map_all(0);
+    assert!(matches!(
+        world.stage2.delete_slot(SlotId(0)),
+        Ok(Progress::More { .. })
+    ));
+    assert_eq!(change(Access::ReadOnly), Err(Error::SlotDying(SlotId(0))));
+}
+
+#[test]
 fn slots_come_and_go_while_a_log_is_on() {
     for (engine, features) in engines() {
         let world = World::new(features);
