@@ -16,6 +16,7 @@ use crate::hardware::{Features, Hardware, Support, Table};
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
 use pe::{Op, Pe};
+use std::boxed::Box;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -87,8 +88,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What another CPU does in the middle of something.
+type Interruption = Box<dyn FnOnce() + Send>;
+
 /// The fake machine.
 pub struct Machine {
+    interruptions: Mutex<Vec<(Event, Interruption)>>,
     tables: Vec<Table>,
     memory: Mutex<Memory>,
     record: Mutex<Record>,
@@ -117,6 +122,7 @@ impl Machine {
             pes: (0..pes).map(|_| Mutex::default()).collect(),
             queues: Mutex::default(),
             vttbr: AtomicU64::new(0),
+            interruptions: Mutex::default(),
         }
     }
 
@@ -152,6 +158,12 @@ impl Machine {
             .iter()
             .filter(|used| **used)
             .count()
+    }
+
+    /// Runs `then`, once, the next time the engine does `event`, right after it: what another CPU may
+    /// do at that very moment. It must not need the table lock exclusively.
+    pub fn interrupt(&self, event: Event, then: impl FnOnce() + Send + 'static) {
+        lock(&self.interruptions).push((event, Box::new(then)));
     }
 
     /// Starts recording, with an empty record.
@@ -197,6 +209,15 @@ impl Machine {
         if record.on {
             self.look(&mut record);
             record.events.push(event);
+        }
+        drop(record);
+        let then = {
+            let mut interruptions = lock(&self.interruptions);
+            let place = interruptions.iter().position(|(when, _)| *when == event);
+            place.map(|place| interruptions.swap_remove(place).1)
+        };
+        if let Some(then) = then {
+            then();
         }
     }
 

@@ -4,6 +4,7 @@ mod descriptors;
 mod epochs;
 mod invariants;
 mod model;
+mod races;
 mod review2014;
 mod sequences;
 mod slots;

@@ -216,8 +216,8 @@ fn soak(
 }
 
 /// Epochs a session.
-const ROUNDS: u64 = 200;
-const TIME: Duration = Duration::from_millis(700);
+const ROUNDS: u64 = 60;
+const TIME: Duration = Duration::from_millis(400);
 
 #[test]
 fn inv01_write_protect_loses_nothing_under_fire() {
