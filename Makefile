@@ -68,7 +68,7 @@ guests: toolchain ## what it runs: target/guests/ (Linux, U-Boot, and our own pa
 	@tools/setup guests
 	@$(HOST) build $(Q) --bin mkimage
 	@$(IMAGE) build $(Q) --release -p tidemark-guests
-	@for guest in oracle bench; do \
+	@for guest in oracle bench hostile; do \
 		$(MKIMAGE) --flat $(EL2)/$$guest $(TARGET)/guests/$$guest.img || exit 1; \
 	done
 	@cp $(EL2)/load $(EL2)/cntvct $(TARGET)/guests/

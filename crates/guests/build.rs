@@ -4,7 +4,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// EL1 payloads: flat images that boot by the arm64 boot protocol.
-const PAYLOADS: [&str; 2] = ["oracle", "bench"];
+const PAYLOADS: [&str; 3] = ["oracle", "bench", "hostile"];
 /// EL0 programs: static Linux executables without a libc.
 const PROGRAMS: [&str; 2] = ["load", "cntvct"];
 

@@ -17,6 +17,7 @@ mod bad_input;
 mod boot;
 mod case;
 mod copy;
+mod hostile;
 mod linux;
 mod oracle;
 mod raw;
@@ -89,6 +90,7 @@ fn run() -> Result<ExitCode> {
         oracle::cases(),
         copy::cases(),
         bad_input::cases(),
+        hostile::cases(),
     ]
     .concat();
     let trials = match &options.port {

@@ -19,6 +19,8 @@ pub enum Artifact {
     Oracle,
     /// The guest that measures.
     Bench,
+    /// The guest that does what no guest may.
+    Hostile,
 }
 
 impl Artifact {
@@ -31,6 +33,7 @@ impl Artifact {
             Self::UBoot => "guests/u-boot.bin",
             Self::Oracle => "guests/oracle.img",
             Self::Bench => "guests/bench.img",
+            Self::Hostile => "guests/hostile.img",
         }
     }
 

@@ -45,6 +45,11 @@ pub fn bench(memory: Mib) -> Result<VmDraft> {
     payload("bench", Artifact::Bench, 2, memory)
 }
 
+/// The guest that does what no guest may.
+pub fn hostile(vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    payload("hostile", Artifact::Hostile, vcpus, memory)
+}
+
 /// Debian's U-Boot.
 pub fn uboot() -> Result<VmDraft> {
     let boot = BootFiles::Firmware {

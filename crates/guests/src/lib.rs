@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `oracle` | EL1, bare metal | writes pages it chooses by a seeded generator and says which: the judge of dirty tracking |
 //! | `bench` | EL1, bare metal | measures exits, interrupts and tracked writes with the guest's own clock |
+//! | `hostile` | EL1, bare metal | does what no guest may, and checks that it gets what the architecture has for it |
 //! | `load` | EL0, under Linux | writes memory in a pattern and at a rate |
 //! | `cntvct` | EL0, under Linux | prints the counter, to time a guest's boot by its own clock |
 //!

@@ -1,0 +1,114 @@
+//! vCPU 1: idle, in a storm of its own, answering interrupts, or off.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use tidemark_guests::fdt::Mpidr;
+use tidemark_guests::pattern::{Random, Vcpu};
+use tidemark_guests::rt::gic::{self, Private};
+use tidemark_guests::rt::{Boot, counter, psci, smp};
+
+use super::devices;
+
+const IDLE: u32 = 1;
+const STORM: u32 = 2;
+const ANSWER: u32 = 3;
+const LEAVE: u32 = 4;
+
+/// What it is to do.
+static WANTED: AtomicU32 = AtomicU32::new(IDLE);
+/// What it does; 0 before it has come.
+static DOES: AtomicU32 = AtomicU32::new(0);
+static SEED: AtomicU64 = AtomicU64::new(0);
+static ACCESSES: AtomicU64 = AtomicU64::new(0);
+static EXCEPTIONS: AtomicU64 = AtomicU64::new(0);
+
+/// The interrupt it answers, and the one it answers with.
+pub const QUESTION: Private = Private(6);
+/// The answer.
+pub const REPLY: Private = Private(7);
+
+/// Starts it; how many vCPUs there are then.
+pub fn start(boot: &Boot) -> u8 {
+    let Some(cpu) = boot.machine.cpus().get(1) else {
+        return 1;
+    };
+    if smp::start(Vcpu(1), *cpu, work).is_err() {
+        return 1;
+    }
+    if counter::within(10, || DOES.load(Ordering::Acquire) == IDLE) {
+        2
+    } else {
+        1
+    }
+}
+
+fn want(what: u32) -> bool {
+    WANTED.store(what, Ordering::Release);
+    smp::wake();
+    what == LEAVE || counter::within(10, || DOES.load(Ordering::Acquire) == what)
+}
+
+/// Has it access devices at random until [`calm`].
+pub fn storm(seed: u64) {
+    SEED.store(seed, Ordering::Relaxed);
+    ACCESSES.store(0, Ordering::Relaxed);
+    EXCEPTIONS.store(0, Ordering::Relaxed);
+    want(STORM);
+}
+
+/// Ends a storm: how many accesses there were, and exceptions.
+pub fn calm() -> (u64, u64) {
+    if !want(IDLE) {
+        return (0, 0);
+    }
+    (
+        ACCESSES.load(Ordering::Relaxed),
+        EXCEPTIONS.load(Ordering::Relaxed),
+    )
+}
+
+/// Has it answer SGIs until [`calm`]; whether it does.
+pub fn answer() -> bool {
+    want(ANSWER)
+}
+
+/// Turns it off; whether it is.
+pub fn leave(cpu: Mpidr) -> bool {
+    want(LEAVE);
+    counter::within(10, || psci::is_off(cpu))
+}
+
+fn work(_vcpu: Vcpu) -> ! {
+    super::probe::init();
+    loop {
+        let wanted = WANTED.load(Ordering::Acquire);
+        match wanted {
+            STORM => {
+                let mut random = Random(SEED.load(Ordering::Relaxed));
+                DOES.store(STORM, Ordering::Release);
+                while WANTED.load(Ordering::Acquire) == STORM {
+                    let raised = devices::storm(&mut random);
+                    ACCESSES.fetch_add(1, Ordering::Relaxed);
+                    EXCEPTIONS.fetch_add(u64::from(raised), Ordering::Relaxed);
+                }
+            }
+            ANSWER => {
+                super::interrupts::reset_interface();
+                gic::init(&[QUESTION]);
+                DOES.store(ANSWER, Ordering::Release);
+                while WANTED.load(Ordering::Acquire) == ANSWER {
+                    if gic::acknowledge() == QUESTION {
+                        gic::end(QUESTION);
+                        gic::send(gic::sgi(REPLY, Mpidr(0)));
+                    }
+                    smp::pause();
+                }
+            }
+            LEAVE => psci::cpu_off(),
+            _ => {
+                DOES.store(IDLE, Ordering::Release);
+                smp::wait(|| WANTED.load(Ordering::Acquire) != IDLE);
+            }
+        }
+    }
+}

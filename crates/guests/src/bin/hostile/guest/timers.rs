@@ -1,0 +1,236 @@
+//! The physical timer, which is emulated, the virtual one, and waiting.
+
+use core::arch::asm;
+
+use tidemark_guests::rt::counter;
+use tidemark_guests::rt::gic::{self, Private};
+
+use super::interrupts::{begin, wait_for};
+use super::probe::{Snippet, probe, snippets};
+use super::{Case, World};
+
+snippets! {
+    physical_set_value: "msr cntp_tval_el0, x0", "msr cntp_ctl_el0, x1", "isb";
+    physical_set_compare: "msr cntp_cval_el0, x0", "msr cntp_ctl_el0, x1", "isb";
+    physical_read: "isb", "mrs x0, cntp_ctl_el0", "mrs x1, cntp_cval_el0", "mrs x2, cntp_tval_el0", "mrs x3, cntpct_el0";
+    virtual_set_value: "msr cntv_tval_el0, x0", "msr cntv_ctl_el0, x1", "isb";
+    virtual_set_compare: "msr cntv_cval_el0, x0", "msr cntv_ctl_el0, x1", "isb";
+    virtual_read: "isb", "mrs x0, cntv_ctl_el0", "mrs x1, cntv_cval_el0", "mrs x2, cntv_tval_el0", "mrs x3, cntvct_el0";
+    wait: "dsb sy", "wfi";
+    event: "sevl", "wfe", "sev", "wfe";
+    // wfit x0, wfet x0
+    wait_until: ".inst 0xd5031020";
+    event_until: "sevl", "wfe", ".inst 0xd5031000";
+}
+
+/// A timer as the cases use it.
+struct Timer {
+    interrupt: Private,
+    set_value: Snippet,
+    set_compare: Snippet,
+    read: Snippet,
+}
+
+pub fn physical(case: &mut Case, world: &mut World) {
+    let timer = Timer {
+        interrupt: Private(30),
+        set_value: physical_set_value,
+        set_compare: physical_set_compare,
+        read: physical_read,
+    };
+    timer.judge(case, world);
+}
+
+pub fn virtual_(case: &mut Case, world: &mut World) {
+    let timer = Timer {
+        interrupt: Private::VIRTUAL_TIMER,
+        set_value: virtual_set_value,
+        set_compare: virtual_set_compare,
+        read: virtual_read,
+    };
+    timer.judge(case, world);
+}
+
+const ENABLE: u64 = 1;
+const MASKED: u64 = 0b11;
+
+impl Timer {
+    fn off(&self) {
+        probe(self.set_compare, [u64::MAX, 0, 0, 0, 0, 0]);
+    }
+
+    /// Sets it and checks that its interrupt comes, again after its end while the time is past, and no more once it is off.
+    fn fires(&self, case: &mut Case, set: Snippet, value: u64, what: &str) {
+        let taken = probe(set, [value, ENABLE, 0, 0, 0, 0]);
+        case.quiet(&taken, format_args!("{what}"));
+        for turn in 0..2 {
+            let got = wait_for(self.interrupt);
+            case.check(
+                got == self.interrupt,
+                format_args!("{what}, time {turn}: {got:?}"),
+            );
+        }
+        let control = probe(self.read, [0; 6]).x[0];
+        case.check(
+            control & 0b111 == 0b101,
+            format_args!("{what}: CTL is {control:#b}"),
+        );
+        self.off();
+        self.quiet(case, what);
+    }
+
+    fn quiet(&self, case: &mut Case, what: &str) {
+        let until = counter::now() + counter::frequency() / 2000;
+        while counter::now() < until {}
+        // What is in a list register already is not taken back when the level falls: one may be late, and is spurious.
+        let late = gic::acknowledge();
+        if late == self.interrupt {
+            gic::end(late);
+        }
+        let got = gic::acknowledge();
+        case.check(got.0 >= 1020, format_args!("{what}, off: {got:?}"));
+        if got.0 < 1020 {
+            gic::end(got);
+        }
+    }
+
+    fn judge(&self, case: &mut Case, world: &mut World) {
+        begin(&[self.interrupt]);
+        let soon = counter::frequency() / 1000;
+        let now = || probe(self.read, [0; 6]).x[3];
+        self.fires(case, self.set_value, soon, "TVAL soon");
+        self.fires(case, self.set_compare, now() + soon, "CVAL soon");
+        self.fires(case, self.set_value, 0, "TVAL 0");
+        self.fires(case, self.set_value, u64::from(u32::MAX), "TVAL -1");
+        // The comparison is unsigned: before the counter has come so far this is the far future.
+        if now() > 0x8000_0000 {
+            self.fires(case, self.set_value, 0x8000_0000, "TVAL most negative");
+        }
+        self.fires(case, self.set_compare, 0, "CVAL 0");
+        self.fires(case, self.set_compare, now() - 1, "CVAL past");
+        for (what, control) in [("masked", MASKED), ("disabled", 0), ("masked alone", 0b10)] {
+            probe(self.set_compare, [0, control, 0, 0, 0, 0]);
+            self.quiet(case, what);
+            let seen = probe(self.read, [0; 6]).x[0];
+            case.check(
+                seen & 0b11 == control,
+                format_args!("{what}: CTL is {seen:#b}"),
+            );
+            if control == MASKED {
+                case.check(seen & 0b100 != 0, format_args!("masked: ISTATUS is clear"));
+            }
+        }
+        // Unmasked: it comes after all.
+        probe(self.set_compare, [0, MASKED, 0, 0, 0, 0]);
+        self.fires(case, self.set_compare, 0, "unmasked");
+        for compare in [u64::MAX, 1 << 63] {
+            probe(self.set_compare, [compare, ENABLE, 0, 0, 0, 0]);
+            self.quiet(case, "CVAL far away");
+            let x = probe(self.read, [0; 6]).x;
+            case.check(
+                x[1] == compare && x[0] & 0b100 == 0,
+                format_args!("CVAL {compare:#x}: CTL {:#b} CVAL {:#x}", x[0], x[1]),
+            );
+        }
+        // TVAL: written with its sign, read as 32 bits of the distance.
+        for _ in 0..64 {
+            let value = world.random.next();
+            let before = now();
+            probe(self.set_value, [value, MASKED, 0, 0, 0, 0]);
+            let [_, compare, left, after, ..] = probe(self.read, [0; 6]).x;
+            let distance = value as i32 as i64 as u64;
+            let spent = compare.wrapping_sub(distance).wrapping_sub(before);
+            case.check(
+                spent <= after - before,
+                format_args!("TVAL {value:#x} at {before:#x} makes CVAL {compare:#x}"),
+            );
+            let gone = u64::from(
+                (compare as u32)
+                    .wrapping_sub(left as u32)
+                    .wrapping_sub(before as u32),
+            );
+            case.check(
+                left >> 32 == 0 && gone <= after - before,
+                format_args!("CVAL {compare:#x} reads as TVAL {left:#x} before {after:#x}"),
+            );
+        }
+        for _ in 0..200 {
+            let set = if world.random.next() & 1 == 0 {
+                self.set_value
+            } else {
+                self.set_compare
+            };
+            let value = world.random.next();
+            let control = world.random.next();
+            let taken = probe(set, [value, control, 0, 0, 0, 0]);
+            case.quiet(&taken, format_args!("{value:#x} with CTL {control:#x}"));
+        }
+        self.off();
+        begin(&[self.interrupt]);
+        self.fires(case, self.set_value, soon, "after all that");
+    }
+}
+
+/// A WFI for each of many timers; one for nothing with something pending.
+pub fn wfi_storm(case: &mut Case, _world: &mut World) {
+    begin(&[Private::VIRTUAL_TIMER, Private(30)]);
+    let step = counter::frequency() / 20_000;
+    for turn in 0..600 {
+        let at = counter::now() + step;
+        let timer = if turn & 1 == 0 {
+            probe(virtual_set_compare, [at, ENABLE, 0, 0, 0, 0]);
+            Private::VIRTUAL_TIMER
+        } else {
+            // The two counters are not the same.
+            probe(physical_set_value, [step, ENABLE, 0, 0, 0, 0]);
+            Private(30)
+        };
+        case.quiet(&probe(wait, [0; 6]), format_args!("WFI"));
+        let got = wait_for(timer);
+        case.check(got == timer, format_args!("WFI {turn}: {got:?}"));
+        // What was taken and not turned off is pending again: this one must not wait.
+        case.quiet(&probe(wait, [0; 6]), format_args!("WFI with one pending"));
+        probe(virtual_set_compare, [u64::MAX, 0, 0, 0, 0, 0]);
+        probe(physical_set_compare, [u64::MAX, 0, 0, 0, 0, 0]);
+        let more = gic::acknowledge();
+        if more.0 < 1020 {
+            gic::end(more);
+        }
+    }
+}
+
+pub fn wfe(case: &mut Case, _world: &mut World) {
+    for _ in 0..2000 {
+        case.quiet(&probe(event, [0; 6]), format_args!("WFE"));
+    }
+}
+
+/// WFIT and WFET are not offered: undefined, or they wait no longer than they say. There is a timer in case they wait on.
+pub fn wfit(case: &mut Case, _world: &mut World) {
+    begin(&[Private::VIRTUAL_TIMER]);
+    for ahead in [0, counter::frequency() / 1000] {
+        for snippet in [wait_until, event_until] {
+            let now = counter::now();
+            let alarm = now + counter::frequency() / 2;
+            probe(virtual_set_compare, [alarm, ENABLE, 0, 0, 0, 0]);
+            let taken = probe(snippet, [now + ahead, 0, 0, 0, 0, 0]);
+            let late = counter::now() >= alarm;
+            probe(virtual_set_compare, [u64::MAX, 0, 0, 0, 0, 0]);
+            match taken.count {
+                0 => case.check(!late, format_args!("WFxT waited past its time")),
+                _ => case.undefined(&taken, format_args!("WFxT")),
+            }
+        }
+    }
+    let _ = wait_for_none();
+}
+
+fn wait_for_none() -> Private {
+    // SAFETY: a barrier.
+    unsafe { asm!("isb", options(nostack)) };
+    let got = gic::acknowledge();
+    if got.0 < 1020 {
+        gic::end(got);
+    }
+    got
+}

@@ -1,0 +1,167 @@
+//! A guest that does what no guest may: it gets the architected exceptions, and EL2 stays.
+//!
+//! The guest judges for itself (`crates/guests`, `hostile`); here is checked that it judged everything
+//! and that the machine, the other guests and the host notice nothing of it.
+
+use std::time::Instant;
+
+use anyhow::{Result, bail, ensure};
+use tidemark_guests::pattern::{Config, Seed};
+use tidemark_tests::guests::{self, Mib};
+use tidemark_tests::host::{Host, OracleGuest};
+use tidemark_tests::oracle;
+use tidemark_tests::script::Script;
+use tidemark_tests::target::Target;
+use tidemark_wire::message::{EngineChoice, Granularity, VmId, VmInfo, VmState};
+
+use crate::case::Case;
+
+/// Fewer cases than this are not the whole list.
+const AT_LEAST: usize = 50;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("hostile_max", 60, |script| hostile(script, "virt", None)),
+        Case::new("hostile_a76", 60, |script| {
+            hostile(script, "virt-a76", None)
+        }),
+        Case::new("hostile_a72", 60, |script| {
+            hostile(script, "virt-a72", None)
+        }),
+        // The same while its memory is tracked: faults of its own and of the log's meet.
+        Case::new("hostile_max_tracked_by_dbm", 60, |script| {
+            hostile(script, "virt", Some(EngineChoice::Dbm))
+        }),
+        Case::new("hostile_a76_tracked_by_wp", 60, |script| {
+            hostile(script, "virt-a76", Some(EngineChoice::WriteProtect))
+        }),
+        Case::new("hostile_aarch32_ends_that_vm_alone", 60, aarch32),
+    ]
+}
+
+fn hostile(script: &mut Script, machine: &str, engine: Option<EngineChoice>) -> Result<()> {
+    let seed = script.seed();
+    let bundle = guests::pack([guests::hostile(2, Mib(64))?])?;
+    let target = script.start_tidemark(machine, &bundle, "")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("hostile")?;
+    host.until_running(vm)?;
+    host.attach(vm)?;
+    host.expect(vm, "hostile: ready")?;
+    host.expect(vm, "vcpus=2 el=1")?;
+    if let Some(engine) = engine {
+        host.dirty_start(vm, engine, Granularity::Page)?;
+    }
+    host.type_line(vm, &format!("run {seed}"))?;
+    let said = host.expect(vm, "hostile: done ")?;
+    let verdict = host.expect(vm, "\n")?;
+    judge(&said, &verdict)?;
+    let info = until_over(&mut host, vm)?;
+    ensure!(
+        info.summary.state == VmState::Stopped,
+        "it turned itself off and is {}: {}",
+        info.summary.state,
+        info.reason
+    );
+    host.finish();
+    answers(target, "stopped")
+}
+
+/// Every case has its line, and none failed.
+fn judge(said: &str, verdict: &str) -> Result<()> {
+    let (mut judged, mut failures) = (0, Vec::new());
+    for line in said.lines() {
+        let Some(case) = line.strip_prefix("case ") else {
+            continue;
+        };
+        let words: Vec<&str> = case.split_whitespace().collect();
+        match words.as_slice() {
+            [number, _, "ok" | "skip", ..] => {
+                judged += 1;
+                ensure!(
+                    *number == judged.to_string(),
+                    "case {number} came after {} others: {line}",
+                    judged - 1
+                );
+            }
+            _ => failures.push(line.trim()),
+        }
+        if let [_, _, "FAIL", .., "checks"] = words.as_slice() {
+            judged += 1;
+        }
+    }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    ensure!(judged >= AT_LEAST, "only {judged} cases were run:\n{said}");
+    let wanted = format!("{judged} 0");
+    ensure!(verdict.trim() == wanted, "`done {verdict}`, not `{wanted}`");
+    Ok(())
+}
+
+/// Waits until a VM is no more.
+fn until_over(host: &mut Host, vm: VmId) -> Result<VmInfo> {
+    let began = Instant::now();
+    loop {
+        let info = host.info(vm)?;
+        if matches!(info.summary.state, VmState::Stopped | VmState::Failed) {
+            return Ok(info);
+        }
+        if began.elapsed() > tidemark_tests::clocks::scaled(10) {
+            bail!(
+                "it is still {} after {:?}",
+                info.summary.state,
+                began.elapsed()
+            );
+        }
+        host.look()?;
+    }
+}
+
+/// EL2's shell answers, and nothing looks like a crash.
+fn answers(target: &mut Target, state: &str) -> Result<()> {
+    let list = target.shell("list")?;
+    let line = list.lines().find(|line| line.contains("hostile"));
+    ensure!(
+        line.is_some_and(|line| line.contains(state)),
+        "`list` does not say that it is {state}: {list:?}"
+    );
+    target.still_on()
+}
+
+/// AArch32 cannot be kept from a guest whose CPU has it: it is that guest's end, and only its.
+fn aarch32(script: &mut Script) -> Result<()> {
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 1,
+        pages: 100,
+        blocks: 0,
+    };
+    let bundle = guests::pack([guests::hostile(1, Mib(32))?, guests::oracle(1, Mib(32))?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
+    let hostile = guest.host.vm("hostile")?;
+    guest.host.attach(hostile)?;
+    guest.host.expect(hostile, "el=1")?;
+    guest
+        .host
+        .dirty_start(guest.vm, EngineChoice::Auto, Granularity::Page)?;
+    guest.host.type_line(hostile, "aarch32")?;
+    guest.host.expect(hostile, "aarch32: entered")?;
+    let info = until_over(&mut guest.host, hostile)?;
+    ensure!(
+        info.summary.state == VmState::Failed && info.reason.contains("AArch32"),
+        "it is {} because of {:?}",
+        info.summary.state,
+        info.reason
+    );
+    // The other one works on, and so does its log.
+    let iteration = guest.step()?;
+    let written = guest.ledger.written_in(iteration);
+    let harvest = guest.host.take(guest.vm)?;
+    oracle::check_superset(&written, &harvest.pages)?;
+    oracle::check_exact(&written, guest.ledger.own(), &harvest.pages)?;
+    guest.host.commit(guest.vm, &harvest)?;
+    guest.host.finish();
+    answers(target, "failed")
+}
