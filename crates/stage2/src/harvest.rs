@@ -37,6 +37,9 @@ const BUDGET: u64 = 2048;
 /// What a split counts for.
 const SPLIT: u64 = 1024;
 
+/// How much of a hole a visit covers: one may be 512 GiB wide, and full of writes by EL2.
+const HOLE: u64 = 16 << 20;
+
 /// How a harvest finds dirty level-3 leaves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Search {
@@ -194,25 +197,25 @@ impl<H: Hardware> Stage2<H> {
             }
             (Kind::Leaf, level) => {
                 let end = (here & !(level.size() - 1)) + level.size();
-                self.take_outside_tables(harvest, slot, here, end, cost);
+                // Only the harvest splits blocks, so there is no page here to protect.
+                harvest.take_live(slot, here, end, cost, |_, _| {});
                 self.harvest_block(harvest, slot, &place, here, cost)?;
                 Ok(end)
             }
             _ => {
-                // A hole may be 512 GiB wide; its live bits are taken 1 GiB at a time.
-                let size = place.level.size().min(Level::L1.size());
+                let size = place.level.size().min(HOLE);
                 let end = ((here & !(size - 1)) + size).min(slot.end());
-                self.take_outside_tables(harvest, slot, here, end, cost);
+                self.take_in_hole(harvest, slot, here, end, cost);
                 Ok(end)
             }
         }
     }
 
-    /// Takes the live bits where there was no level-3 table a moment ago. Most are writes by EL2.
+    /// Takes the live bits where nothing was mapped a moment ago. Most are writes by EL2.
     ///
     /// But a fault may have mapped a table since, with its page dirty and its bit set. Who takes that
     /// bit must take the permission too, else nothing would ever note the page again.
-    fn take_outside_tables(
+    fn take_in_hole(
         &self,
         harvest: &mut Harvest<'_>,
         slot: &Slot,
@@ -263,9 +266,12 @@ impl<H: Hardware> Stage2<H> {
             ),
         };
         if block.is_dirty() {
-            slot.dirty.add_run(slot.page(here), level.pages());
+            // From its beginning: a block may have been mapped around the cursor, over a hole of which
+            // the harvest had passed a part.
+            let base = here & !(level.size() - 1);
+            slot.dirty.add_run(slot.page(base), level.pages());
             if stale == Stale::Yes {
-                harvest.pending.push(here, level);
+                harvest.pending.push(base, level);
             }
         }
         Ok(())

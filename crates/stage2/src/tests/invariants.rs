@@ -445,6 +445,20 @@ fn inv08_a_read_only_leaf_in_writable_memory_stays_one() {
 }
 
 #[test]
+fn inv08_an_untracked_leaf_is_not_the_harvests() {
+    for (engine, features) in engines() {
+        let world = mapped(features, P2M);
+        world.start(engine, Granularity::Page);
+        let ipa = IPA + 3 * PAGE_SIZE;
+        let plain = world.pte(ipa).0.with(Permission::Untracked);
+        world.entry(ipa).swap(plain.0, Ordering::SeqCst);
+        world.el2_write(ipa);
+        assert_eq!(world.harvest(), set([ipa]));
+        assert_eq!(world.pte(ipa).0, plain, "{engine:?}: RW must not become NW");
+    }
+}
+
+#[test]
 fn inv09_a_leaf_without_access_flag_gets_it_and_keeps_the_rest() {
     let world = mapped(dbm(), P2M);
     world.start(Engine::Dbm, Granularity::Page);
