@@ -119,10 +119,10 @@ fn until_over(host: &mut Host, vm: VmId) -> Result<VmInfo> {
 
 /// EL2's shell answers, and nothing looks like a crash.
 fn answers(target: &mut Target, state: &str) -> Result<()> {
-    let list = target.shell("list")?;
-    let line = list.lines().find(|line| line.contains("hostile"));
+    let list = target.shell_until("list", state)?;
+    let says = |line: &str| line.contains("hostile") && line.contains(state);
     ensure!(
-        line.is_some_and(|line| line.contains(state)),
+        list.lines().any(says),
         "`list` does not say that it is {state}: {list:?}"
     );
     target.still_on()

@@ -74,8 +74,8 @@ pub fn begin(interrupts: &[Private]) {
     }
 }
 
-/// Waits for an interrupt, without taking it as an exception.
-pub fn wait_for(wanted: Private) -> Private {
+/// Waits for the next interrupt, without taking it as an exception, and ends it; [`NONE`] if there is none for long.
+pub fn next() -> Private {
     let mut got = NONE;
     let _ = counter::within(2, || {
         got = gic::acknowledge();
@@ -84,7 +84,6 @@ pub fn wait_for(wanted: Private) -> Private {
     if got.0 < 1020 {
         gic::end(got);
     }
-    let _ = wanted;
     got
 }
 
@@ -97,7 +96,7 @@ pub fn works(case: &mut Case, world: &World) {
     begin(&[SIGN]);
     for turn in 0..3 {
         send_sign(world);
-        let got = wait_for(SIGN);
+        let got = next();
         case.check(got == SIGN, format_args!("SGI {turn} to itself: {got:?}"));
         let more = gic::acknowledge();
         case.check(more == NONE, format_args!("then {more:?}"));
@@ -219,12 +218,12 @@ pub fn interface_wild(case: &mut Case, world: &mut World) {
         format_args!("ICC_PMR 0x80 lets {masked:?} through"),
     );
     Register(3, 0, 4, 6, 0).write(0xff);
-    let got = wait_for(SIGN);
+    let got = next();
     case.check(got == SIGN, format_args!("after ICC_PMR 0xff: {got:?}"));
     // EOImode 1: dropping the priority does not end it.
     Register(3, 0, 12, 12, 4).write(2);
     send_sign(world);
-    let got = wait_for(SIGN);
+    let got = next();
     send_sign(world);
     let again = gic::acknowledge();
     case.check(
@@ -232,7 +231,7 @@ pub fn interface_wild(case: &mut Case, world: &mut World) {
         format_args!("EOImode 1: {got:?}, then {again:?}"),
     );
     Register(3, 0, 12, 11, 1).write(u64::from(SIGN.0));
-    let got = wait_for(SIGN);
+    let got = next();
     case.check(got == SIGN, format_args!("after ICC_DIR: {got:?}"));
     works(case, world);
 }
@@ -245,7 +244,7 @@ pub fn ipi(case: &mut Case, world: &mut World) {
     }
     for turn in 0..50 {
         gic::send(gic::sgi(other::QUESTION, world.cpus[1]));
-        let got = wait_for(other::REPLY);
+        let got = next();
         case.check(
             got == other::REPLY,
             format_args!("question {turn}: {got:?}"),
