@@ -62,6 +62,7 @@ fn start_oracle(script: &mut Script) -> Result<&mut Target> {
 
 /// The shell answers, and the machine says nothing that looks like a crash.
 fn shell_answers(target: &mut Target) -> Result<()> {
+    target.settle_shell()?;
     let help = target.shell("help")?;
     ensure!(
         help.contains("list"),

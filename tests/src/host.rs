@@ -106,7 +106,6 @@ impl Host {
 
     /// Waits until a VM runs: the prompt is there before the guests have started.
     pub fn until_running(&mut self, vm: VmId) -> Result<VmInfo> {
-        let began = Instant::now();
         loop {
             let info = self.info(vm)?;
             match info.summary.state {
@@ -114,9 +113,11 @@ impl Host {
                 VmState::Starting => {}
                 other => bail!("the guest is {other}: {}", info.reason),
             }
-            self.clocks
-                .left(began)
-                .map_err(|ran_out| anyhow::anyhow!("{ran_out} while a guest was starting"))?;
+            // Loading a guest is silent work, so only the total clock counts.
+            ensure!(
+                !self.clocks.left_in_total().is_zero(),
+                "the total clock ran out while a guest was starting"
+            );
             self.look()?;
         }
     }
@@ -198,6 +199,7 @@ impl Host {
             Arrival::Fresh => ConsoleFrom::Oldest,
             Arrival::Running => ConsoleFrom::Now,
         };
+        self.until_running(vm)?;
         self.client.attach(vm, from)?;
         Ok(())
     }
@@ -246,11 +248,13 @@ impl Host {
                 unread.splice(..0, rest.iter().copied());
                 return Ok(before);
             }
-            self.clocks.left(heard).map_err(|ran_out| {
-                anyhow::anyhow!(
-                    "{ran_out} while waiting for {text:?} from the guest; it said:\n{said}"
-                )
-            })?;
+            self.clocks
+                .left(heard.max(self.line.heard_text()))
+                .map_err(|ran_out| {
+                    anyhow::anyhow!(
+                        "{ran_out} while waiting for {text:?} from the guest; it said:\n{said}"
+                    )
+                })?;
             self.look()?;
         }
     }
@@ -450,7 +454,11 @@ impl OracleGuest {
             if steps.into_iter().any(&wanted) {
                 return Ok(());
             }
-            if let Err(ran_out) = self.host.clocks.left(heard) {
+            if let Err(ran_out) = self
+                .host
+                .clocks
+                .left(heard.max(self.host.line.heard_text()))
+            {
                 bail!("{ran_out} while waiting for the oracle");
             }
         }

@@ -51,7 +51,10 @@ struct Shared {
 struct State {
     transcript: Transcript,
     cursor: usize,
+    /// When any byte came.
     heard: Instant,
+    /// When text came: frames are also answers to a host that asks while it waits.
+    heard_text: Instant,
     frames: u64,
     bad_frames: u64,
     closed: bool,
@@ -81,6 +84,7 @@ impl Line {
                 transcript: Transcript::create(log)?,
                 cursor: 0,
                 heard: Instant::now(),
+                heard_text: Instant::now(),
                 frames: 0,
                 bad_frames: 0,
                 closed: false,
@@ -233,6 +237,12 @@ impl Line {
         }
     }
 
+    /// When the machine last said anything as text.
+    #[must_use]
+    pub fn heard_text(&self) -> Instant {
+        self.lock().heard_text
+    }
+
     /// All text so far, passed over or not.
     #[must_use]
     pub fn text(&self) -> String {
@@ -315,6 +325,9 @@ fn listen(mut reader: Box<dyn Read + Send>, shared: &Shared, relay: &Relay) {
         }
         let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.heard = Instant::now();
+        if !text.is_empty() {
+            state.heard_text = state.heard;
+        }
         state.frames += frames;
         state.bad_frames += bad;
         state.transcript.push(&text);

@@ -169,6 +169,21 @@ impl Target {
         Ok(answer.replace('\r', ""))
     }
 
+    /// Brings script and shell together after input that was no command: forgets the line
+    /// that may have been begun, and passes over every prompt up to the answer to a word
+    /// that only this script can have typed.
+    pub fn settle_shell(&self) -> Result<()> {
+        // Enter comes first: right after a frame, Ctrl-C would be taken for the beginning of
+        // another (`tidemark_wire::frame`).
+        const FORGET_LINE: &str = "\r\u{3}";
+        self.line.send(FORGET_LINE)?;
+        self.type_line("settle")?;
+        self.expect("settle: no such command")
+            .context("the shell is gone")?;
+        self.expect(PROMPT)?;
+        Ok(())
+    }
+
     /// Asks EL2's shell until its answer contains `wanted`: guests start, and logs are
     /// written, while the shell already answers.
     pub fn shell_until(&self, command: &str, wanted: &str) -> Result<String> {
