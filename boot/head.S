@@ -67,28 +67,23 @@ entry:
     str     x5, [x3, x19]
     b       1b
 2:
+    // Memory past the file may have dirty lines of the loader's; they must not be written
+    // back over the zeros. What is written here goes past the caches, so afterwards any
+    // line that holds the old bytes goes too (Arm ARM D7.5, mismatched attributes).
     adrp    x1, __bss_start
     add     x1, x1, :lo12:__bss_start
     adrp    x2, __image_end
     add     x2, x2, :lo12:__image_end
+    bl      drop_lines
+    adrp    x1, __bss_start
+    add     x1, x1, :lo12:__bss_start
 3:  cmp     x1, x2
     b.hs    4f
     stp     xzr, xzr, [x1], #16
     b       3b
-4:
-    // What was written above went to memory past the caches; drop any line that
-    // still holds the old bytes (Arm ARM D7.5, mismatched attributes).
-    dmb     sy
+4:  dmb     sy
     mov     x1, x19
-    mrs     x3, ctr_el0
-    ubfx    x3, x3, #16, #4             // DminLine
-    mov     x4, #4
-    lsl     x4, x4, x3
-5:  dc      ivac, x1
-    add     x1, x1, x4
-    cmp     x1, x2
-    b.lo    5b
-    dsb     sy
+    bl      drop_lines
     ic      iallu
     dsb     sy
     isb
@@ -112,6 +107,21 @@ entry:
     mov     x0, x20
     bl      boot_main
     b       .
+
+// Drops the data cache lines of x1..x2 without writing them back. Uses x3 and x4.
+drop_lines:
+    mrs     x3, ctr_el0
+    ubfx    x3, x3, #16, #4             // DminLine
+    mov     x4, #4
+    lsl     x4, x4, x3
+    sub     x3, x4, #1
+    bic     x1, x1, x3
+1:  dc      ivac, x1
+    add     x1, x1, x4
+    cmp     x1, x2
+    b.lo    1b
+    dsb     sy
+    ret
 
 // x0 = &EnableMmu (MAIR, TCR, TTBR0, SCTLR). Uses x1-x4.
 enable_mmu:
@@ -140,6 +150,7 @@ secondary_entry:
     msr     sctlr_el2, x1
     isb
     msr     spsel, #1
+    msr     tpidr_el2, xzr
     adrp    x1, vectors
     add     x1, x1, :lo12:vectors
     msr     vbar_el2, x1

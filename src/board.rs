@@ -85,9 +85,9 @@ impl fmt::Display for BoardError {
     }
 }
 
-/// Opens the devicetree at `dtb`.
-pub fn devicetree(dtb: usize) -> Result<Fdt<'static>, BoardError> {
-    let range = crate::memory::stage1::devicetree_range(dtb).ok_or(BoardError::NoDevicetree)?;
+/// Opens the devicetree.
+pub fn devicetree() -> Result<Fdt<'static>, BoardError> {
+    let range = stage1::devicetree_range().ok_or(BoardError::NoDevicetree)?;
     // SAFETY: the range was mapped read-only by the boot tables and nothing writes it: the
     // frame allocator never gets it.
     let bytes =

@@ -174,13 +174,9 @@ fn typed(byte: u8) {
 
 /// A guest wrote to its console.
 pub fn guest_output(vm: &'static Vm, byte: u8) {
-    let unsent = vm.console.put(byte);
+    vm.console.put(byte);
     if vm.console.attached.load(Relaxed) {
-        if byte == b'\n' || unsent >= EVENT_TEXT as u64 {
-            send_text(vm);
-        } else {
-            send_text_soon();
-        }
+        send_text_soon();
         return;
     }
     let terminal = TERMINAL.load(Relaxed);
@@ -196,37 +192,45 @@ pub fn guest_output(vm: &'static Vm, byte: u8) {
 /// Sends what waits, a little later: bytes come singly.
 fn send_text_soon() {
     if !TEXT_WAITS.swap(true, AcqRel) {
-        job::submit(Box::new(|| {
-            TEXT_WAITS.store(false, Release);
-            for vm in vm::all() {
-                if vm.console.attached.load(Relaxed) {
-                    send_text(vm);
-                }
-            }
-            Step::Done
-        }));
+        job::submit(Box::new(send_text_step));
     }
 }
 
-/// Sends a console's unsent text as events; what is lost on the way can be asked for.
-fn send_text(vm: &Vm) {
-    loop {
-        let mut text = [0; EVENT_TEXT];
-        let (offset, len) = {
-            let mut history = vm.console.history();
-            let (offset, len) = history.read(history.sent, &mut text);
-            history.sent = offset + len as u64;
-            (offset, len)
-        };
-        if len == 0 {
-            return;
+/// At most one event for each attached console, if the line has room for it: a guest that
+/// writes without end must not keep a CPU here.
+fn send_text_step() -> Step {
+    TEXT_WAITS.store(false, Release);
+    let mut more = false;
+    for vm in vm::all() {
+        if vm.console.attached.load(Relaxed) {
+            more |= !console::has_room(2 * EVENT_TEXT) || send_text(vm);
         }
+    }
+    // Whoever set the flag meanwhile has submitted another job.
+    if more && !TEXT_WAITS.swap(true, AcqRel) {
+        return Step::Again;
+    }
+    Step::Done
+}
+
+/// Sends one event of a console's unsent text; says whether there is more. What is lost on
+/// the way can be asked for.
+fn send_text(vm: &Vm) -> bool {
+    let mut text = [0; EVENT_TEXT];
+    let (offset, len, more) = {
+        let mut history = vm.console.history();
+        let (offset, len) = history.read(history.sent, &mut text);
+        history.sent = offset + len as u64;
+        (offset, len, history.sent < history.end)
+    };
+    if len > 0 {
         event(&Event::Console {
             vm: vm.id,
             offset,
             data: &text[..len],
         });
     }
+    more
 }
 
 /// Tells the host that a VM's state changed.

@@ -148,6 +148,11 @@ pub fn write_text(bytes: &[u8]) {
     console.pump();
 }
 
+/// Whether so many bytes can be written without waiting for the UART.
+pub fn has_room(bytes: usize) -> bool {
+    RING - CONSOLE.lock().len >= bytes
+}
+
 struct Text<'a>(&'a mut Console);
 
 impl Write for Text<'_> {

@@ -8,7 +8,10 @@ use crate::arch::{barrier, cpu, el1, smc};
 use crate::console;
 use crate::memory::layout;
 use core::fmt::{self, Write};
-use core::sync::atomic::{AtomicBool, Ordering::AcqRel};
+use core::sync::atomic::{
+    AtomicUsize,
+    Ordering::{AcqRel, Acquire},
+};
 
 /// Bytes kept for the function names that mkimage writes.
 const SYMBOLS: usize = 160 * 1024;
@@ -35,13 +38,18 @@ impl Write for CrashConsole {
     }
 }
 
-/// Lets the first CPU that fails report; the others wait for the end.
+/// Lets the first CPU that fails report; the others wait for the end. A failure of the
+/// report itself ends the machine at once.
 fn only_one() {
-    static FAILED: AtomicBool = AtomicBool::new(false);
-    if FAILED.swap(true, AcqRel) {
-        loop {
+    /// The CPU that reports, plus one.
+    static FAILED: AtomicUsize = AtomicUsize::new(0);
+    let me = cpu::index() + 1;
+    match FAILED.compare_exchange(0, me, AcqRel, Acquire) {
+        Ok(_) => {}
+        Err(reporter) if reporter == me => stop(),
+        Err(_) => loop {
             barrier::wfe();
-        }
+        },
     }
     if let Some(uart) = console::raw_uart() {
         uart.send(0);
@@ -113,7 +121,7 @@ fn backtrace(out: &mut CrashConsole, pc: usize, mut frame: usize) {
             break;
         }
         // The call stands before the address it returns to.
-        print_address(out, depth, return_address - 4);
+        print_address(out, depth, return_address.wrapping_sub(4));
         frame = next;
     }
 }

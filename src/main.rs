@@ -33,13 +33,13 @@ pub fn features() -> &'static Features {
         .expect("features are read before the guests are made")
 }
 
-/// The boot CPU's way, from boot/head.S: MMU on, the devicetree at `dtb` mapped.
+/// The boot CPU's way, from boot/head.S: MMU on, the devicetree mapped.
 #[unsafe(no_mangle)]
-extern "C" fn boot_main(dtb: usize) -> ! {
+extern "C" fn boot_main() -> ! {
     console::init(board::early_uart());
-    let fdt = board::devicetree(dtb).unwrap_or_else(|error| panic!("{error}"));
+    let fdt = board::devicetree().unwrap_or_else(|error| panic!("{error}"));
     let map = MemoryMap::read(fdt);
-    memory::init(&map, dtb);
+    memory::init(&map);
     let board = Board::read(fdt).unwrap_or_else(|error| panic!("{error}"));
     smp::adopt_boot_cpu();
     board
@@ -92,14 +92,15 @@ fn report(board: &Board, features: &Features) {
         board.virtio.len()
     );
     info!(
-        "PARange {} bits, VMID {} bits, LSE {}, FWB {}, TTL {}, TLB {}, BBM level {}",
+        "PARange {} bits, VMID {} bits, LSE {}, FWB {}, TTL {}, TLB {}, BBM level {}, TLBI {:?}",
         features.pa_bits,
         features.vmid_bits,
         features.lse,
         features.fwb,
         features.ttl,
         features.tlb,
-        features.bbm
+        features.bbm,
+        features.tlbi
     );
     match (features.hafdbs, features.erratum) {
         (_, Some(erratum)) => info!(

@@ -72,7 +72,7 @@ const LARGEST_HEAP: u64 = 64 << 20;
 /// # Panics
 ///
 /// When there is not enough memory to run at all: nothing but EL2 is there yet.
-pub fn init(map: &MemoryMap, dtb: usize) {
+pub fn init(map: &MemoryMap) {
     for range in map.memory.iter() {
         // Memory that firmware keeps is not even mapped. The image is mapped already, part
         // by part, and the hole in it is the guard page.
@@ -92,7 +92,7 @@ pub fn init(map: &MemoryMap, dtb: usize) {
         .reserved
         .iter()
         .chain([layout::image()])
-        .chain(stage1::devicetree_range(dtb))
+        .chain(stage1::devicetree_range())
         .chain(map.bundle)
     {
         free = free.without(taken.whole_pages());

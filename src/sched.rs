@@ -16,7 +16,7 @@ pub mod job;
 
 use crate::arch::context::Context;
 use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
-use crate::arch::{barrier, gic, timer};
+use crate::arch::{barrier, gic, timer, tlb};
 use crate::board;
 use crate::vm::vcpu::{LiveListRegisters, NEVER, Run, Vcpu};
 use crate::vm::{exits, lifecycle};
@@ -33,7 +33,8 @@ pub const KICK: u32 = 0;
 const SLICE: u64 = 4_000;
 /// How often a busy CPU takes a step of a job, in microseconds.
 const JOB_TICK: u64 = 1_000;
-/// How long one visit to the jobs may take, in microseconds: the bound for EL2.
+/// When a visit to the jobs ends, in microseconds: it begins no further step then. A step
+/// itself is bounded in work, not in time.
 const JOB_BUDGET: u64 = 150;
 
 /// Ready vCPUs of a CPU, in order.
@@ -45,6 +46,8 @@ static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] = [const { Mutex::new(Vec::n
 static LOADED: PerCpu<Option<&'static Vcpu>> = PerCpu::new(None);
 /// When the running vCPU's slice ends.
 static SLICE_END: PerCpu<u64> = PerCpu::new(NEVER);
+/// When this CPU takes its next step of a job although it is busy.
+static JOB_DUE: PerCpu<u64> = PerCpu::new(NEVER);
 /// CPUs that run, in all.
 static CPUS: AtomicUsize = AtomicUsize::new(1);
 
@@ -178,8 +181,9 @@ pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
 #[inline(never)]
 fn attend(vcpu: &'static Vcpu) -> &'static Context {
     vcpu.attention.store(false, Relaxed);
-    let held = lifecycle::is_held(vcpu.vm);
     let mut run = vcpu.run.lock();
+    // Under the lock, as everywhere: a resume either finds the vCPU parked or is seen here.
+    let held = lifecycle::is_held(vcpu.vm);
     if *run == Run::Running && !held {
         let waiting = !QUEUES[cpu::index()].lock().is_empty();
         if !waiting {
@@ -198,17 +202,22 @@ fn attend(vcpu: &'static Vcpu) -> &'static Context {
             arm_timer();
             return &vcpu.context;
         }
-        *run = Run::Queued;
+        leave(&mut run, Run::Queued);
         QUEUES[cpu::index()].lock().push_back(vcpu);
     } else if *run == Run::Running {
-        // What it wrote is seen by all from here on (invariant 13: a barrier on its own
-        // CPU before the last harvest trusts the tables).
-        barrier::dsb_sy();
-        *run = Run::Parked;
+        leave(&mut run, Run::Parked);
     }
     drop(run);
     lifecycle::vcpu_left(vcpu.vm);
     pick_next()
+}
+
+/// A vCPU leaves its CPU. What it wrote, and what the hardware noted of it, is seen by all
+/// before anyone can see that it left (invariant 13: a barrier on its own CPU, before a
+/// last harvest trusts the tables).
+fn leave(run: &mut Run, to: Run) {
+    barrier::dsb_sy();
+    *run = to;
 }
 
 /// The vCPU waits for an interrupt: its CPU goes to another, or idles.
@@ -216,8 +225,7 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
     {
         let mut run = vcpu.run.lock();
         if *run == Run::Running {
-            *run = Run::Blocked;
-            barrier::dsb_sy();
+            leave(&mut run, Run::Blocked);
         }
     }
     // A sender that saw it running before this only kicked; look again (D: state, then
@@ -232,8 +240,10 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
 
 /// The vCPU is off, or its VM has ended: it does not come back by itself.
 pub fn turn_off(vcpu: &'static Vcpu) -> &'static Context {
-    *vcpu.run.lock() = Run::Off;
-    barrier::dsb_sy();
+    // An interrupt that waits in its list registers goes to another vCPU or back to the books.
+    let kick = vcpu.vm.vgic.withdraw(vcpu.index, &mut LiveListRegisters);
+    kick_others(vcpu, kick.without(vcpu.index));
+    leave(&mut vcpu.run.lock(), Run::Off);
     lifecycle::vcpu_left(vcpu.vm);
     pick_next()
 }
@@ -285,6 +295,12 @@ fn switch_to(vcpu: &'static Vcpu) {
             loaded.unload();
         }
         vcpu.load();
+        if vcpu.follows_another() {
+            // Two vCPUs of a VM share its VMID, and each takes this CPU's TLB for its own.
+            tlb::vmalle1();
+            barrier::dsb_nsh();
+            barrier::isb();
+        }
         LOADED.set(Some(vcpu));
         if let Some(cpu) = cpu::current() {
             cpu.set_context(&vcpu.context);
@@ -305,7 +321,11 @@ fn switch_to(vcpu: &'static Vcpu) {
 fn arm_timer() {
     let mut deadline = SLICE_END.get();
     if job::waiting() {
-        deadline = deadline.min(timer::now() + timer::ticks(JOB_TICK));
+        // Absolute: a guest that exits often must not push it ahead for ever.
+        if JOB_DUE.get() == NEVER {
+            JOB_DUE.set(timer::now() + timer::ticks(JOB_TICK));
+        }
+        deadline = deadline.min(JOB_DUE.get());
     }
     let loaded = LOADED.get();
     if let Some(physical) = loaded.and_then(|vcpu| vcpu.physical_timer.lock().deadline()) {
@@ -340,6 +360,7 @@ pub fn tick() {
         exits::timer::fire_physical(vcpu, now);
         wake(vcpu);
     }
+    JOB_DUE.set(NEVER);
     if job::waiting() {
         job::run_for(timer::ticks(JOB_BUDGET));
     }

@@ -16,10 +16,11 @@ mod tree;
 pub mod vcpu;
 pub mod work;
 
+use crate::arch::cpu::MAX_CPUS;
 use crate::arch::timer;
 use alloc::boxed::Box;
 use alloc::string::String;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use memory::GuestMemory;
 use spin::{Mutex, Once};
 use tidemark_devices::pl011::Pl011;
@@ -50,14 +51,17 @@ pub struct Vm {
     pub work: Mutex<work::VmWork>,
     /// How it is, and why.
     pub status: Mutex<Status>,
+    /// The vCPU that ran last on each CPU: its index plus one, 0 for none.
+    pub last_on: [AtomicU8; MAX_CPUS],
     /// Its vCPUs stay off their CPUs.
     pub held: AtomicBool,
     /// What it has cost.
     pub counters: Counters,
     /// The physical count that its virtual counter starts from.
     pub counter_offset: AtomicU64,
-    /// Whether its memory was ever loaded: then it holds a guest's data.
-    pub loaded: AtomicBool,
+    /// Its memory is its own: what the frames' last owner left was cleared. Before, nobody
+    /// gets to see it.
+    pub cleared: AtomicBool,
     /// The life that its frames are of; each restart is the next one.
     pub life: Mutex<Generation>,
     vcpus: Once<Box<[Vcpu]>>,
@@ -74,6 +78,8 @@ pub struct Status {
     pub wish: Wish,
     /// How often it was restarted.
     pub restarts: u32,
+    /// A pause was asked for and not taken back: a restart ends in one.
+    pub pause_wanted: bool,
     /// How often it was let go on after a pause: what was true of one pause is not of the next.
     pub pauses: u32,
 }
@@ -111,9 +117,7 @@ pub struct Counters {
     pub faults: AtomicU64,
 }
 
-/// Adds one. Counters are read for people: a plain load and store that may lose a count to
-/// another vCPU's would be wrong in tests, an atomic add costs one instruction with LSE and
-/// four without.
+/// Adds one.
 #[inline]
 pub fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Relaxed);
@@ -136,12 +140,14 @@ impl Vm {
                 reason: "not started".into(),
                 wish: Wish::Nothing,
                 restarts: 0,
+                pause_wanted: false,
                 pauses: 0,
             }),
+            last_on: [const { AtomicU8::new(0) }; MAX_CPUS],
             held: AtomicBool::new(true),
             counters: Counters::default(),
             counter_offset: AtomicU64::new(timer::now()),
-            loaded: AtomicBool::new(false),
+            cleared: AtomicBool::new(false),
             life: Mutex::new(Generation::FIRST),
             vcpus: Once::new(),
             spec,

@@ -55,9 +55,12 @@ impl Context {
         self.elr.store(pc, Relaxed);
     }
 
-    /// Steps over the trapped instruction (AArch64: four bytes).
+    /// Steps over the trapped instruction (AArch64: four bytes), as if it had been carried
+    /// out: BTYPE is what any instruction but a branch leaves.
     #[inline]
     pub fn skip_instruction(&self) {
+        const BTYPE: u64 = 3 << 10;
+        self.set_pstate(self.pstate() & !BTYPE);
         self.set_pc(self.pc().wrapping_add(4));
     }
 

@@ -27,6 +27,7 @@ macro_rules! el1_registers {
         #[derive(Clone, Debug)]
         pub struct El1State {
             $($field: u64,)*
+            tcr: u64,
             fp: FpState,
         }
 
@@ -35,6 +36,7 @@ macro_rules! el1_registers {
             pub fn reset() -> Self {
                 let mut state = Self {
                     $($field: 0,)*
+                    tcr: 0,
                     fp: FpState { q: [0; 32], fpcr: 0, fpsr: 0 },
                 };
                 // RES1 bits; MMU and caches off.
@@ -45,6 +47,10 @@ macro_rules! el1_registers {
             /// Takes the state out of this CPU.
             pub fn save(&mut self) {
                 $(self.$field = $register.get();)*
+                self.tcr = TCR_EL1.get();
+                // Its timer must not fire for whoever comes next.
+                CNTV_CTL_EL0.set(0);
+                barrier::isb();
                 // SAFETY: `fp` is laid out as boot/fp.S expects (checked below).
                 unsafe { fp_save(&mut self.fp) };
             }
@@ -52,6 +58,9 @@ macro_rules! el1_registers {
             /// Puts the state into this CPU.
             pub fn load(&self) {
                 $($register.set(self.$field);)*
+                // Last: until here `set_vm` keeps the walks of EL1's tables off.
+                barrier::isb();
+                TCR_EL1.set(self.tcr);
                 // SAFETY: as for `save`; the image itself has no FP state to lose.
                 unsafe { fp_load(&self.fp) };
             }
@@ -62,7 +71,7 @@ macro_rules! el1_registers {
 const _: () = assert!(core::mem::offset_of!(FpState, fpcr) == 512);
 
 el1_registers! {
-    sctlr SCTLR_EL1, cpacr CPACR_EL1, ttbr0 TTBR0_EL1, ttbr1 TTBR1_EL1, tcr TCR_EL1,
+    sctlr SCTLR_EL1, cpacr CPACR_EL1, ttbr0 TTBR0_EL1, ttbr1 TTBR1_EL1,
     esr ESR_EL1, afsr0 AFSR0_EL1, afsr1 AFSR1_EL1, far FAR_EL1, mair MAIR_EL1,
     amair AMAIR_EL1, vbar VBAR_EL1, contextidr CONTEXTIDR_EL1, tpidr_el0 TPIDR_EL0,
     tpidrro_el0 TPIDRRO_EL0, tpidr_el1 TPIDR_EL1, cntkctl CNTKCTL_EL1, par PAR_EL1,
@@ -71,6 +80,12 @@ el1_registers! {
 }
 
 impl El1State {
+    /// Leaves a state behind that is not wanted any more: its timer must not fire.
+    pub fn discard() {
+        CNTV_CTL_EL0.set(0);
+        barrier::isb();
+    }
+
     /// The virtual timer as saved: (control, compare value).
     pub fn virtual_timer(&self) -> (u64, u64) {
         (self.cntv_ctl, self.cntv_cval)
@@ -103,6 +118,27 @@ pub const HCR_GUEST: u64 = 1
 /// HCR_EL2.FWB: stage 2's attributes win over stage 1's.
 pub const HCR_FWB: u64 = 1 << 46;
 
+/// HCR_EL2.TERR: accesses to error records trap. RES0 without RAS.
+const HCR_TERR: u64 = 1 << 36;
+
+fn has_ras() -> bool {
+    ID_AA64PFR0_EL1.get() >> 28 & 0xf != 0
+}
+
+/// The guest's MDSCR_EL1, which traps (MDCR_EL2.TDA): read.
+pub fn mdscr() -> u64 {
+    MDSCR_EL1.get()
+}
+
+/// And written: software step, kernel debug events and the comms channel's trap. There are
+/// no breakpoints to enable.
+pub fn set_mdscr(value: u64) {
+    const SS: u64 = 1;
+    const TDCC: u64 = 1 << 12;
+    const KDE: u64 = 1 << 13;
+    MDSCR_EL1.set(value & (SS | TDCC | KDE));
+}
+
 /// Sets this CPU's EL2 controls, once, before its first guest.
 pub fn init_controls(hcr: u64, vtcr: u64) {
     HCR_EL2.set(hcr);
@@ -121,12 +157,34 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
     // Debug, OS lock, debug ROM, PMU, SPE, trace: all trap.
     regs::MDCR_EL2.set(counters | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19);
     // Their reset values are unknown, and zero is "trap nothing more" or "not there".
-    if ID_AA64MMFR0_EL1.get() >> 56 & 0xf != 0 {
+    let fine_grained = ID_AA64MMFR0_EL1.get() >> 56 & 0xf;
+    let pfr0 = ID_AA64PFR0_EL1.get();
+    if fine_grained != 0 {
         regs::FG_READ.set(0);
         regs::FG_WRITE.set(0);
         regs::FG_INSTRUCTION.set(0);
         regs::FG_DEBUG_READ.set(0);
         regs::FG_DEBUG_WRITE.set(0);
+        if pfr0 >> 44 & 0xf != 0 {
+            regs::FG_ACTIVITY.set(0);
+        }
+    }
+    if fine_grained >= 2 {
+        regs::FG2_READ.set(0);
+        regs::FG2_WRITE.set(0);
+        regs::FG2_INSTRUCTION.set(0);
+        regs::FG2_DEBUG_READ.set(0);
+        regs::FG2_DEBUG_WRITE.set(0);
+    }
+    if pfr0 >> 40 & 0xf != 0 || ID_AA64PFR1_EL1.get() >> 16 & 0xf != 0 {
+        // MPAM0_EL1 and MPAM1_EL1 trap.
+        regs::MPAM2_EL2.set(1 << 48 | 1 << 49);
+    }
+    if has_ras() {
+        // Error records trap (RAS is not shown), and ESB defers into zero.
+        HCR_EL2.set(hcr | HCR_TERR);
+        regs::VDISR_EL2.set(0);
+        regs::VSESR_EL2.set(0);
     }
     if ID_AA64MMFR1_EL1.get() >> 40 & 0xf != 0 {
         regs::HCRX_EL2.set(0);
@@ -136,7 +194,17 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
 }
 
 /// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller.
+///
+/// Cores that walk tables speculatively out of context (Cortex-A72 1319367, A76 1165522)
+/// must not do so while the tables are of two VMs: EPD0 and EPD1 stop them until
+/// [`El1State::load`] ends.
 pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
+    TCR_EL1.set(TCR_EL1.get() | 1 << 7 | 1 << 23);
+    barrier::isb();
+    if has_ras() {
+        // Where the guest's DISR_EL1 is: not the last one's.
+        regs::VDISR_EL2.set(0);
+    }
     VTTBR_EL2.set(vttbr);
     regs::VMPIDR_EL2.set(vmpidr);
     CNTVOFF_EL2.set(counter_offset);
@@ -160,10 +228,11 @@ pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>
         _ => 0,
     };
     context.set_pc((VBAR_EL1.get() & !0x7ff).wrapping_add(offset));
-    // DAIF set, EL1h; PAN as SCTLR_EL1.SPAN says; NZCV and the rest cleared, SSBS from DSSBS.
+    // DAIF set, EL1h; NZCV, DIT kept; PAN as SCTLR_EL1.SPAN says; SSBS from DSSBS; the rest
+    // cleared.
     let sctlr = SCTLR_EL1.get();
     let mut new = 0x3c5;
-    new |= pstate & (1 << 22 | 1 << 24);
+    new |= pstate & (0xf << 28 | 1 << 22 | 1 << 24);
     if sctlr & 1 << 23 == 0 {
         new |= 1 << 22;
     }
@@ -176,6 +245,21 @@ pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>
 /// The page of the IPA that the last stage-2 abort was about.
 pub fn faulting_ipa() -> u64 {
     (HPFAR_EL2.get() & 0x0fff_ffff_fff0) << 8
+}
+
+/// The page that stage 1 gives for `address`, as the guest's own EL1 would read it.
+///
+/// For stage-2 permission faults, after which HPFAR_EL2 is UNKNOWN unless the fault was on a
+/// stage-1 walk (Arm ARM D24.2.76). `None` where it does not translate any more: the guest
+/// is then best sent back to fault again.
+pub fn translate(address: u64) -> Option<u64> {
+    let par = PAR_EL1.get();
+    // SAFETY: an address translation only writes PAR_EL1, which is put back below.
+    unsafe { core::arch::asm!("at s1e1r, {}", in(reg) address, options(nostack, preserves_flags)) };
+    barrier::isb();
+    let result = PAR_EL1.get();
+    PAR_EL1.set(par);
+    (result & 1 == 0).then_some(result & 0x000f_ffff_ffff_f000)
 }
 
 /// The faulting virtual address of the last abort.

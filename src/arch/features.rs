@@ -23,8 +23,33 @@ pub struct Features {
     pub vmid_bits: u8,
     /// Bits of a physical address.
     pub pa_bits: u8,
+    /// Whether a broadcast TLBI is complete only after its second time.
+    pub tlbi: Tlbi,
     /// Why the dirty bit is not to be used on this CPU although it may be there.
     pub erratum: Option<Erratum>,
+}
+
+/// How often a broadcast TLBI with its DSB must be done to be complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tlbi {
+    /// Once, as the architecture says.
+    Once,
+    /// Twice: otherwise another CPU may go on storing through the old entry (Cortex-A76 to
+    /// r3p0 1286807, Cortex-A55 2441007, Cortex-A510 to r1p1 2441009, Falkor E1009).
+    Twice,
+}
+
+impl Tlbi {
+    fn of(midr: u64) -> Self {
+        let (implementer, part) = (midr >> 24 & 0xff, midr >> 4 & 0xfff);
+        let revision = (midr >> 20 & 0xf) << 4 | midr & 0xf;
+        match (implementer, part) {
+            (0x41, 0xd0b) if revision <= 0x30 => Self::Twice,
+            (0x41, 0xd05) | (0x51, 0xc00) => Self::Twice,
+            (0x41, 0xd46) if revision <= 0x11 => Self::Twice,
+            _ => Self::Once,
+        }
+    }
 }
 
 /// A known defect that decides whether hardware dirty state can be trusted.
@@ -76,6 +101,7 @@ impl Features {
                 // 52 bits need FEAT_LPA's descriptors, which EL2 does not use.
                 _ => 48,
             },
+            tlbi: Tlbi::of(MIDR_EL1.get()),
             erratum: Erratum::of(MIDR_EL1.get()),
         }
     }
@@ -91,6 +117,7 @@ impl Features {
             lse: self.lse.min(other.lse),
             vmid_bits: self.vmid_bits.min(other.vmid_bits),
             pa_bits: self.pa_bits.min(other.pa_bits),
+            tlbi: self.tlbi.max(other.tlbi),
             erratum: self.erratum.or(other.erratum),
         }
     }

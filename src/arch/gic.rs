@@ -14,8 +14,11 @@ const FIRST_SPECIAL: u64 = 1020;
 
 /// Turns on this CPU's interface for group 1.
 pub fn init_cpu_interface() {
-    // SRE, no bypass, and lower levels may not turn it off.
-    ICC_SRE_EL2.set(0xf);
+    // System registers, no bypass. Without Enable, EL1's accesses to its own ICC_SRE trap:
+    // one guest must not turn the interface off for the next.
+    ICC_SRE_EL2.set(7);
+    barrier::isb();
+    regs::ICC_SRE_EL1.set(7);
     barrier::isb();
     regs::ICC_PMR_EL1.set(0xff);
     regs::ICC_BPR1_EL1.set(0);
@@ -103,6 +106,11 @@ list_registers!(
 /// Asks for a maintenance interrupt when at most one list register is in use.
 pub fn request_underflow_interrupt() {
     ICH_HCR_EL2.set(ICH_HCR_EL2.get() | 0b10);
+}
+
+/// Whether it is asked for.
+pub fn underflow_interrupt_requested() -> bool {
+    ICH_HCR_EL2.get() & 0b10 != 0
 }
 
 /// Takes the request back.

@@ -81,6 +81,26 @@ registers! {
     FG_DEBUG_READ = "s3_4_c3_c1_4";
     /// Fine-grained debug write traps (FEAT_FGT).
     FG_DEBUG_WRITE = "s3_4_c3_c1_5";
+    /// Fine-grained activity monitor traps (FEAT_FGT, FEAT_AMUv1).
+    FG_ACTIVITY = "s3_4_c3_c1_6";
+    /// Fine-grained read traps, second set (FEAT_FGT2).
+    FG2_READ = "s3_4_c3_c1_2";
+    /// Fine-grained write traps, second set (FEAT_FGT2).
+    FG2_WRITE = "s3_4_c3_c1_3";
+    /// Fine-grained instruction traps, second set (FEAT_FGT2).
+    FG2_INSTRUCTION = "s3_4_c3_c1_7";
+    /// Fine-grained debug read traps, second set (FEAT_FGT2).
+    FG2_DEBUG_READ = "s3_4_c3_c1_0";
+    /// Fine-grained debug write traps, second set (FEAT_FGT2).
+    FG2_DEBUG_WRITE = "s3_4_c3_c1_1";
+    /// Memory partitioning of EL2, with the traps of EL1's (FEAT_MPAM).
+    MPAM2_EL2 = "s3_4_c10_c5_0";
+    /// Virtual deferred interrupt status (FEAT_RAS).
+    VDISR_EL2 = "s3_4_c12_c1_1";
+    /// Virtual SError syndrome (FEAT_RAS).
+    VSESR_EL2 = "s3_4_c5_c2_3";
+    /// System register interface of EL1.
+    ICC_SRE_EL1 = "icc_sre_el1";
     /// EL2 physical timer, compare value.
     CNTHP_CVAL_EL2 = "cnthp_cval_el2";
     /// EL2 physical timer, control.

@@ -126,6 +126,8 @@ impl Gic {
     pub fn set_private_active(&self, intid: u32) {
         if let Some(frame) = self.redistributors[cpu::index()].get() {
             frame.write32(SGI_FRAME + ISACTIVER, 1 << (intid & 31));
+            // Before the guest can end it by a system register, which is not ordered with this.
+            wait_for_redistributor(*frame);
         }
     }
 
@@ -133,6 +135,7 @@ impl Gic {
     pub fn clear_private_active(&self, intid: u32) {
         if let Some(frame) = self.redistributors[cpu::index()].get() {
             frame.write32(SGI_FRAME + ICACTIVER, 1 << (intid & 31));
+            wait_for_redistributor(*frame);
         }
     }
 
@@ -144,6 +147,15 @@ impl Gic {
         self.distributor
             .write32(ISENABLER + 4 * (intid as usize / 32), 1 << (intid & 31));
         self.wait_for_writes();
+    }
+}
+
+/// Waits until a redistributor has carried out what was written (GICR_CTLR.RWP).
+fn wait_for_redistributor(frame: Mmio) {
+    const GICR_CTLR: usize = 0;
+    barrier::dsb_sy();
+    while frame.read32(GICR_CTLR) >> 3 & 1 != 0 {
+        core::hint::spin_loop();
     }
 }
 

@@ -422,6 +422,7 @@ fn memory_piece<'a>(
     if len == 0 || len > MEMORY_READ_MAX {
         return Err(ErrorReply::OutOfRange);
     }
+    work::require_cleared(vm)?;
     let words = vm.memory.words(ipa).ok_or(ErrorReply::OutOfRange)?;
     let wanted = words.iter().take(len as usize / 8);
     let encoded = pages::encode(wanted.map(|word| word.load(Relaxed)), room);

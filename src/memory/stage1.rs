@@ -180,15 +180,26 @@ extern "C" fn build_boot_tables(_image: usize, dtb: usize) -> &'static EnableMmu
     // missing faults, and the vectors are in place.
     let _ = map_image();
     let _ = map_identity(uart, Access::Device);
-    if let Some(tree) = devicetree_range(dtb) {
+    if let Some(tree) = find_devicetree(dtb) {
         let _ = map_identity(tree, Access::Read);
+        DEVICETREE[0].store(tree.start, Relaxed);
+        DEVICETREE[1].store(tree.end, Relaxed);
     }
     fill_registers(&REGISTERS);
     &REGISTERS
 }
 
-/// Where the devicetree stands, from its header; `None` where there is none.
-pub fn devicetree_range(dtb: usize) -> Option<Range> {
+/// The devicetree that the boot tables map.
+static DEVICETREE: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+
+/// Where the devicetree stands; `None` where the boot loader handed over none.
+pub fn devicetree_range() -> Option<Range> {
+    let [start, end] = DEVICETREE.each_ref().map(|place| place.load(Relaxed));
+    (end != 0).then_some(Range { start, end })
+}
+
+/// Reads the devicetree's header, with the MMU off.
+fn find_devicetree(dtb: usize) -> Option<Range> {
     const MAGIC: u32 = 0xd00d_feed;
     const LARGEST: u32 = 2 << 20;
     if dtb == 0 || !dtb.is_multiple_of(8) {
@@ -208,7 +219,9 @@ pub fn devicetree_range(dtb: usize) -> Option<Range> {
 /// Reads a frame record from one of EL2's stacks; `None` for any other address.
 pub fn read_stack(frame: usize) -> Option<[usize; 2]> {
     let boot = layout::boot_stack_bottom()..layout::boot_stack_top() - 16;
-    let window = STACK_WINDOW..STACK_WINDOW + STACK_STRIDE * crate::arch::cpu::MAX_CPUS;
+    // The first stretch is never mapped.
+    let window =
+        STACK_WINDOW + STACK_STRIDE..STACK_WINDOW + STACK_STRIDE * crate::arch::cpu::MAX_CPUS;
     let on_a_stack = boot.contains(&frame)
         || window.contains(&frame)
             && frame % STACK_STRIDE >= STACK_STRIDE - STACK_SIZE

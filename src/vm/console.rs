@@ -53,7 +53,7 @@ impl History {
 }
 
 /// What was typed, and how far the present session's input has come.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Input {
     waiting: VecDeque<u8>,
     /// Bytes taken in this session.
@@ -74,21 +74,23 @@ impl GuestConsole {
     pub fn new() -> Self {
         Self {
             history: Mutex::new(History {
-                bytes: VecDeque::new(),
+                // All at once: what a guest writes must not make EL2 allocate.
+                bytes: VecDeque::with_capacity(HISTORY),
                 end: 0,
                 sent: 0,
             }),
-            input: Mutex::new(Input::default()),
-            line: Mutex::new(Vec::new()),
+            input: Mutex::new(Input {
+                waiting: VecDeque::with_capacity(INPUT),
+                taken: 0,
+            }),
+            line: Mutex::new(Vec::with_capacity(LINE)),
             attached: AtomicBool::new(false),
         }
     }
 
-    /// Keeps a byte of output; gives how many are not yet sent to an attached host.
-    pub fn put(&self, byte: u8) -> u64 {
-        let mut history = self.history.lock();
-        history.push(byte);
-        history.end - history.sent
+    /// Keeps a byte of output.
+    pub fn put(&self, byte: u8) {
+        self.history.lock().push(byte);
     }
 
     /// What was written.

@@ -10,15 +10,15 @@ use crate::arch::el1;
 pub fn read(crm: u8, op2: u8, pa_range: u64) -> u64 {
     let real = || el1::id_register(crm, op2);
     match (crm, op2) {
-        // PFR0: EL0 and EL1 in AArch64 only; FP, AdvSIMD, GIC, DIT, CSV2, CSV3.
+        // PFR0: EL0 and EL1 in AArch64 only; FP, AdvSIMD, DIT, CSV3; GIC and CSV2 to 1: no
+        // GICv4, and SCXTNUM (CSV2 2) is neither switched nor enabled.
         (4, 0) => {
-            let mut value =
-                real() & (field(16) | field(20) | field(24) | field(48) | field(56) | field(60));
-            value |= 0x11;
-            value
+            let value = real();
+            let capped = |shift: u32| (value >> shift & 0xf).min(1) << shift;
+            0x11 | value & (field(16) | field(20) | field(48) | field(60)) | capped(24) | capped(56)
         }
-        // PFR1: BT, SSBS, CSV2_frac.
-        (4, 1) => real() & (field(0) | field(4) | field(32)),
+        // PFR1: BT, SSBS.
+        (4, 1) => real() & (field(0) | field(4)),
         // DFR0: Armv8 debug with two breakpoints, two watchpoints, all of it trapped; no
         // PMU, no trace.
         (5, 0) => 6 | 1 << 12 | 1 << 20,

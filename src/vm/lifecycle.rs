@@ -40,6 +40,7 @@ pub fn start(vm: &'static Vm) {
         }
         status.state = VmState::Starting;
         status.pauses += 1;
+        status.pause_wanted = false;
         status.reason.clear();
         vm.held.store(true, SeqCst);
     }
@@ -68,6 +69,10 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     {
         let mut status = vm.status.lock();
         status.state = VmState::Running;
+        // A guest must not get out of a pause by restarting itself.
+        if status.pause_wanted && status.wish == Wish::Nothing {
+            status.wish = Wish::Pause;
+        }
         // What was wished for meanwhile comes next.
         vm.held.store(status.wish != Wish::Nothing, SeqCst);
     }
@@ -111,8 +116,11 @@ pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
         if !possible {
             return Err(status.state);
         }
-        if status.state == VmState::Paused && wish == Wish::Pause {
-            return Ok(());
+        if wish == Wish::Pause {
+            status.pause_wanted = true;
+            if status.state == VmState::Paused {
+                return Ok(());
+            }
         }
         // The stronger wish stays.
         if status.wish < wish {
@@ -149,6 +157,7 @@ pub fn resume(vm: &'static Vm) -> Result<(), VmState> {
             status.wish = Wish::Nothing;
         }
         status.pauses += 1;
+        status.pause_wanted = false;
         vm.held.store(status.wish != Wish::Nothing, SeqCst);
     }
     for vcpu in vm.vcpus() {

@@ -22,8 +22,8 @@ use tidemark_wire::bundle::{Blob, Boot};
 
 /// Bytes copied in one step.
 const COPY_STEP: usize = 64 * 1024;
-/// Frames cleared in one step: 1 MiB.
-const CLEAR_STEP: usize = 256;
+/// Frames cleared in one step: 256 KiB.
+const CLEAR_STEP: usize = 64;
 /// A kernel goes this far into the RAM; the devicetree stands before it.
 const KERNEL_OFFSET: u64 = 2 << 20;
 /// The largest devicetree that Linux maps.
@@ -101,7 +101,7 @@ impl Loader {
             pieces: Vec::new(),
             initrd: None,
             entry: 0,
-            phase: if !vm.loaded.swap(true, Relaxed) {
+            phase: if !vm.cleared.load(Relaxed) {
                 Phase::Clear {
                     slot: 0,
                     run: 0,
@@ -129,14 +129,15 @@ impl Loader {
                 });
                 let start = (RAM_BASE + KERNEL_OFFSET)
                     .checked_add(header.text_offset)
-                    .ok_or("the kernel's text_offset is out of range")?;
+                    .filter(|start| start.is_multiple_of(PAGE as u64))
+                    .ok_or("the kernel's text_offset is no multiple of 4 KiB, or out of range")?;
                 let end = start
                     .checked_add(header.size.max(kernel.len))
                     .filter(|&end| end <= ram_end)
                     .ok_or_else(|| {
                         format!(
                             "the kernel needs {} MiB, more than its {} MiB of memory: raise `memory` in the manifest",
-                            (header.size.max(kernel.len) + KERNEL_OFFSET) >> 20,
+                            header.size.max(kernel.len).saturating_add(KERNEL_OFFSET) >> 20,
                             vm.spec.memory_bytes >> 20
                         )
                     })?;
@@ -183,11 +184,13 @@ impl Loader {
         let memory = &self.vm.memory;
         match &mut self.phase {
             Phase::Clear { slot, run, page } => match next_frames(memory, slot, run, page) {
-                None => self.phase = Phase::Map { slot: 0, page: 0 },
-                Some((of, _, frames, first)) => {
-                    of.clear(frames, first, CLEAR_STEP);
-                    frames.clean(first, CLEAR_STEP);
+                None => {
+                    self.vm.cleared.store(true, Relaxed);
+                    self.phase = Phase::Map { slot: 0, page: 0 };
                 }
+                Some((of, base, frames, first)) => memory
+                    .clear(of, base, frames, first, CLEAR_STEP)
+                    .map_err(|_| "its memory is in no slot")?,
             },
             Phase::Renew { slot, run, page } => match next_frames(memory, slot, run, page) {
                 None => {
@@ -310,5 +313,3 @@ fn blob(blob: Blob) -> Result<&'static [u8], String> {
         .and_then(|bundle| bundle.unchecked_blob(blob))
         .ok_or_else(|| "its files are not in the bundle".into())
 }
-
-const _: () = assert!(CLEAR_STEP * PAGE == 1 << 20);

@@ -1,7 +1,7 @@
 //! A guest's memory: the frames behind its slots, and stage 2 over them.
 //!
-//! Every write by EL2 into guest memory goes through [`GuestMemory::write`], which tells
-//! the dirty log. Reads see what the guest sees at that moment, word by word.
+//! Every write by EL2 into guest memory goes through [`GuestMemory::write`] or
+//! [`GuestMemory::clear`], which tell the dirty log. Reads see what the guest sees at that moment, word by word.
 
 use super::stage2::{Hw, features};
 use crate::memory::PAGE;
@@ -224,6 +224,32 @@ impl GuestMemory {
         }
     }
 
+    /// Puts frames of a slot into the state of a new board: RAM is zero, flash is erased.
+    /// `base` is where the guest sees the run; the dirty log is told.
+    ///
+    /// # Errors
+    ///
+    /// The frames are in no slot.
+    pub fn clear(
+        &self,
+        slot: &Slot,
+        base: u64,
+        run: &Run,
+        first: usize,
+        pages: usize,
+    ) -> Result<(), OutOfMemoryRange> {
+        let first = first.min(run.pages());
+        let pages = pages.min(run.pages() - first);
+        slot.clear(run, first, pages);
+        run.clean(first, pages);
+        self.stage2
+            .mark_dirty(
+                Ipa::new(base + (first * PAGE) as u64),
+                (pages * PAGE) as u64,
+            )
+            .map_err(|_| OutOfMemoryRange)
+    }
+
     /// Whether `ipa` is in RAM.
     pub fn contains(&self, ipa: u64) -> bool {
         self.words(ipa & !7).is_some()
@@ -231,9 +257,7 @@ impl GuestMemory {
 }
 
 impl Slot {
-    /// Puts frames of one of its runs into the state of a new board: RAM is zero, flash is
-    /// erased.
-    pub fn clear(&self, run: &Run, first: usize, pages: usize) {
+    fn clear(&self, run: &Run, first: usize, pages: usize) {
         match self.access {
             Access::ReadWrite => run.zero(first, pages),
             Access::ReadOnly => {

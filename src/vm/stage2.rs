@@ -1,6 +1,6 @@
 //! What `crates/stage2` needs of the hardware, and what it is told about it.
 
-use crate::arch::features::Features;
+use crate::arch::features::{Features, Tlbi};
 use crate::arch::{barrier, tlb};
 use crate::memory::frames::{self, Run};
 use spin::Once;
@@ -66,19 +66,19 @@ impl Hardware for Hw {
     }
 
     fn tlbi_ipas2e1is(&self, operand: IpaOperand) {
-        tlb::ipas2e1is(operand.bits());
+        broadcast(|| tlb::ipas2e1is(operand.bits()));
     }
 
     fn tlbi_ripas2e1is(&self, operand: RangeOperand) {
-        tlb::ripas2e1is(operand.bits());
+        broadcast(|| tlb::ripas2e1is(operand.bits()));
     }
 
     fn tlbi_vmalle1is(&self) {
-        tlb::vmalle1is();
+        broadcast(tlb::vmalle1is);
     }
 
     fn tlbi_vmalls12e1is(&self) {
-        tlb::vmalls12e1is();
+        broadcast(tlb::vmalls12e1is);
     }
 
     fn tlbi_ipas2e1(&self, operand: IpaOperand) {
@@ -92,6 +92,16 @@ impl Hardware for Hw {
 
     fn tlbi_vmalle1(&self) {
         tlb::vmalle1();
+    }
+}
+
+/// Issues a broadcast invalidation as often as the CPUs need it. The DSB after the last one
+/// is the caller's protocol.
+fn broadcast(invalidate: impl Fn()) {
+    invalidate();
+    if crate::features().tlbi == Tlbi::Twice {
+        barrier::dsb_ish();
+        invalidate();
     }
 }
 

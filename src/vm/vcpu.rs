@@ -106,9 +106,10 @@ impl Vcpu {
         let mut parked = self.parked.lock();
         parked.el1 = El1State::reset();
         parked.interface = VirtualInterface::default();
-        // Withdrawn, so that the vGIC's books agree that nothing is on its way.
-        let _ = self.vm.vgic.withdraw(self.index, &mut *parked);
+        // Nothing is listed: a vCPU that turns off gives its list registers back, and a
+        // restart of the VM clears the books.
         parked.list_registers = [0; 16];
+        parked.underflow = Underflow::Off;
         self.context.reset(entry, context);
         *self.physical_timer.lock() = PhysicalTimer::default();
         self.deadline.store(NEVER, Relaxed);
@@ -117,14 +118,21 @@ impl Vcpu {
 
     /// Takes its state out of this CPU, where it was loaded.
     pub fn unload(&self) {
+        // First the lock, then the question: a reset takes the same one.
+        let mut parked = self.parked.lock();
         if self.fresh.load(Acquire) {
             // It was reset since: what the CPU holds is of an earlier life.
+            El1State::discard();
             VirtualInterface::save();
             release_timer();
             return;
         }
-        let mut parked = self.parked.lock();
         parked.el1.save();
+        parked.underflow = if gic::underflow_interrupt_requested() {
+            Underflow::On
+        } else {
+            Underflow::Off
+        };
         for n in 0..gic::list_register_count() {
             parked.list_registers[n] = gic::read_list_register(n);
         }
@@ -132,7 +140,7 @@ impl Vcpu {
         release_timer();
         let (control, compare) = parked.el1.virtual_timer();
         let deadline = if control & 0b11 == 0b01 {
-            compare.wrapping_add(self.vm.counter_offset.load(Relaxed))
+            compare.saturating_add(self.vm.counter_offset.load(Relaxed))
         } else {
             NEVER
         };
@@ -143,8 +151,8 @@ impl Vcpu {
 
     /// Puts its state into this CPU.
     pub fn load(&self) {
-        self.fresh.store(false, Relaxed);
         let parked = self.parked.lock();
+        self.fresh.store(false, Relaxed);
         el1::set_vm(
             self.vm.memory.stage2().vttbr(),
             // RES1 bit 31; a CPU of a multiprocessor.
@@ -163,6 +171,15 @@ impl Vcpu {
         }
         parked.el1.load();
         self.deadline.store(NEVER, Relaxed);
+    }
+
+    /// Notes that this CPU now runs it; says whether the last vCPU of its VM here was another.
+    pub fn follows_another(&self) -> bool {
+        let mine = self.index.index() as u8 + 1;
+        let last = &self.vm.last_on[crate::arch::cpu::index()];
+        let before = last.load(Relaxed);
+        last.store(mine, Relaxed);
+        before != 0 && before != mine
     }
 
     /// Whether its parked state must be loaded although this CPU has it loaded.
@@ -190,30 +207,6 @@ fn release_timer() {
 /// The physical interrupt that a list register holds active, if it does.
 fn hardware_link(register: u64) -> Option<u32> {
     (register >> 61 & 1 == 1 && register >> 62 != 0).then_some((register >> 32 & 0x1fff) as u32)
-}
-
-impl ListRegisters for Parked {
-    fn count(&self) -> usize {
-        gic::list_register_count()
-    }
-
-    fn read(&self, n: usize) -> u64 {
-        self.list_registers.get(n).copied().unwrap_or(0)
-    }
-
-    fn write(&mut self, n: usize, value: u64) {
-        if let Some(register) = self.list_registers.get_mut(n) {
-            *register = value;
-        }
-    }
-
-    fn set_underflow_interrupt(&mut self, underflow: Underflow) {
-        self.underflow = underflow;
-    }
-
-    fn deactivate(&mut self, _physical: u16) {
-        // Nothing is active in the redistributor for a vCPU that is not loaded (`unload`).
-    }
 }
 
 /// The list registers of the vCPU that is loaded on this CPU.

@@ -43,7 +43,7 @@ enum Operation {
 pub struct VmWork {
     operation: Option<Operation>,
     progress: (u64, u64),
-    failure: Option<ErrorReply>,
+    failure: Option<(Operation, ErrorReply)>,
     /// The counters when the log was started.
     since: s2::Counters,
     last_taken: u64,
@@ -101,14 +101,25 @@ pub fn refusal(error: Error) -> ErrorReply {
     }
 }
 
+/// A VM that was never started has no memory to look at yet: what is in its frames is their
+/// last owner's.
+pub fn require_cleared(vm: &Vm) -> Result<(), ErrorReply> {
+    if vm.cleared.load(Relaxed) {
+        return Ok(());
+    }
+    Err(ErrorReply::BadState(vm.status.lock().state))
+}
+
 /// Takes one step of what is being done; the lock is the caller's.
 fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
     let stage2 = vm.memory.stage2();
-    let result = match work.operation {
-        None => return Step::Done,
-        Some(Operation::Start(engine, granularity)) => stage2.start_log(engine, granularity),
-        Some(Operation::Stop) => stage2.stop_log(),
-        Some(Operation::Take(epoch)) => stage2.take(epoch),
+    let Some(operation) = work.operation else {
+        return Step::Done;
+    };
+    let result = match operation {
+        Operation::Start(engine, granularity) => stage2.start_log(engine, granularity),
+        Operation::Stop => stage2.stop_log(),
+        Operation::Take(epoch) => stage2.take(epoch),
     };
     match result {
         Ok(Progress::More { done, total }) => {
@@ -121,7 +132,7 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
         }
         Err(error) => {
             work.operation = None;
-            work.failure = Some(refusal(error));
+            work.failure = Some((operation, refusal(error)));
             Step::Done
         }
     }
@@ -130,7 +141,9 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
 /// Begins an operation, or tells how far it is. `Ok(None)`: it is over.
 fn drive(vm: &'static Vm, wanted: Operation) -> Result<Option<(u64, u64)>, ErrorReply> {
     let mut work = vm.work.lock();
-    if let Some(failure) = work.failure.take() {
+    if let Some((operation, failure)) = work.failure.take()
+        && operation == wanted
+    {
         return Err(failure);
     }
     match work.operation {
@@ -147,7 +160,7 @@ fn drive(vm: &'static Vm, wanted: Operation) -> Result<Option<(u64, u64)>, Error
     // The first step at once: most work on a small guest is over with it.
     if step(vm, &mut work) == Step::Done {
         return match work.failure.take() {
-            Some(failure) => Err(failure),
+            Some((_, failure)) => Err(failure),
             None => Ok(None),
         };
     }
@@ -167,6 +180,7 @@ pub fn start_log(
     choice: EngineChoice,
     granularity: Granularity,
 ) -> Result<Work<()>, ErrorReply> {
+    require_cleared(vm)?;
     let engine = engine(vm, choice);
     let granularity = match granularity {
         Granularity::Page => s2::Granularity::Page,
@@ -306,6 +320,7 @@ pub fn status(vm: &Vm) -> DirtyStatus {
 /// Hashes a slot of a paused VM.
 pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, ErrorReply> {
     let of = vm.memory.slot(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
+    require_cleared(vm)?;
     let pause = {
         let status = vm.status.lock();
         if !matches!(

@@ -46,6 +46,15 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
         _ => return other(vcpu, syndrome),
     };
     let walk = syndrome.0 & S1PTW != 0;
+    let page = if kind == FaultKind::Permission && !walk {
+        // HPFAR_EL2 says nothing then.
+        let Some(page) = el1::translate(el1::far()) else {
+            return Next::GoOn;
+        };
+        page
+    } else {
+        page
+    };
     // A walk that may not do what it wants wants to write: stage 2 never forbids reading
     // (the guest's hardware updates its own descriptors, invariant 12).
     let access = if walk && kind == FaultKind::Permission {
@@ -62,6 +71,11 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
     count(&vcpu.vm.counters.faults);
     match vcpu.vm.memory.stage2().handle_fault(fault) {
         Outcome::Resume | Outcome::Retry => Next::GoOn,
+        Outcome::NotMemory | Outcome::ReadOnly if is_maintenance(syndrome) => {
+            // There is nothing cached of what is not memory, and nothing dirty of a ROM.
+            vcpu.context.skip_instruction();
+            Next::GoOn
+        }
         Outcome::NotMemory
             if page < FLASH_BASE + 2 * FLASH_SIZE && syndrome.0 & VALID_SYNDROME != 0 && !walk =>
         {
@@ -79,6 +93,11 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
             Next::GoOn
         }
     }
+}
+
+/// A data abort of cache maintenance (ISS.CM).
+fn is_maintenance(syndrome: Syndrome) -> bool {
+    matches!(syndrome.class(), 0x24 | 0x25) && syndrome.0 & 1 << 8 != 0
 }
 
 /// Aborts that are not faults of stage 2.

@@ -46,23 +46,27 @@ fn emulate(
         let bits = 8 * size.bytes() as u32;
         with(Some(vcpu.context.x(register) & (u64::MAX >> (64 - bits))));
     } else {
-        let sign_extend = syndrome.0 & 1 << 21 != 0;
-        let wide = syndrome.0 & 1 << 15 != 0;
-        let value = extend(with(None), size, sign_extend, wide);
+        let value = extend(with(None), size, syndrome);
         vcpu.context.set_x(register, value);
     }
     Next::GoOn
 }
 
-/// What a load of `size` leaves in its register.
-fn extend(value: u64, size: AccessSize, sign_extend: bool, wide: bool) -> u64 {
+/// What a load of `size` leaves in its register (ISS.SSE and ISS.SF).
+fn extend(value: u64, size: AccessSize, syndrome: Syndrome) -> u64 {
+    const SIGN_EXTEND: u64 = 1 << 21;
+    const WIDE: u64 = 1 << 15;
     let unused = 64 - 8 * size.bytes() as u32;
-    let value = if sign_extend {
+    let value = if syndrome.0 & SIGN_EXTEND != 0 {
         ((value << unused) as i64 >> unused) as u64
     } else {
         value << unused >> unused
     };
-    if wide { value } else { value & 0xffff_ffff }
+    if syndrome.0 & WIDE != 0 {
+        value
+    } else {
+        value & 0xffff_ffff
+    }
 }
 
 fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {

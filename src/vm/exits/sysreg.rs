@@ -2,6 +2,7 @@
 
 use super::timer::{self, Register};
 use super::{Next, undefined};
+use crate::arch::el1;
 use crate::arch::exception::Syndrome;
 use crate::sched;
 use crate::vm::vcpu::Vcpu;
@@ -57,9 +58,15 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
                 Way::Write => timer::write(vcpu, which, value()),
             }
         }
+        // ICC_SRE_EL1: system registers, no bypass, for good.
+        ((3, 0, 12, 12, 5), Way::Read) => context.set_x(rt, 7),
+        ((3, 0, 12, 12, 5), Way::Write) => {}
+        // MDSCR_EL1: single-stepping a guest's own programs works.
+        ((2, 0, 0, 2, 2), Way::Read) => context.set_x(rt, el1::mdscr()),
+        ((2, 0, 0, 2, 2), Way::Write) => el1::set_mdscr(value()),
         // OSLSR_EL1: the OS lock is there (OSLM = 0b10) and not locked.
         ((2, 0, 1, 1, 4), Way::Read) => context.set_x(rt, 1 << 3),
-        // Breakpoints, watchpoints, OS lock, MDSCR: there is no debugging; and ACTLR_EL1.
+        // Breakpoints, watchpoints, OS lock: they have no effect; and ACTLR_EL1.
         ((2, 0 | 3, ..) | (3, 0, 1, 0, 1), Way::Read) => context.set_x(rt, 0),
         ((2, 0 | 3, ..) | (3, 0, 1, 0, 1), Way::Write) => {}
         _ => return undefined(vcpu, syndrome),
