@@ -267,6 +267,15 @@ pub fn far() -> u64 {
     FAR_EL2.get()
 }
 
+/// TCR_EL1, and the TTBR that translates `va`.
+pub fn translation(va: u64) -> (u64, u64) {
+    let table = match va & 1 << 55 {
+        0 => TTBR0_EL1.get(),
+        _ => TTBR1_EL1.get(),
+    };
+    (TCR_EL1.get(), table)
+}
+
 /// The syndrome of the last exception.
 #[inline]
 pub fn esr() -> u64 {

@@ -10,6 +10,7 @@ mod hypercall;
 pub mod interrupt;
 mod sysreg;
 pub mod timer;
+mod walk;
 
 use super::vcpu::Vcpu;
 use super::{Wish, count, lifecycle};
@@ -47,6 +48,9 @@ fn current() -> &'static Vcpu {
 #[unsafe(no_mangle)]
 extern "C" fn guest_sync(_context: &Context) -> &'static Context {
     let vcpu = current();
+    if vcpu.context.pstate() & AARCH32 != 0 {
+        return ran_aarch32(vcpu);
+    }
     let syndrome = Syndrome(el1::esr());
     let decision = match syndrome.class() {
         0x16 => hypercall::hvc(vcpu),
@@ -63,6 +67,9 @@ extern "C" fn guest_sync(_context: &Context) -> &'static Context {
 #[unsafe(no_mangle)]
 extern "C" fn guest_irq(_context: &Context) -> &'static Context {
     let vcpu = current();
+    if vcpu.context.pstate() & AARCH32 != 0 {
+        return ran_aarch32(vcpu);
+    }
     count(&vcpu.vm.counters.interrupts);
     interrupt::take_all();
     sched::sync(vcpu);
@@ -84,17 +91,29 @@ extern "C" fn guest_serror(_context: &Context) -> &'static Context {
     sched::go_on(vcpu)
 }
 
-/// AArch32 is not offered (ID_AA64PFR0_EL1.EL0), so nothing lawful comes here.
+/// From EL1 in AArch32 (D1.3.1: these vectors go by the level below EL2), which HCR_EL2.RW excludes.
 #[unsafe(no_mangle)]
 extern "C" fn guest_aarch32(_context: &Context) -> &'static Context {
-    let vcpu = current();
+    ran_aarch32(current())
+}
+
+/// SPSR.M[4]: what was left was in AArch32.
+const AARCH32: u64 = 1 << 4;
+
+/// AArch32 is not offered (ID_AA64PFR0_EL1.EL0), but EL0 of a CPU that has it cannot be kept from it. Its
+/// instructions and exceptions are others, so it is not carried on.
+#[cold]
+fn ran_aarch32(vcpu: &'static Vcpu) -> &'static Context {
     interrupt::take_all();
     fail(vcpu, "it ran AArch32 code, which its CPU does not have");
     sched::go_on(vcpu)
 }
 
-/// WFI gives the CPU away; WFE does not trap. WFIT and WFET are not offered.
-fn wait(vcpu: &'static Vcpu, _syndrome: Syndrome) -> Next {
+/// WFI gives the CPU away; WFE does not trap. WFIT (ISS.TI 0b10) is not offered: its timeout would need a timer.
+fn wait(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+    if syndrome.0 & 0b10 != 0 {
+        return undefined(vcpu, syndrome);
+    }
     count(&vcpu.vm.counters.wfi);
     vcpu.context.skip_instruction();
     Next::Block

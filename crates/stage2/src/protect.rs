@@ -135,7 +135,8 @@ impl<H: Hardware> Stage2<H> {
         let mut visits = 0;
         while visits < BUDGET {
             let (slot, here) = layout.next(scope, at)?;
-            if slot.access == Access::ReadOnly {
+            // A slot that is only becoming read-only still has writable leaves.
+            if slot.access == Access::ReadOnly && slot.outdated.is_none() {
                 at = slot.end();
                 continue;
             }

@@ -1,6 +1,6 @@
 //! Stage-2 aborts: memory that is not mapped yet, a write that is tracked, a device.
 
-use super::{Next, device, fail};
+use super::{Next, device, fail, walk};
 use crate::arch::el1;
 use crate::arch::exception::Syndrome;
 use crate::vm::count;
@@ -116,6 +116,8 @@ fn other(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
 /// Nothing is there: a synchronous external abort, as the bus would give it.
 pub fn external(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     const EXTERNAL: u64 = 0x10;
+    const EXTERNAL_ON_WALK: u64 = 0x14;
+    const CACHE: u64 = 1 << 8;
     log::debug!(
         "{}: vCPU {}: {syndrome}, IPA {:#x}, at {:#x}: nothing there",
         vcpu.vm.name(),
@@ -130,7 +132,17 @@ pub fn external(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
         (_, true) => 0x24,
         (_, false) => 0x25,
     };
-    let esr = class << 26 | 1 << 25 | syndrome.0 & WRITE | EXTERNAL;
+    let on_walk = (syndrome.0 & S1PTW != 0)
+        .then(|| walk::level(&vcpu.vm.memory, el1::far(), el1::faulting_ipa()))
+        .flatten();
+    let status = on_walk.map_or(EXTERNAL, |level| EXTERNAL_ON_WALK + level);
+    // ISS.CM is a data abort's.
+    let kept = if syndrome.class() == 0x20 {
+        0
+    } else {
+        WRITE | CACHE
+    };
+    let esr = class << 26 | 1 << 25 | syndrome.0 & kept | status;
     el1::inject_sync(&vcpu.context, esr, Some(el1::far()));
     Next::GoOn
 }
