@@ -78,6 +78,7 @@ pub const ROWS: &[Row] = &[
     row("loop_64m_wp", COUNT, Some(223_000_000.0), None, None),
     row("linux_boot", COUNT, Some(1_150e6), Some(875e6), None),
     row("linux_boot_bare", COUNT, Some(875e6), Some(875e6), None),
+    row("linux_boot_exits", "exits", None, None, None),
     row("linux_boot_wall", "seconds", Some(28.0), Some(2.9), None),
     row(
         "linux_boot_wall_bare",

@@ -1,8 +1,9 @@
 //! `make bench`: what the hypervisor costs, counted inside the guests.
 //!
 //! Under `-icount shift=0,sleep=off` an emulated instruction is a nanosecond of guest
-//! time, so counts repeat to the digit on the noisiest machine. What people feel is
-//! measured too, as a ratio of two wall times within one run.
+//! time, so the load of the machine does not count. The loops repeat closely; Linux boots
+//! vary by about one in a hundred (`linux`). What people feel is measured too, as a ratio
+//! of two wall times within one run.
 //!
 //! Writes `target/bench/el2.json` and prints the table. A row that is missing is a
 //! failure; a row over its limit is shown as such, and fails only with `--gate`.
