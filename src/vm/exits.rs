@@ -97,7 +97,7 @@ extern "C" fn guest_aarch32(_context: &Context) -> &'static Context {
     ran_aarch32(current())
 }
 
-/// SPSR.M[4]: what was left was in AArch32.
+/// SPSR.M bit 4: what was left was in AArch32.
 const AARCH32: u64 = 1 << 4;
 
 /// AArch32 is not offered (ID_AA64PFR0_EL1.EL0), but EL0 of a CPU that has it cannot be kept from it. Its

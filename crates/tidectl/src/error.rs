@@ -99,7 +99,7 @@ pub enum Error {
         reply: ErrorReply,
     },
     /// No VM by that name or id.
-    #[error("no such VM: {asked:?}")]
+    #[error("{}", no_such_vm(.asked))]
     NoSuchVm {
         /// What was asked for.
         asked: String,
@@ -246,5 +246,11 @@ impl Error {
             _ => return None,
         };
         Some(hint)
+    }
+}
+fn no_such_vm(asked: &str) -> String {
+    match asked {
+        "" => "there is more than one VM: name one".into(),
+        asked => format!("no such VM: {asked:?}"),
     }
 }

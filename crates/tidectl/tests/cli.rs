@@ -611,7 +611,10 @@ fn shell_is_a_plain_terminal() {
 #[test]
 fn bundle_packs_and_explains() {
     let dir = temp_dir("bundle");
-    write(&dir, "Image", [7; 5000]);
+    let mut image = [7; 5000];
+    image[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    write(&dir, "Image", image);
+    write(&dir, "packed", b"\x1f\x8b\x08 and so on");
     write(&dir, "initrd", [8; 10]);
     write(&dir, "u-boot.bin", [9; 10]);
     write(&dir, "empty", "");
@@ -659,6 +662,13 @@ fn bundle_packs_and_explains() {
             "missing: No such file",
         ),
         (format!("{vm}kernel = \"empty\"\n"), "the file is empty"),
+        (format!("{vm}kernel = \"packed\"\n"), "it is compressed"),
+        (format!("{vm}kernel = \"initrd\"\n"), "no arm64 Image"),
+        (format!("{vm}kernel = \"out.bundle\"\n"), "-o"),
+        (
+            format!("{vm}kernel = \"/dev/zero\"\n"),
+            "a device or a pipe",
+        ),
         (format!("{vm}{kernel}vcpus = 17\n"), "17 vCPUs; 1 to 16"),
         (format!("{vm}{kernel}vcpu = 2\n"), "unknown field `vcpu`"),
         (

@@ -92,7 +92,7 @@ fn yes() -> bool {
 }
 
 pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
-    let bytes = pack(&args.manifest)?;
+    let bytes = pack_beside(&args.manifest, Some(&args.output))?;
     write_safely(&args.output, &bytes)?;
     let bundle = Bundle::parse(&bytes)?;
     let vms = &bundle.manifest().vms;
@@ -121,6 +121,21 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
 /// [`Error::Input`] that says what is wrong where, [`Error::File`] for a file that is named
 /// but cannot be read, [`Error::Bundle`] for what the image would refuse.
 pub fn pack(manifest: &Path) -> Result<Vec<u8>> {
+    pack_beside(manifest, None)
+}
+
+/// The same for an output that must not be one of the files it is made of.
+fn pack_beside(manifest: &Path, output: Option<&Path>) -> Result<Vec<u8>> {
+    let output = output.and_then(|path| fs::canonicalize(path).ok());
+    let apart = |path: &Path| {
+        if output.is_some() && fs::canonicalize(path).ok() == output {
+            let problem = "it would be overwritten; name another file with -o".into();
+            let path = path.into();
+            return Err(Error::Input { path, problem });
+        }
+        Ok(())
+    };
+    apart(manifest)?;
     let input = |problem: String| Error::Input {
         path: manifest.into(),
         problem,
@@ -137,6 +152,10 @@ pub fn pack(manifest: &Path) -> Result<Vec<u8>> {
     for vm in file.vm {
         let wrong = |problem: String| input(format!("VM {:?}: {problem}", vm.name));
         let memory_bytes = parse_size(&vm.memory).map_err(&wrong)?;
+        let files = [&vm.kernel, &vm.initrd, &vm.firmware];
+        for path in files.into_iter().flatten() {
+            apart(&dir.join(path))?;
+        }
         let boot = boot(dir, &vm).map_err(|error| match error {
             BootError::File(error) => error,
             BootError::Wrong(problem) => wrong(problem.into()),
@@ -165,6 +184,11 @@ enum BootError {
 fn boot(dir: &Path, vm: &Vm) -> std::result::Result<BootFiles, BootError> {
     let read = |path: &PathBuf| {
         let path = dir.join(path);
+        let there = fs::metadata(&path).map_err(|e| BootError::File(Error::file(&path)(e)))?;
+        if !there.is_file() && !there.is_dir() {
+            let problem = "it is a device or a pipe; name a file".into();
+            return Err(BootError::File(Error::Input { path, problem }));
+        }
         let bytes = fs::read(&path).map_err(|error| BootError::File(Error::file(&path)(error)))?;
         if bytes.is_empty() {
             let problem = "the file is empty".into();
@@ -184,9 +208,30 @@ fn boot(dir: &Path, vm: &Vm) -> std::result::Result<BootFiles, BootError> {
             image: read(firmware)?,
         }),
         (Some(kernel), None) => Ok(BootFiles::Kernel {
-            kernel: read(kernel)?,
+            kernel: read(kernel).and_then(|bytes| {
+                let Err(problem) = check_image(&bytes) else {
+                    return Ok(bytes);
+                };
+                let (path, problem) = (dir.join(kernel), problem.into());
+                Err(BootError::File(Error::Input { path, problem }))
+            })?,
             initrd: vm.initrd.as_ref().map(read).transpose()?,
             cmdline: vm.cmdline.clone().unwrap_or_default(),
         }),
+    }
+}
+
+/// Says what a kernel is if it is no arm64 Image: the guest would start it and stay silent.
+fn check_image(bytes: &[u8]) -> std::result::Result<(), &'static str> {
+    if bytes.get(0x38..0x3c) == Some(b"ARM\x64") {
+        Ok(())
+    } else if bytes.starts_with(&[0x1f, 0x8b]) {
+        Err("it is compressed; unpack it first: gunzip -c FILE > Image")
+    } else if bytes.get(4..8) == Some(b"zimg") {
+        Err("it is an EFI zboot image; use the Image that is packed in it")
+    } else if bytes.starts_with(b"\x7fELF") {
+        Err("it is an ELF file; use the Image made of it: objcopy -O binary")
+    } else {
+        Err("it is no arm64 Image: its header (\"ARM\\x64\" at 0x38) is missing")
     }
 }

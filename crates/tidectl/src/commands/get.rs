@@ -162,8 +162,15 @@ fn unix_seconds() -> u64 {
         .map_or(0, |time| time.as_secs())
 }
 
-/// Writes a file so that it is either the old one or the new one, and on the disk.
+/// Writes a file so that it is either the old one or the new one, and on the disk. What is
+/// there and is no regular file (a device, a pipe) is written to and stays what it is.
 pub(super) fn write_safely(path: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        let written = File::options().write(true).open(path);
+        return written
+            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.flush()))
+            .map_err(Error::file(path));
+    }
     let mut name = path.as_os_str().to_owned();
     name.push(".part");
     let part = PathBuf::from(name);

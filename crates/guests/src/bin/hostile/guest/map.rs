@@ -12,9 +12,9 @@ pub const AF: u64 = 1 << 10;
 const NOT_GLOBAL: u64 = 1 << 11;
 const INNER_SHAREABLE: u64 = 0b11 << 8;
 const UXN: u64 = 1 << 54;
-/// AP[1]: EL0 too.
+/// AP bit 1: EL0 too.
 pub const USER: u64 = 1 << 6;
-/// AP[2]: read-only.
+/// AP bit 2: read-only.
 pub const READ_ONLY: u64 = 1 << 7;
 /// The dirty bit modifier: with hardware dirty state, a write makes it writable.
 pub const DBM: u64 = 1 << 51;
