@@ -17,9 +17,9 @@ mod smp;
 mod vm;
 
 use arch::features::Features;
-use board::Board;
 use board::map::MemoryMap;
 use board::options::{Autostart, Options, WhenIdle};
+use board::{Board, BoardError};
 use log::{info, warn};
 use spin::Once;
 use tidemark_wire::bundle::WhenAllStopped;
@@ -37,10 +37,10 @@ pub fn features() -> &'static Features {
 #[unsafe(no_mangle)]
 extern "C" fn boot_main() -> ! {
     console::init(board::early_uart());
-    let fdt = board::devicetree().unwrap_or_else(|error| panic!("{error}"));
+    let fdt = board::devicetree().unwrap_or_else(|error| unusable(&error));
     let map = MemoryMap::read(fdt);
     memory::init(&map);
-    let board = Board::read(fdt).unwrap_or_else(|error| panic!("{error}"));
+    let board = Board::read(fdt).unwrap_or_else(|error| unusable(&error));
     smp::adopt_boot_cpu();
     board
         .init()
@@ -81,6 +81,15 @@ extern "C" fn boot_main() -> ! {
         }
     }
     sched::run()
+}
+
+/// The machine is not one that this image runs on: says why, and stops.
+fn unusable(error: &BoardError) -> ! {
+    console::print(format_args!(
+        "tidemark: {error}. Stopping.\ntidemark: verdict failed\n"
+    ));
+    console::flush();
+    arch::smc::system_off()
 }
 
 /// One line for each thing that decides how guests' memory is watched.

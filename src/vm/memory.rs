@@ -67,8 +67,9 @@ impl fmt::Display for MemoryError {
         match self {
             Self::NotEnough(bytes) => write!(
                 f,
-                "{} MiB of memory are not free in blocks of 2 MiB; give the machine more memory or the guests less",
-                bytes >> 20
+                "{} MiB of memory are not free in blocks of 2 MiB ({} MiB are free in all); give the machine more memory or the guests less",
+                bytes >> 20,
+                frames::free_pages() >> 8
             ),
             Self::NoVmid(vmid) => write!(f, "VMID {vmid} is past what the CPUs have: fewer guests"),
             Self::Stage2(error) => write!(f, "stage 2: {error}"),
@@ -89,6 +90,9 @@ impl GuestMemory {
     ///
     /// There is not enough memory, or no VMID for it.
     pub fn new(vm: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
+        if (ram.saturating_add(flash)) >> 12 > frames::free_pages() {
+            return Err(MemoryError::NotEnough(ram));
+        }
         let (features, ipa_bits) = features();
         // VMID 0 is the hardware's out of reset.
         let vmid = vm.saturating_add(1);

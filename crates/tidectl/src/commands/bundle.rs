@@ -92,7 +92,7 @@ fn yes() -> bool {
 }
 
 pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
-    let bytes = pack_beside(&args.manifest, Some(&args.output))?;
+    let bytes = pack(&args.manifest, &args.output)?;
     write_safely(&args.output, &bytes)?;
     let bundle = Bundle::parse(&bytes)?;
     let vms = &bundle.manifest().vms;
@@ -115,18 +115,14 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
     })
 }
 
-/// Reads a description and everything it names, and packs it.
+/// Reads a description and everything it names, and packs it. `output` must not be one of
+/// those files.
 ///
 /// # Errors
 /// [`Error::Input`] that says what is wrong where, [`Error::File`] for a file that is named
 /// but cannot be read, [`Error::Bundle`] for what the image would refuse.
-pub fn pack(manifest: &Path) -> Result<Vec<u8>> {
-    pack_beside(manifest, None)
-}
-
-/// The same for an output that must not be one of the files it is made of.
-fn pack_beside(manifest: &Path, output: Option<&Path>) -> Result<Vec<u8>> {
-    let output = output.and_then(|path| fs::canonicalize(path).ok());
+fn pack(manifest: &Path, output: &Path) -> Result<Vec<u8>> {
+    let output = fs::canonicalize(output).ok();
     let apart = |path: &Path| {
         if output.is_some() && fs::canonicalize(path).ok() == output {
             let problem = "it would be overwritten; name another file with -o".into();
