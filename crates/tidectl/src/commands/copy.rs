@@ -1,12 +1,12 @@
 //! `dirty copy`: see [`crate::copy`].
 
 use super::{Context, LogArgs, VmArg};
-use crate::Result;
 use crate::copy::{self, After, Phase, Plan, Report, Round, Step};
 use crate::heatmap::Heatmap;
 use crate::image::{Contents, MemoryFile, hex};
 use crate::output::{Bar, Format, seconds};
 use crate::units::{duration, parse_address, parse_duration, rate, size};
+use crate::{Error, Result};
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -48,6 +48,9 @@ pub struct CopyArgs {
     /// Leave the VM paused.
     #[arg(long)]
     leave_paused: bool,
+    /// Use a log that is running, though what it has found is then lost to whoever runs it.
+    #[arg(long)]
+    discard: bool,
     /// Draw how often each page was copied.
     #[arg(long, value_name = "PNG")]
     heatmap: Option<PathBuf>,
@@ -76,6 +79,12 @@ pub(super) fn run(context: &mut Context, args: &CopyArgs) -> Result<()> {
     };
     let mut client = context.connect()?;
     let vm = client.find(&args.vm.vm)?;
+    if client.log_status(vm.id)?.logging.is_some() && !args.discard {
+        return Err(Error::Usage(format!(
+            "{}'s dirty log is running, and copying would take from it; stop it, or pass --discard",
+            vm.name
+        )));
+    }
     let bar = context.ui.bar("copying");
     let mut picture: Option<Heatmap> = None;
     let ui = &context.ui;
