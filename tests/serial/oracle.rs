@@ -303,6 +303,7 @@ fn a72_dbm_refused(script: &mut Script) -> Result<()> {
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("oracle")?;
+    host.until_running(vm)?;
     refused(&mut host, vm, EngineChoice::Dbm)?;
     host.finish();
     target.still_on()
