@@ -53,31 +53,11 @@ impl<H: Hardware> Stage2<H> {
 
     /// Walks to the entry that decides about `ipa`: empty, busy or a leaf, never a table.
     pub(crate) fn descend(&self, ipa: u64) -> Place<'_> {
-        let mut table = self.root(ipa);
-        let mut level = self.shape.start;
-        loop {
-            let index = level.index(ipa);
-            let pte = Pte(table.entry(index).load(Ordering::Acquire));
-            let kind = pte.kind(level);
-            match (kind, level.below()) {
-                (Kind::Table(pa), Some(below)) => {
-                    table = self.hw.table(pa);
-                    level = below;
-                }
-                _ => {
-                    return Place {
-                        table,
-                        level,
-                        index,
-                        pte,
-                        kind,
-                    };
-                }
-            }
-        }
+        self.descend_to(ipa, Level::L3)
     }
 
     /// Walks to the entry of exactly `level` for `ipa`, or to what ends the walk above it.
+    #[inline]
     pub(crate) fn descend_to(&self, ipa: u64, target: Level) -> Place<'_> {
         let mut table = self.root(ipa);
         let mut level = self.shape.start;
