@@ -277,6 +277,11 @@ pub fn debug(case: &mut Case, world: &mut World) {
             }
         }
     }
+    // One of those may have been MDSCR_EL1: single-stepping would go on in the cases that enter EL0.
+    case.quiet(
+        &Register(2, 0, 0, 2, 2).write(0),
+        format_args!("end of single-stepping"),
+    );
 }
 
 /// Reads of registers of any encoding: a value, undefined, or a trap of EL1's own.
