@@ -2,7 +2,9 @@
 //! hashes. Each is a job; asking again tells how far it is, and then how it ended.
 //!
 //! A VM's `work` lock is held during a step, so that ending a session cannot meet a harvest
-//! half way through one. Lock order: `work`, then what stage 2 takes.
+//! half way through one; and from the look at the log's state to what follows from it, so
+//! that an operation which ends in between is not begun again. Lock order: `work`, then what
+//! stage 2 takes.
 
 use super::Vm;
 use crate::board::options::DirtyEngine;
@@ -11,6 +13,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use sha2::{Digest, Sha256};
+use spin::MutexGuard;
 use tidemark_stage2::{self as s2, Error, LogStage, Progress};
 use tidemark_wire::message::*;
 
@@ -138,9 +141,13 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
     }
 }
 
-/// Begins an operation, or tells how far it is. `Ok(None)`: it is over.
-fn drive(vm: &'static Vm, wanted: Operation) -> Result<Option<(u64, u64)>, ErrorReply> {
-    let mut work = vm.work.lock();
+/// Begins an operation, or tells how far it is. `Ok(None)`: it is over. `work` has been held
+/// since the caller looked whether the operation is over already.
+fn drive(
+    vm: &'static Vm,
+    mut work: MutexGuard<'static, VmWork>,
+    wanted: Operation,
+) -> Result<Option<(u64, u64)>, ErrorReply> {
     if let Some((operation, failure)) = work.failure.take()
         && operation == wanted
     {
@@ -188,8 +195,9 @@ pub fn start_log(
         Granularity::Block => s2::Granularity::Block,
     };
     let stage2 = vm.memory.stage2();
+    let mut work = vm.work.lock();
     let status = stage2.log_status();
-    if status.stage == LogStage::On && vm.work.lock().operation.is_none() {
+    if status.stage == LogStage::On && work.operation.is_none() {
         let same = status
             .mode
             .is_some_and(|mode| mode.engine == engine && mode.granularity == granularity);
@@ -200,19 +208,20 @@ pub fn start_log(
         };
     }
     if status.stage == LogStage::Off {
-        vm.work.lock().since = stage2.counters();
+        work.since = stage2.counters();
     }
-    let progress = drive(vm, Operation::Start(engine, granularity))?;
+    let progress = drive(vm, work, Operation::Start(engine, granularity))?;
     Ok(progress.map_or(Work::Done(()), going))
 }
 
 /// Stops a VM's log; what is outstanding is given up, nothing is owed any more.
 pub fn stop_log(vm: &'static Vm) -> Result<Work<()>, ErrorReply> {
+    let work = vm.work.lock();
     let stage = vm.memory.stage2().log_status().stage;
-    if stage == LogStage::Off && vm.work.lock().operation.is_none() {
+    if stage == LogStage::Off && work.operation.is_none() {
         return Ok(Work::Done(()));
     }
-    let progress = drive(vm, Operation::Stop)?;
+    let progress = drive(vm, work, Operation::Stop)?;
     Ok(progress.map_or(Work::Done(()), going))
 }
 
@@ -220,7 +229,8 @@ pub fn stop_log(vm: &'static Vm) -> Result<Work<()>, ErrorReply> {
 pub fn take(vm: &'static Vm, epoch: Epoch) -> Result<Work<TakeReport>, ErrorReply> {
     let stage2 = vm.memory.stage2();
     let wanted = s2::Epoch(epoch.0);
-    if vm.work.lock().operation.is_none() && stage2.log_status().outstanding == Some(wanted) {
+    let work = vm.work.lock();
+    if work.operation.is_none() && stage2.log_status().outstanding == Some(wanted) {
         // Over, or asked for again because the answer was lost.
         match stage2.taken(wanted) {
             Ok(slots) => return Ok(Work::Done(report(epoch, &slots))),
@@ -228,7 +238,7 @@ pub fn take(vm: &'static Vm, epoch: Epoch) -> Result<Work<TakeReport>, ErrorRepl
             Err(error) => return Err(refusal(error)),
         }
     }
-    match drive(vm, Operation::Take(wanted))? {
+    match drive(vm, work, Operation::Take(wanted))? {
         Some(progress) => Ok(going(progress)),
         None => {
             let slots = stage2.taken(wanted).map_err(refusal)?;
@@ -288,9 +298,9 @@ pub fn abandon(vm: &Vm) -> Option<u64> {
 /// The state of a VM's log.
 pub fn status(vm: &Vm) -> DirtyStatus {
     let stage2 = vm.memory.stage2();
+    let work = vm.work.lock();
     let log = stage2.log_status();
     let now = stage2.counters();
-    let work = vm.work.lock();
     let logging = log.mode.map(|mode| Logging {
         engine: match mode.engine {
             s2::Engine::WriteProtect => Engine::WriteProtect,
