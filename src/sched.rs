@@ -19,7 +19,7 @@ use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
 use crate::arch::{barrier, gic, timer, tlb};
 use crate::board;
 use crate::vm::vcpu::{LiveListRegisters, NEVER, Run, Vcpu};
-use crate::vm::{exits, lifecycle};
+use crate::vm::{Vm, exits, lifecycle};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering::*};
@@ -82,13 +82,25 @@ pub fn kick_cpu(index: usize) {
     }
 }
 
+/// Has a CPU look at its queue, its timers and the jobs: another one now, this one before
+/// it goes back to its guest.
+fn call(index: usize) {
+    if index != cpu::index() {
+        kick_cpu(index);
+    } else if let Some(loaded) = current() {
+        loaded.attention.store(true, Relaxed);
+    }
+}
+
 /// There is a job: every CPU looks, the busy ones at their next tick.
 fn call_for_work() {
-    for index in 0..cpus() {
-        kick_cpu(index);
-    }
-    if let Some(loaded) = current() {
-        loaded.attention.store(true, Relaxed);
+    (0..cpus()).for_each(call);
+}
+
+/// The alarm of a VM's clock was set: the CPU that watches it sets its timer anew.
+pub fn alarm_set(vm: &Vm) {
+    if let Some(first) = vm.vcpus().first() {
+        call(first.home.load(Relaxed));
     }
 }
 
@@ -119,14 +131,8 @@ pub fn make_ready(vcpu: &'static Vcpu, run: &mut Run) {
     };
     let home = vcpu.home.load(Relaxed);
     QUEUES[home].lock().push_back(vcpu);
-    if home == cpu::index() {
-        // Whoever runs here now must not keep the CPU past a slice.
-        if let Some(loaded) = current() {
-            loaded.attention.store(true, Relaxed);
-        }
-    } else {
-        kick_cpu(home);
-    }
+    // Whoever runs there now must not keep the CPU past a slice.
+    call(home);
 }
 
 /// Wakes the vCPUs of `vm` that the vGIC named.
@@ -332,7 +338,7 @@ fn arm_timer() {
         deadline = deadline.min(physical);
     }
     for vcpu in HOMED[cpu::index()].lock().iter() {
-        deadline = deadline.min(vcpu.deadline.load(Relaxed));
+        deadline = deadline.min(vcpu.next_deadline());
     }
     timer::set_deadline((deadline != NEVER).then_some(deadline));
 }
@@ -350,15 +356,20 @@ pub fn tick() {
         let homed = HOMED[cpu::index()].lock();
         let late = homed
             .iter()
-            .filter(|vcpu| vcpu.deadline.load(Relaxed) <= now);
+            .filter(|vcpu| vcpu.next_deadline() <= now);
         for (place, vcpu) in due.iter_mut().zip(late) {
-            vcpu.deadline.store(NEVER, Relaxed);
             *place = Some(vcpu);
         }
     }
     for vcpu in due.into_iter().flatten() {
-        exits::timer::fire_physical(vcpu, now);
-        wake(vcpu);
+        if vcpu.alarm() <= now {
+            exits::device::alarm(vcpu.vm);
+        }
+        if vcpu.deadline.load(Relaxed) <= now {
+            vcpu.deadline.store(NEVER, Relaxed);
+            exits::timer::fire_physical(vcpu, now);
+            wake(vcpu);
+        }
     }
     JOB_DUE.set(NEVER);
     if job::waiting() {

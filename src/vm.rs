@@ -45,6 +45,8 @@ pub struct Vm {
     pub uart: Mutex<Pl011>,
     /// Its clock.
     pub clock: Mutex<Pl031>,
+    /// When the clock's alarm comes, as a physical count: its first vCPU's CPU wakes for it.
+    pub alarm: AtomicU64,
     /// What it wrote to its console, and what waits to be read there.
     pub console: console::GuestConsole,
     /// What is being done for a host.
@@ -133,6 +135,7 @@ impl Vm {
             vgic: Vgic::new(vcpus),
             uart: Mutex::new(Pl011::new()),
             clock: Mutex::new(Pl031::new()),
+            alarm: AtomicU64::new(vcpu::NEVER),
             console: console::GuestConsole::new(),
             work: Mutex::new(work::VmWork::default()),
             status: Mutex::new(Status {
@@ -200,13 +203,10 @@ static EPOCH: AtomicU64 = AtomicU64::new(0);
 
 /// Sets the time of day, in Unix seconds.
 pub fn set_time(now: u64) {
-    EPOCH.store(
-        now.saturating_sub(timer::microseconds() / 1_000_000),
-        Relaxed,
-    );
+    EPOCH.store(now.saturating_sub(timer::seconds()), Relaxed);
 }
 
-/// The time of day, as guests' clocks count it.
-pub fn unix_time() -> UnixSeconds {
-    UnixSeconds((EPOCH.load(Relaxed) + timer::microseconds() / 1_000_000) as u32)
+/// The time of day, as guests' clocks count it, at a second of the counter.
+pub fn unix_time(second: u64) -> UnixSeconds {
+    UnixSeconds((EPOCH.load(Relaxed) + second) as u32)
 }

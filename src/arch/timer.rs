@@ -23,6 +23,16 @@ pub fn ticks(microseconds: u64) -> u64 {
     (frequency() * microseconds).div_ceil(1_000_000)
 }
 
+/// Whole seconds since the counter started.
+pub fn seconds() -> u64 {
+    now() / frequency()
+}
+
+/// The count at which [`seconds`] becomes `seconds`.
+pub fn count_at(seconds: u64) -> u64 {
+    frequency().saturating_mul(seconds)
+}
+
 /// The count in microseconds since the counter started.
 pub fn microseconds() -> u64 {
     (u128::from(now()) * 1_000_000 / u128::from(frequency())) as u64

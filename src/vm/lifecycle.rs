@@ -5,7 +5,7 @@
 //! waits. Lock order: `status`, then a vCPU's `run`.
 
 use super::loader::Loader;
-use super::vcpu::Run;
+use super::vcpu::{NEVER, Run};
 use super::{Vm, Wish};
 use crate::arch::{barrier, timer};
 use crate::board::options::WhenIdle;
@@ -64,6 +64,7 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     vm.vgic.reset();
     vm.uart.lock().reset();
     *vm.clock.lock() = tidemark_devices::pl031::Pl031::new();
+    vm.alarm.store(NEVER, Relaxed);
     vm.console.forget_input();
     vm.counter_offset.store(timer::now(), Relaxed);
     {

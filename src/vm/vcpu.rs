@@ -173,6 +173,21 @@ impl Vcpu {
         self.deadline.store(NEVER, Relaxed);
     }
 
+    /// When the alarm of its VM's clock comes, as a physical count, if this vCPU's CPU is the one
+    /// that watches it.
+    pub fn alarm(&self) -> u64 {
+        if self.index.index() == 0 {
+            self.vm.alarm.load(Relaxed)
+        } else {
+            NEVER
+        }
+    }
+
+    /// When its CPU has something to do for it, as a physical count.
+    pub fn next_deadline(&self) -> u64 {
+        self.deadline.load(Relaxed).min(self.alarm())
+    }
+
     /// Notes that this CPU now runs it; says whether the last vCPU of its VM here was another.
     pub fn follows_another(&self) -> bool {
         let mine = self.index.index() as u8 + 1;

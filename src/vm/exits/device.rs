@@ -2,13 +2,15 @@
 
 use super::Next;
 use crate::arch::exception::Syndrome;
+use crate::arch::timer;
 use crate::channel;
 use crate::sched;
 use crate::vm::memory::ERASED;
-use crate::vm::vcpu::Vcpu;
+use crate::vm::vcpu::{NEVER, Vcpu};
 use crate::vm::{Vm, count, unix_time};
-use core::sync::atomic::Ordering::SeqCst;
+use core::sync::atomic::Ordering::*;
 use tidemark_devices::AccessSize;
+use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::Kick;
 use tidemark_devices::virt::{Device, RTC_INTERRUPT, UART_INTERRUPT};
 
@@ -85,7 +87,12 @@ fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
             sched::kick(vcpu, settle_uart(vm));
             u64::from(value)
         }
-        Device::Rtc(offset) => u64::from(vm.clock.lock().read(offset & !3, unix_time())),
+        Device::Rtc(offset) => {
+            let mut value = 0;
+            let kick = with_clock(vm, |clock, now| value = clock.read(offset & !3, now));
+            sched::kick(vcpu, kick);
+            u64::from(value)
+        }
         // A transport with no device: virtio 1.2, 4.2.3.1: device id 0 is to be ignored.
         Device::Virtio(_, 0x000) => 0x7472_6976,
         Device::Virtio(_, 0x004) => 2,
@@ -108,11 +115,9 @@ fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
             sched::kick(vcpu, settle_uart(vm));
         }
         Device::Rtc(offset) => {
-            let kick = {
-                let mut clock = vm.clock.lock();
-                clock.write(offset & !3, value as u32, unix_time());
-                vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level())
-            };
+            let kick = with_clock(vm, |clock, now| {
+                clock.write(offset & !3, value as u32, now);
+            });
             sched::kick(vcpu, kick);
         }
         Device::Virtio(..) => {}
@@ -134,9 +139,36 @@ fn settle_uart(vm: &Vm) -> Kick {
     vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level())
 }
 
+/// Does something with a VM's clock, tells the interrupt controller its line and the
+/// scheduler its alarm. Under the clock's lock to the end, for the same reason.
+fn with_clock(vm: &Vm, action: impl FnOnce(&mut Pl031, UnixSeconds)) -> Kick {
+    let mut clock = vm.clock.lock();
+    let second = timer::seconds();
+    let now = unix_time(second);
+    action(&mut clock, now);
+    let alarm = clock.next_alarm(now).map_or(NEVER, |alarm| {
+        timer::count_at(second + u64::from(alarm.0.wrapping_sub(now.0)))
+    });
+    if vm.alarm.swap(alarm, Relaxed) != alarm && alarm != NEVER {
+        sched::alarm_set(vm);
+    }
+    vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level())
+}
+
+/// The count at which a VM's clock has an alarm has come, perhaps: the clock decides.
+pub fn alarm(vm: &'static Vm) {
+    let kick = with_clock(vm, Pl031::tick);
+    raise(vm, kick);
+}
+
 /// Input came for a guest: its FIFO is filled and its interrupt raised, from any CPU.
 pub fn input_arrived(vm: &'static Vm) {
     let kick = settle_uart(vm);
+    raise(vm, kick);
+}
+
+/// Wakes the vCPUs that the vGIC named, from any CPU.
+fn raise(vm: &'static Vm, kick: Kick) {
     for index in kick.iter() {
         if let Some(vcpu) = vm.vcpus().get(index.index()) {
             vcpu.attention.store(true, SeqCst);

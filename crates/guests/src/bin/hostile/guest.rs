@@ -79,6 +79,7 @@ const CASES: &[(&str, Body)] = &[
     ("ipi_there_and_back", interrupts::ipi),
     ("timer_physical", timers::physical),
     ("timer_virtual", timers::virtual_),
+    ("clock_alarm", timers::clock_alarm),
     ("wfi_storm", timers::wfi_storm),
     ("wfe", timers::wfe),
     ("wfi_with_timeout", timers::wfit),

@@ -74,6 +74,21 @@ pub fn begin(interrupts: &[Private]) {
     }
 }
 
+/// Lets a shared interrupt through to vCPU 0.
+pub fn enable_shared(interrupt: Private) {
+    let (word, bit) = (interrupt.0 as usize / 32, 1 << (interrupt.0 % 32));
+    let register = |base: usize, stride: usize| GICD + base + stride * interrupt.0 as usize;
+    let router = ptr::with_exposed_provenance_mut::<u64>(register(0x6000, 8));
+    let priority = ptr::with_exposed_provenance_mut::<u8>(register(0x400, 1));
+    // SAFETY: registers of the GIC, mapped as device memory.
+    unsafe {
+        router.write_volatile(0);
+        priority.write_volatile(0x80);
+    }
+    store(GICD + 0x80 + 4 * word, u32::MAX);
+    store(GICD + 0x100 + 4 * word, bit);
+}
+
 /// Waits for the next interrupt, without taking it as an exception, and ends it; [`NONE`] if there is none for long.
 pub fn next() -> Private {
     let mut got = NONE;

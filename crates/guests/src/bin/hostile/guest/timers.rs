@@ -5,7 +5,7 @@ use tidemark_guests::rt::gic::{self, Private};
 
 use super::interrupts::{begin, next};
 use super::probe::{Snippet, probe, snippets};
-use super::{Case, World};
+use super::{Case, World, interrupts};
 
 snippets! {
     physical_set_value: "msr cntp_tval_el0, x0", "msr cntp_ctl_el0, x1", "isb";
@@ -14,6 +14,8 @@ snippets! {
     virtual_set_value: "msr cntv_tval_el0, x0", "msr cntv_ctl_el0, x1", "isb";
     virtual_set_compare: "msr cntv_cval_el0, x0", "msr cntv_ctl_el0, x1", "isb";
     virtual_read: "isb", "mrs x0, cntv_ctl_el0", "mrs x1, cntv_cval_el0", "mrs x2, cntv_tval_el0", "mrs x3, cntvct_el0";
+    load: "ldr w0, [x2]";
+    store: "str w0, [x2]";
     wait: "dsb sy", "wfi";
     event: "sevl", "wfe", "sev", "wfe";
     // wfit x0
@@ -50,6 +52,8 @@ pub fn virtual_(case: &mut Case, world: &mut World) {
     timer.judge(case, world);
 }
 
+/// The PL031.
+const RTC: u64 = 0x0901_0000;
 const ENABLE: u64 = 1;
 const MASKED: u64 = 0b11;
 
@@ -167,6 +171,54 @@ impl Timer {
         self.off();
         begin(&[self.interrupt]);
         self.fires(case, self.set_value, soon, "after all that");
+    }
+}
+
+/// The PL031's alarm comes at its second: to a vCPU that waits, and to one that is busy.
+pub fn clock_alarm(case: &mut Case, _world: &mut World) {
+    const ALARM: Private = Private(34);
+    const DR: u64 = 0;
+    const MR: u64 = 0x04;
+    const IMSC: u64 = 0x10;
+    const RIS: u64 = 0x14;
+    const ICR: u64 = 0x1c;
+    let get = |register| probe(load, [0, 0, RTC + register, 0, 0, 0]).x[0];
+    let put = |register, value| probe(store, [value, 0, RTC + register, 0, 0, 0]);
+    begin(&[Private::VIRTUAL_TIMER]);
+    put(IMSC, 0);
+    put(ICR, 1);
+    interrupts::enable_shared(ALARM);
+    for waits in [true, false, true] {
+        // It counts modulo 2^32, and was set to anything before.
+        let set = get(DR) as u32;
+        put(MR, set.wrapping_add(1).into());
+        put(IMSC, 1);
+        if waits {
+            // Wakes it if the alarm does not.
+            let late = counter::now() + 3 * counter::frequency();
+            probe(virtual_set_compare, [late, ENABLE, 0, 0, 0, 0]);
+            probe(wait, [0; 6]);
+        }
+        let got = next();
+        probe(virtual_set_compare, [u64::MAX, 0, 0, 0, 0, 0]);
+        case.check(
+            got == ALARM,
+            format_args!("the vCPU waits: {waits}; {got:?} came"),
+        );
+        let (passed, raw) = ((get(DR) as u32).wrapping_sub(set), get(RIS));
+        case.check(
+            passed >= 1 && raw == 1,
+            format_args!("{passed} seconds after it was set, RIS {raw}"),
+        );
+        put(ICR, 1);
+        put(IMSC, 0);
+        // One may be in a list register already: it is spurious.
+        let late = gic::acknowledge();
+        if late == ALARM {
+            gic::end(late);
+        }
+        let more = gic::acknowledge();
+        case.check(more.0 >= 1020, format_args!("after its end: {more:?}"));
     }
 }
 
