@@ -100,8 +100,7 @@ entry:
     isb
 
     // Page tables first, with plain stores only: locks need the MMU on.
-    mov     x0, x19
-    mov     x1, x20
+    mov     x0, x20
     bl      build_boot_tables           // -> x0 = &EnableMmu
     bl      enable_mmu
     mov     x0, x20

@@ -350,7 +350,7 @@ impl Board {
 }
 
 /// Sets up what of the interrupt controller is this CPU's own.
-pub fn init_cpu() -> Result<(), gicv3::NoRedistributor> {
+pub fn init_cpu() -> Result<(), gicv3::RedistributorError> {
     let ready = ready();
     ready.gic.init_cpu(&ready.redistributors)?;
     crate::arch::gic::init_cpu_interface();

@@ -16,9 +16,10 @@ mod sched;
 mod smp;
 mod vm;
 
+use alloc::string::String;
 use arch::features::Features;
 use board::map::MemoryMap;
-use board::options::{Autostart, Options, WhenIdle};
+use board::options::{self, Autostart, DirtyEngine, Options, WhenIdle};
 use board::{Board, BoardError};
 use log::{info, warn};
 use spin::Once;
@@ -50,15 +51,21 @@ extern "C" fn boot_main() -> ! {
     console::init_log(options.log);
     info!("tidemark {} on {}", env!("CARGO_PKG_VERSION"), board.model);
     for word in &options.unknown {
-        warn!("command line: {word:?} means nothing here");
+        match options::values(word) {
+            Some(values) => warn!("command line: {word:?} means nothing here; it takes {values}"),
+            None => warn!(
+                "command line: {word:?} means nothing here; known are {}",
+                options::NAMES
+            ),
+        }
     }
-    board::init_cpu().unwrap_or_else(|_| panic!("no redistributor for the boot CPU"));
+    board::init_cpu().unwrap_or_else(|error| panic!("the boot CPU: {error}"));
     if let Some(time) = board.time() {
         vm::set_time(time);
     }
 
     let features = FEATURES.call_once(|| smp::start_others(&board));
-    report(&board, features);
+    report(&board, features, options.dirty);
     vm::stage2::init(features);
     smp::init_controls(features);
     if let Some(name) = &options.selftest {
@@ -93,7 +100,7 @@ fn unusable(error: &BoardError) -> ! {
 }
 
 /// One line for each thing that decides how guests' memory is watched.
-fn report(board: &Board, features: &Features) {
+fn report(board: &Board, features: &Features, dirty: DirtyEngine) {
     info!(
         "{} CPUs, {} MiB of memory free, {} virtio-mmio transports",
         sched::cpus(),
@@ -111,18 +118,17 @@ fn report(board: &Board, features: &Features) {
         features.bbm,
         features.tlbi
     );
-    match (features.hafdbs, features.erratum) {
-        (_, Some(erratum)) => info!(
-            "HAFDBS {}: not used, {erratum:?}; dirty pages by write protection",
-            features.hafdbs
-        ),
-        (2.., None) => info!(
-            "HAFDBS {}: dirty pages by the hardware's dirty bit (DBM)",
-            features.hafdbs
-        ),
-        (_, None) => info!(
-            "HAFDBS {}: no hardware dirty bit; dirty pages by write protection",
-            features.hafdbs
-        ),
-    }
+    let usable = match (features.hafdbs, features.erratum) {
+        (0 | 1, _) => "no hardware dirty bit".into(),
+        (_, Some(erratum)) => alloc::format!("not used, {erratum:?}"),
+        (_, None) => String::from("the hardware's dirty bit (DBM) can be used"),
+    };
+    let by = match (dirty, features.hafdbs >= 2 && features.erratum.is_none()) {
+        (DirtyEngine::Auto, true) => "by DBM",
+        (DirtyEngine::Auto, false) => "by write protection",
+        (DirtyEngine::WriteProtect, _) => "by write protection, as dirty=wp says",
+        (DirtyEngine::Dbm, true) => "by DBM, as dirty=dbm says",
+        (DirtyEngine::Dbm, false) => "not at all: dirty=dbm asks for what is not there",
+    };
+    info!("HAFDBS {}: {usable}; dirty pages {by}", features.hafdbs);
 }

@@ -354,9 +354,7 @@ pub fn tick() {
     let mut due: [Option<&'static Vcpu>; 8] = [None; 8];
     {
         let homed = HOMED[cpu::index()].lock();
-        let late = homed
-            .iter()
-            .filter(|vcpu| vcpu.next_deadline() <= now);
+        let late = homed.iter().filter(|vcpu| vcpu.next_deadline() <= now);
         for (place, vcpu) in due.iter_mut().zip(late) {
             *place = Some(vcpu);
         }

@@ -100,10 +100,11 @@ fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
                 UP.store(index + 1, Release);
                 return Ok(());
             }
-            Progress::Unfit => return Err("it has no redistributor"),
+            Progress::Unfit => return Err("it cannot take interrupts"),
             Progress::Silent if timer::now() > end && boot.answer.give_up() => {
                 return Err("it was started but does not answer");
             }
+            // One that has begun comes to an end: nothing it waits for is without a limit.
             Progress::Silent | Progress::Begun => core::hint::spin_loop(),
         }
     }
@@ -116,7 +117,8 @@ extern "C" fn secondary_main(boot: &'static SecondaryBoot) -> ! {
     if !boot.answer.begin() {
         halt();
     }
-    if board::init_cpu().is_err() {
+    if let Err(error) = board::init_cpu() {
+        warn!("CPU {:#x}: {error}", cpu::affinity());
         boot.answer.unfit();
         halt();
     }

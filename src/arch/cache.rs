@@ -30,26 +30,30 @@ pub fn invalidate_instructions() {
     barrier::isb();
 }
 
-/// Zeroes memory that no one else uses: whole pages.
+/// Zeroes whole pages. Every store is the hardware's, of a byte or more, as an atomic store
+/// of a byte would be: who looks meanwhile sees each byte as it was or zero.
 ///
 /// # Safety
 ///
 /// `start..start + len` is mapped read-write normal memory, a multiple of 4 KiB at both
-/// ends, that belongs to the caller alone.
+/// ends, to which Rust references exist only as atomics.
 pub unsafe fn zero(start: usize, len: usize) {
     let dczid: u64;
     // SAFETY: reads an identification register.
     unsafe { asm!("mrs {}, dczid_el0", out(reg) dczid, options(nomem, nostack, preserves_flags)) };
-    if dczid & 1 << 4 != 0 {
-        // SAFETY: the caller's promise.
-        unsafe { core::ptr::write_bytes(start as *mut u8, 0, len) };
-        return;
-    }
-    let block = 4 << (dczid & 0xf);
+    // DZP: DC ZVA is not to be used.
+    let with_zva = dczid & 1 << 4 == 0;
+    let block = if with_zva { 4 << (dczid & 0xf) } else { 16 };
     let mut address = start;
     while address < start + len {
-        // SAFETY: the caller's promise; blocks are at most 2 KiB, a divisor of a page.
-        unsafe { asm!("dc zva, {}", in(reg) address, options(nostack, preserves_flags)) };
+        // SAFETY: the caller's promise; a block is 16 bytes to 2 KiB, a divisor of a page.
+        unsafe {
+            if with_zva {
+                asm!("dc zva, {}", in(reg) address, options(nostack, preserves_flags));
+            } else {
+                asm!("stp xzr, xzr, [{}]", in(reg) address, options(nostack, preserves_flags));
+            }
+        }
         address += block;
     }
 }

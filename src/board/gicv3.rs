@@ -2,7 +2,8 @@
 //! see emulated ones.
 
 use crate::arch::mmio::Mmio;
-use crate::arch::{barrier, cpu};
+use crate::arch::{barrier, cpu, timer};
+use core::fmt;
 use spin::Once;
 
 const GICD_CTLR: usize = 0x0000;
@@ -21,6 +22,9 @@ const SGI_FRAME: usize = 0x1_0000;
 /// A redistributor without virtual LPIs is two 64 KiB frames; with them, four.
 const REDISTRIBUTOR: usize = 0x2_0000;
 const REDISTRIBUTOR_VLPI: usize = 0x4_0000;
+
+/// How long a redistributor may take to wake, in microseconds.
+const WAKE_PATIENCE: u64 = 1_000_000;
 
 const PRIORITY: u8 = 0xa0;
 
@@ -70,7 +74,7 @@ impl Gic {
 
     /// Finds this CPU's redistributor in `regions`, wakes it, and sets its SGIs and PPIs
     /// to group 1, all off but the SGIs.
-    pub fn init_cpu(&self, regions: &[Mmio]) -> Result<(), NoRedistributor> {
+    pub fn init_cpu(&self, regions: &[Mmio]) -> Result<(), RedistributorError> {
         let wanted = cpu::affinity();
         let wanted = wanted >> 32 << 24 | wanted & 0xff_ffff;
         for region in regions {
@@ -80,8 +84,7 @@ impl Gic {
                 if typer >> 32 == wanted {
                     // SAFETY: inside `region`, which is mapped for good.
                     let frame = unsafe { Mmio::new(region.base() + offset, REDISTRIBUTOR) };
-                    self.wake(frame);
-                    return Ok(());
+                    return self.wake(frame);
                 }
                 if typer >> 4 & 1 != 0 {
                     break;
@@ -93,12 +96,16 @@ impl Gic {
                 };
             }
         }
-        Err(NoRedistributor)
+        Err(RedistributorError::Missing)
     }
 
-    fn wake(&self, frame: Mmio) {
+    fn wake(&self, frame: Mmio) -> Result<(), RedistributorError> {
         frame.write32(GICR_WAKER, frame.read32(GICR_WAKER) & !0b10);
+        let end = timer::now() + timer::ticks(WAKE_PATIENCE);
         while frame.read32(GICR_WAKER) & 0b100 != 0 {
+            if timer::now() > end {
+                return Err(RedistributorError::Asleep);
+            }
             core::hint::spin_loop();
         }
         frame.write32(SGI_FRAME + ICENABLER, !0);
@@ -111,6 +118,7 @@ impl Gic {
         frame.write32(SGI_FRAME + ISENABLER, 0xffff);
         barrier::dsb_sy();
         self.redistributors[cpu::index()].call_once(|| frame);
+        Ok(())
     }
 
     /// Turns on one of this CPU's private interrupts.
@@ -159,6 +167,20 @@ fn wait_for_redistributor(frame: Mmio) {
     }
 }
 
-/// No redistributor has this CPU's affinity.
-#[derive(Debug, Clone, Copy)]
-pub struct NoRedistributor;
+/// Why a CPU can take no interrupts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RedistributorError {
+    /// No redistributor has this CPU's affinity.
+    Missing,
+    /// It does not wake: firmware keeps its power to itself.
+    Asleep,
+}
+
+impl fmt::Display for RedistributorError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "it has no redistributor",
+            Self::Asleep => "its redistributor does not wake",
+        })
+    }
+}

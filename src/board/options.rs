@@ -67,6 +67,20 @@ pub struct Options {
     pub unknown: Vec<String>,
 }
 
+/// The names that a word can have.
+pub const NAMES: &str = "log=, dirty=, poweroff=, console=, autostart= and selftest=";
+
+/// What a word's name takes, for a warning about its value.
+pub fn values(word: &str) -> Option<&'static str> {
+    match word.split_once('=')?.0 {
+        "log" => Some("error, warn, info, debug, trace or off"),
+        "dirty" => Some("auto, wp or dbm"),
+        "poweroff" => Some("idle or never"),
+        "autostart" => Some("yes or no"),
+        _ => None,
+    }
+}
+
 impl Options {
     /// Takes a command line apart. Never fails: what it does not know it lists.
     pub fn parse(line: &str) -> Self {

@@ -32,6 +32,8 @@ help                  this list
 VM is a name or a number. Programs speak frames instead: tidectl.
 ";
 
+const LEVELS: &str = "log: error, warn, info, debug or trace\n";
+
 /// Asks for a command.
 pub fn prompt() {
     print(format_args!("{PROMPT}"));
@@ -72,7 +74,7 @@ fn run(command: &str) {
         (Some("poweroff"), _) => lifecycle::power_off(),
         (Some("log"), [Some(level), _]) => match level.parse() {
             Ok(level) => log::set_max_level(level),
-            Err(_) => print(format_args!("log: error, warn, info, debug or trace\n")),
+            Err(_) => print(format_args!("{LEVELS}")),
         },
         (Some("console"), [Some("all"), _]) => TERMINAL.store(ALL, Relaxed),
         (Some("console"), [Some(name), _]) => {
@@ -95,9 +97,15 @@ fn run(command: &str) {
                 change(verb, vm);
             }
         }
-        (Some(verb), _) => print(format_args!(
-            "{verb}: no such command, or something is missing; `help` lists them\n"
-        )),
+        (
+            Some(verb @ ("info" | "start" | "stop" | "pause" | "resume" | "reset" | "console")),
+            _,
+        ) => {
+            print(format_args!("{verb}: of which VM? `list` names them\n"));
+        }
+        (Some("dirty"), _) => print(format_args!("it is `dirty status VM`\n")),
+        (Some("log"), _) => print(format_args!("{LEVELS}")),
+        (Some(verb), _) => print(format_args!("{verb}: no such command; `help` lists them\n")),
     }
     prompt();
 }

@@ -192,8 +192,8 @@ impl Run {
     pub fn zero(&self, first: usize, pages: usize) {
         let first = first.min(self.pages);
         let pages = pages.min(self.pages - first);
-        // SAFETY: the frames are this run's; concurrent accesses of a guest would be other
-        // CPUs' plain stores, which the hardware orders by byte.
+        // SAFETY: the frames are this run's, whole pages mapped read-write for good; `words`
+        // gives them out as atomics only.
         unsafe { cache::zero(self.address as usize + first * PAGE, pages * PAGE) };
     }
 

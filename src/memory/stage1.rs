@@ -170,7 +170,7 @@ fn map_image() -> Result<(), MapError> {
 /// The first tables, with the MMU still off: the image, the devicetree at `dtb` and the
 /// early console. Called from boot/head.S, which turns the MMU on with what it gets.
 #[unsafe(no_mangle)]
-extern "C" fn build_boot_tables(_image: usize, dtb: usize) -> &'static EnableMmu {
+extern "C" fn build_boot_tables(dtb: usize) -> &'static EnableMmu {
     static REGISTERS: EnableMmu = EnableMmu::new();
     let uart = Range {
         start: EARLY_UART as u64,

@@ -17,6 +17,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Dirty {
     pages: u64,
     live: Vec<AtomicU64>,
+    /// Bits set in `live`, modulo 2^64: the one who takes a bit may count it before the one who set it.
+    live_pages: AtomicU64,
     in_flight: Vec<AtomicU64>,
     /// Bits set in `in_flight`, kept in step with it by the harvest.
     in_flight_pages: AtomicU64,
@@ -32,6 +34,7 @@ impl Dirty {
         Ok(Self {
             pages,
             live: zeroed(words)?,
+            live_pages: AtomicU64::new(0),
             in_flight: zeroed(words)?,
             in_flight_pages: AtomicU64::new(0),
         })
@@ -45,12 +48,11 @@ impl Dirty {
         self.in_flight_pages.load(Ordering::Relaxed)
     }
 
-    /// Counts the live bits: one load per 256 KiB of guest memory.
+    /// Returns how many bits are live, exact when nobody marks or takes. Kept rather than counted:
+    /// one load per 256 KiB of guest memory is too long for an answer to a host.
     pub(crate) fn live_pages(&self) -> u64 {
-        self.live
-            .iter()
-            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
-            .sum()
+        let pages = self.live_pages.load(Ordering::Relaxed);
+        if pages > self.pages { 0 } else { pages }
     }
 
     /// Notes one written page.
@@ -62,7 +64,10 @@ impl Dirty {
     pub(crate) fn mark_run(&self, first: u64, count: u64) {
         for (index, mask) in words(first, count, self.pages) {
             if let Some(word) = self.live.get(index) {
-                word.fetch_or(mask, Ordering::Release);
+                let before = word.fetch_or(mask, Ordering::Release);
+                let new = mask & !before;
+                self.live_pages
+                    .fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
             }
         }
     }
@@ -78,6 +83,8 @@ impl Dirty {
             }
             // Not a swap: a word may be shared with pages of another table.
             let taken = word.fetch_and(!mask, Ordering::AcqRel) & mask;
+            self.live_pages
+                .fetch_sub(u64::from(taken.count_ones()), Ordering::Relaxed);
             self.add_word(index, taken);
             for bit in Bits(taken) {
                 each(index as u64 * 64 + u64::from(bit));
@@ -129,6 +136,9 @@ impl Dirty {
 
     /// Forgets what was noted before a log started. Nobody marks while no log is on.
     pub(crate) fn clear_live(&self, first: usize, count: usize) {
+        if first == 0 {
+            self.live_pages.store(0, Ordering::Relaxed);
+        }
         for word in self.live.iter().skip(first).take(count) {
             word.store(0, Ordering::Relaxed);
         }

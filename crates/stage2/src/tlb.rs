@@ -260,7 +260,7 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
             self.hw.dsb_ishst();
             let previous = self.hw.select(self.vttbr);
             for run in pending.runs() {
-                self.run(run, ranges);
+                self.run(run);
             }
             self.finish(previous);
             self.count(1);
@@ -268,11 +268,11 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
         pending.clear();
     }
 
-    fn run(&self, run: &Run, ranges: bool) {
+    fn run(&self, run: &Run) {
         let hint = self.hint(run.level);
         let pages = run.leaves * run.level.pages();
         // One operation drops a whole leaf, so a range pays only from two leaves on.
-        if ranges && run.leaves > 1 {
+        if self.features.tlb_range.is_present() && run.leaves > 1 {
             for piece in Pieces::new(Ipa::new(run.start), pages, hint) {
                 match piece {
                     Piece::Single(ipa) => self.hw.tlbi_ipas2e1is(IpaOperand::new(ipa, hint)),
