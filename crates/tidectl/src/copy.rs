@@ -195,7 +195,7 @@ impl Copy<'_> {
         let verifying = Instant::now();
         let slots = self.verify()?;
         let verify_time = verifying.elapsed();
-        self.image.sync()?;
+        self.image.finish()?;
         (self.watch)(Step::Verified);
         Ok(Report {
             rounds,

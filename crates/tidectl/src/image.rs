@@ -1,7 +1,8 @@
 //! A copy of a guest's memory on this machine, and where its contents come from.
 //!
 //! One file a slot, `slot-<id>.bin`, each page at its own place: the copy's size is bounded
-//! however many rounds there are, and a page that is copied again overwrites itself.
+//! however many rounds there are, and a page that is copied again overwrites itself. Until the
+//! copy is whole and verified its name ends in `.partial`, and an older copy stays as it is.
 
 use crate::bitmaps::Run;
 use crate::client::Client;
@@ -19,6 +20,7 @@ const CHUNK: usize = 1 << 20;
 
 /// A copy of a guest's memory.
 pub struct Image {
+    dir: PathBuf,
     slots: Vec<SlotImage>,
 }
 
@@ -26,8 +28,10 @@ pub struct Image {
 pub struct SlotImage {
     /// The slot as the target describes it.
     pub info: SlotInfo,
-    /// The file.
+    /// The file, once it is finished.
     pub path: PathBuf,
+    /// What it is called until then.
+    partial: PathBuf,
     file: File,
 }
 
@@ -177,21 +181,26 @@ impl Image {
                 problem: format!("slot {} of {} pages", info.id, info.pages),
             })?;
             let path = dir.join(format!("slot-{}.bin", info.id));
+            let partial = dir.join(format!("slot-{}.bin.partial", info.id));
             let file = OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(true)
                 .truncate(true)
-                .open(&path)
+                .open(&partial)
                 .and_then(|file| file.set_len(len).map(|()| file))
-                .map_err(Error::file(&path))?;
+                .map_err(Error::file(&partial))?;
             images.push(SlotImage {
                 info: info.clone(),
                 path,
+                partial,
                 file,
             });
         }
-        Ok(Self { slots: images })
+        Ok(Self {
+            dir: dir.into(),
+            slots: images,
+        })
     }
 
     /// Its slots.
@@ -206,14 +215,21 @@ impl Image {
         self.slots.iter().find(|slot| slot.info.id == id)
     }
 
-    /// Makes sure it is on the disk.
+    /// Puts the copy on the disk and gives it its name: it is whole.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn sync(&self) -> Result<()> {
-        self.slots
-            .iter()
-            .try_for_each(|slot| slot.file.sync_all().map_err(Error::file(&slot.path)))
+    pub fn finish(&self) -> Result<()> {
+        for slot in &self.slots {
+            slot.file.sync_all().map_err(Error::file(&slot.partial))?;
+        }
+        for slot in &self.slots {
+            fs::rename(&slot.partial, &slot.path).map_err(Error::file(&slot.path))?;
+        }
+        // The names too.
+        File::open(&self.dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(Error::file(&self.dir))
     }
 }
 
@@ -235,7 +251,7 @@ impl SlotImage {
         inside
             .ok_or_else(|| io::Error::other(format!("guest address {ipa:#x} is outside the slot")))
             .and_then(|offset| self.file.write_all_at(bytes, offset))
-            .map_err(Error::file(&self.path))
+            .map_err(Error::file(&self.partial))
     }
 
     /// Reads `buffer` from a guest address inside the slot.
@@ -246,7 +262,7 @@ impl SlotImage {
         let offset = ipa.saturating_sub(self.info.base_ipa);
         self.file
             .read_exact_at(buffer, offset)
-            .map_err(Error::file(&self.path))
+            .map_err(Error::file(&self.partial))
     }
 
     /// SHA-256 of the whole slot.
@@ -262,7 +278,7 @@ impl SlotImage {
             let part = buffer.get_mut(..step as usize).unwrap_or(&mut []);
             self.file
                 .read_exact_at(part, at)
-                .map_err(Error::file(&self.path))?;
+                .map_err(Error::file(&self.partial))?;
             hash.update(part);
             at += step;
         }

@@ -460,6 +460,7 @@ fn dirty_copy_is_exact_and_says_so() {
         .output();
     assert!(text(&sum.expect("sha256sum runs").stdout).starts_with(hash));
     assert!(stage.dir.join("c.png").exists());
+    assert!(!stage.dir.join("c/slot-3.bin.partial").exists());
     let said = stage.ok(&[
         "dirty",
         "copy",
@@ -483,6 +484,9 @@ fn dirty_copy_that_is_wrong_exits_with_seven() {
     let (code, name, words) = stage.fails(&["dirty", "copy", "debian", "--image-dir", "c"]);
     assert_eq!((code, name.as_str()), (7, "mismatch"));
     assert!(words.contains("pages that differ"), "{words}");
+    let there = |name: &str| stage.dir.join("c").join(name).exists();
+    assert!(there("slot-3.bin.partial"), "what was copied is kept");
+    assert!(!there("slot-3.bin"), "under a name that says what it is");
 }
 
 #[test]

@@ -118,7 +118,7 @@ fn lifecycle() {
     assert_eq!(client.resume(VM).expect("it runs"), VmState::Running);
     client.reset(VM).expect("it resets");
     assert_eq!(lock(&target).vms[0].restarts, 1);
-    client.stop(VM).expect("it stops");
+    assert_eq!(client.stop(VM).expect("it stops"), VmState::Stopped);
     assert_eq!(code(client.pause(VM)), (5, "vm-gone"));
     assert_eq!(code(client.resume(VM)), (5, "bad-state"));
 }

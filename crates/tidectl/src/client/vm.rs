@@ -99,14 +99,7 @@ impl Client {
                 VmState::Stopped | VmState::Failed => return Err(self.gone(vm)),
                 VmState::Running | VmState::Starting => {}
             }
-            if begun.elapsed() > self.options.timeout {
-                let after = self.options.timeout;
-                return Err(Error::TooSlow {
-                    what: format!("pausing VM {vm}"),
-                    after,
-                });
-            }
-            thread::sleep(Duration::from_millis(1));
+            self.not_too_slow(begun, || format!("pausing VM {vm}"))?;
         }
     }
 
@@ -161,12 +154,32 @@ impl Client {
         self.call("resetting a VM", &Request::Reset { vm, restarts }, state)
     }
 
-    /// Stops a VM for good.
+    /// Stops a VM for good and waits until it has ended. Gives [`VmState::Stopped`], or
+    /// [`VmState::Failed`] where a failure came first.
     ///
     /// # Errors
-    /// As [`Client::call`].
+    /// As [`Client::call`]; [`Error::TooSlow`].
     pub fn stop(&mut self, vm: VmId) -> Result<VmState> {
-        self.call("stopping a VM", &Request::Stop { vm }, state)
+        let begun = Instant::now();
+        let mut now = self.call("stopping a VM", &Request::Stop { vm }, state)?;
+        while !matches!(now, VmState::Stopped | VmState::Failed) {
+            self.not_too_slow(begun, || format!("stopping VM {vm}"))?;
+            now = self.info(vm)?.summary.state;
+        }
+        Ok(now)
+    }
+
+    /// Passes a moment of a wait that began then, if there is time left for it.
+    fn not_too_slow(&self, begun: Instant, what: impl Fn() -> String) -> Result<()> {
+        let after = self.options.timeout;
+        if begun.elapsed() > after {
+            return Err(Error::TooSlow {
+                what: what(),
+                after,
+            });
+        }
+        thread::sleep(Duration::from_millis(1));
+        Ok(())
     }
 
     /// Powers the machine off; a line that closes says so as well as an answer.

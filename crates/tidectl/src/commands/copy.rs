@@ -27,7 +27,7 @@ Examples:
 pub struct CopyArgs {
     #[command(flatten)]
     vm: VmArg,
-    /// Where the copy goes: one slot-ID.bin a slot.
+    /// Where the copy goes: one slot-ID.bin a slot, called slot-ID.bin.partial until it is verified.
     #[arg(long, value_name = "DIR")]
     image_dir: PathBuf,
     /// Most rounds while the VM runs.

@@ -109,6 +109,8 @@ pub struct Vm {
     pub last_committed: Epoch,
     pub last_aborted: Epoch,
     pub restarts: u32,
+    /// Asked to stop, and on its way.
+    pub ending: bool,
     pub console: Vec<u8>,
     /// Output before this is no longer kept.
     pub oldest: u64,
@@ -148,6 +150,7 @@ impl Vm {
             last_committed: Epoch(0),
             last_aborted: Epoch(0),
             restarts: 0,
+            ending: false,
             console: Vec::new(),
             oldest: 0,
             attached: false,
@@ -487,6 +490,9 @@ impl Target {
             Request::PowerOff => Ok(Response::Ok),
             Request::Info { vm: id } => {
                 let vm = self.vm(id)?;
+                if vm.ending && !vm.not_yet() {
+                    vm.state = VmState::Stopped;
+                }
                 Ok(Response::Info(info(vm, id)))
             }
             Request::Pause { vm } => {
@@ -514,7 +520,7 @@ impl Target {
             }
             Request::Stop { vm } => {
                 let vm = self.vm(vm)?;
-                vm.state = VmState::Stopped;
+                vm.ending = true;
                 Ok(Response::State(vm.state))
             }
             Request::Hash { vm, slot } => {
