@@ -36,6 +36,9 @@ const BURST: u64 = 2;
 /// that most pages are written once and no later write makes up for a lost one.
 const BURST_PAGES: u32 = 2000;
 
+/// Logs that are started and stopped one after the other.
+const LOGS: u64 = 100;
+
 /// Pages a vCPU writes in an iteration, whole blocks not counted.
 const PAGES: u32 = 120;
 
@@ -80,6 +83,7 @@ pub fn cases() -> Vec<Case> {
         .map(|(name, body)| Case::new(name, 150, body))
         .collect();
     cases.push(Case::new("oracle_a72_dbm_refused", 60, a72_dbm_refused));
+    cases.push(Case::new("oracle_logs_come_and_go", 90, logs_come_and_go));
     let boards: [(&str, crate::case::Body); 4] = [
         ("oracle_wp_page", |s| {
             judge(s, "", Engine::WriteProtect, Granularity::Page)
@@ -198,6 +202,47 @@ fn judge(
     );
     guest.host.finish();
     target.still_on()
+}
+
+/// Logs of all kinds, one after the other. Each start and stop is asked for again until the
+/// machine is through with it, which it may be at any moment of the asking.
+fn logs_come_and_go(script: &mut Script) -> Result<()> {
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 2,
+        pages: PAGES,
+        blocks: 1,
+    };
+    let bundle = guests::pack([guests::oracle(2, MEMORY)?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
+    let before = guest.host.info(guest.vm)?.mappings;
+    for number in 1..=LOGS {
+        let (engine, granularity) = match number % 4 {
+            0 => (EngineChoice::Dbm, Granularity::Page),
+            1 => (EngineChoice::WriteProtect, Granularity::Adaptive),
+            2 => (EngineChoice::Dbm, Granularity::Adaptive),
+            _ => (EngineChoice::WriteProtect, Granularity::Page),
+        };
+        one_log(&mut guest, engine, granularity).with_context(|| format!("log {number}"))?;
+    }
+    let after = guest.host.info(guest.vm)?.mappings;
+    ensure!(
+        after == before,
+        "blocks are not put back: {before:?} before, {after:?} after"
+    );
+    guest.host.finish();
+    target.still_on()
+}
+
+fn one_log(guest: &mut OracleGuest, engine: EngineChoice, granularity: Granularity) -> Result<()> {
+    guest.host.dirty_start(guest.vm, engine, granularity)?;
+    let iteration = guest.step()?;
+    let harvest = guest.host.take(guest.vm)?;
+    check_superset(&guest.ledger.written_in(iteration), &harvest.pages)?;
+    guest.host.commit(guest.vm, &harvest)?;
+    guest.host.dirty_stop(guest.vm)
 }
 
 impl Judge {
