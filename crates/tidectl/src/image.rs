@@ -164,12 +164,15 @@ impl Contents {
 }
 
 impl Image {
-    /// Makes an empty image of these slots in `dir`, which is made too.
+    /// Makes an empty image of these slots in `dir`, which is made too; its parents are not, as
+    /// they would be of a path that was mistyped.
     ///
     /// # Errors
     /// [`Error::File`]; [`Error::Protocol`] for a slot that cannot be.
     pub fn create(dir: &Path, slots: &[SlotInfo]) -> Result<Self> {
-        fs::create_dir_all(dir).map_err(Error::file(dir))?;
+        if !dir.is_dir() {
+            fs::create_dir(dir).map_err(Error::file(dir))?;
+        }
         let mut images = Vec::new();
         for info in slots {
             let len = info

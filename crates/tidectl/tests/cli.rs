@@ -772,13 +772,15 @@ fn shell_is_heard_after_a_frame_that_was_cut_off() {
 #[test]
 fn a_reader_that_leaves_is_not_an_accident() {
     let stage = Stage::new("pipe");
-    let mut child = stage
+    let (reader, writer) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+    // Before it starts: otherwise it may be through before the reader leaves.
+    drop(reader);
+    let child = stage
         .command(&["list"])
-        .stdout(Stdio::piped())
+        .stdout(std::os::fd::OwnedFd::from(writer))
         .stderr(Stdio::piped())
         .spawn()
         .expect("it runs");
-    drop(child.stdout.take());
     let output = finish(child);
     assert_eq!(
         (output.status.code(), text(&output.stderr).as_str()),
