@@ -281,7 +281,7 @@ impl<H: Hardware> Stage2<H> {
         }
     }
 
-    /// Returns what the log is doing. Costs one load per 256 KiB of guest memory.
+    /// Returns what the log is doing.
     pub fn log_status(&self) -> LogStatus {
         let control = self.control.lock();
         let carried = if control.taking.is_none() && control.stale.is_none() {
