@@ -17,6 +17,7 @@ use crate::console;
 use crate::sched::job::{self, Step};
 use crate::vm::{self, Vm, exits};
 use alloc::boxed::Box;
+use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
 use log::warn;
 use spin::Mutex;
@@ -58,6 +59,8 @@ pub struct Open {
 static BAD_FRAMES: AtomicU64 = AtomicU64::new(0);
 /// Whether text waits to be sent as events.
 static TEXT_WAITS: AtomicBool = AtomicBool::new(false);
+/// Whether it waits for room on the line.
+static ROOM_AWAITED: AtomicBool = AtomicBool::new(false);
 
 /// Whom the plain terminal shows and feeds: EL2's shell.
 const SHELL: u16 = u16::MAX;
@@ -111,6 +114,12 @@ pub fn interrupt() {
     });
     for &byte in bytes.iter().take(len) {
         receive(byte);
+    }
+    if ROOM_AWAITED.load(SeqCst)
+        && console::has_room(2 * EVENT_TEXT)
+        && ROOM_AWAITED.swap(false, SeqCst)
+    {
+        send_text_soon();
     }
 }
 
@@ -172,7 +181,8 @@ fn typed(byte: u8) {
     }
 }
 
-/// A guest wrote to its console.
+/// A guest wrote to its console. A line that a shared terminal is too slow for is in the history
+/// only: a CPU waits for the UART for a byte at most.
 pub fn guest_output(vm: &'static Vm, byte: u8) {
     vm.console.put(byte);
     if vm.console.attached.load(Relaxed) {
@@ -184,15 +194,32 @@ pub fn guest_output(vm: &'static Vm, byte: u8) {
         console::write_text(&[byte]);
     } else if terminal == ALL {
         vm.console.whole_line(byte, |line| {
-            console::print(format_args!("{}| {}\n", vm.name(), line));
+            if console::has_room(2 * line.len()) {
+                console::print(format_args!("{}| {}\n", vm.name(), Lossy(line)));
+            }
         });
+    }
+}
+
+/// Text that may hold anything, without a copy of it.
+struct Lossy<'a>(&'a [u8]);
+
+impl fmt::Display for Lossy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.utf8_chunks() {
+            f.write_str(chunk.valid())?;
+            if !chunk.invalid().is_empty() {
+                f.write_char(char::REPLACEMENT_CHARACTER)?;
+            }
+        }
+        Ok(())
     }
 }
 
 /// Sends what waits, a little later: bytes come singly.
 fn send_text_soon() {
     if !TEXT_WAITS.swap(true, AcqRel) {
-        job::submit(Box::new(send_text_step));
+        job::submit_here(Box::new(send_text_step));
     }
 }
 
@@ -202,8 +229,15 @@ fn send_text_step() -> Step {
     TEXT_WAITS.store(false, Release);
     let mut more = false;
     for vm in vm::all() {
-        if vm.console.attached.load(Relaxed) {
-            more |= !console::has_room(2 * EVENT_TEXT) || send_text(vm);
+        if !vm.console.attached.load(Relaxed) {
+            continue;
+        }
+        if !console::has_room(2 * EVENT_TEXT) {
+            // The UART's interrupts go on till there is.
+            ROOM_AWAITED.store(true, SeqCst);
+            more |= console::has_room(2 * EVENT_TEXT);
+        } else {
+            more |= send_text(vm);
         }
     }
     // Whoever set the flag meanwhile has submitted another job.

@@ -104,7 +104,8 @@ fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
             Progress::Silent if timer::now() > end && boot.answer.give_up() => {
                 return Err("it was started but does not answer");
             }
-            // One that has begun comes to an end: nothing it waits for is without a limit.
+            // One that has begun comes to an end: what it waits for has a limit, and the
+            // console is free, as nobody prints here.
             Progress::Silent | Progress::Begun => core::hint::spin_loop(),
         }
     }

@@ -1,8 +1,7 @@
 //! Virtual machines: what one is made of, and the table of them.
 //!
 //! A VM is made once, from the bundle's manifest, and stays in the table until the machine
-//! stops; what starts and ends are its runs. Lock order inside a VM: `run` of a vCPU, then
-//! `parked` of the same vCPU; the devices' locks and the vGIC's are leaves.
+//! stops; what starts and ends are its runs. The order of its locks is in ARCHITECTURE.md.
 
 pub mod bundle;
 pub mod console;
@@ -45,7 +44,8 @@ pub struct Vm {
     pub uart: Mutex<Pl011>,
     /// Its clock.
     pub clock: Mutex<Pl031>,
-    /// When the clock's alarm comes, as a physical count: its first vCPU's CPU wakes for it.
+    /// When the clock is to be looked at for its alarm, as a physical count: its first vCPU's
+    /// CPU wakes for it.
     pub alarm: AtomicU64,
     /// What it wrote to its console, and what waits to be read there.
     pub console: console::GuestConsole,

@@ -46,7 +46,7 @@ pub unsafe fn zero(start: usize, len: usize) {
     let block = if with_zva { 4 << (dczid & 0xf) } else { 16 };
     let mut address = start;
     while address < start + len {
-        // SAFETY: the caller's promise; a block is 16 bytes to 2 KiB, a divisor of a page.
+        // SAFETY: the caller's promise; a block is 4 bytes to 2 KiB, a divisor of a page.
         unsafe {
             if with_zva {
                 asm!("dc zva, {}", in(reg) address, options(nostack, preserves_flags));

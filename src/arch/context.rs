@@ -56,11 +56,12 @@ impl Context {
     }
 
     /// Steps over the trapped instruction (AArch64: four bytes), as if it had been carried
-    /// out: BTYPE is what any instruction but a branch leaves.
+    /// out: BTYPE is what any instruction but a branch leaves, and a software step is over.
     #[inline]
     pub fn skip_instruction(&self) {
         const BTYPE: u64 = 3 << 10;
-        self.set_pstate(self.pstate() & !BTYPE);
+        const SS: u64 = 1 << 21;
+        self.set_pstate(self.pstate() & !(BTYPE | SS));
         self.set_pc(self.pc().wrapping_add(4));
     }
 

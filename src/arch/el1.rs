@@ -154,6 +154,9 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
     } else {
         regs::PMCR_EL0.get() >> 11 & 0x1f
     };
+    // Locked out of a cold reset, they keep a guest's software step from working (H2.4).
+    regs::OSDLR_EL1.set(0);
+    regs::OSLAR_EL1.set(0);
     // Debug, OS lock, debug ROM, PMU, SPE, trace: all trap.
     regs::MDCR_EL2.set(counters | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19);
     // Their reset values are unknown, and zero is "trap nothing more" or "not there".

@@ -115,4 +115,8 @@ registers! {
     ISR_EL1 = "isr_el1";
     /// Monitor debug configuration.
     MDCR_EL2 = "mdcr_el2";
+    /// OS lock.
+    OSLAR_EL1 = "oslar_el1";
+    /// OS double lock.
+    OSDLR_EL1 = "osdlr_el1";
 }

@@ -102,13 +102,16 @@ impl Gic {
     fn wake(&self, frame: Mmio) -> Result<(), RedistributorError> {
         frame.write32(GICR_WAKER, frame.read32(GICR_WAKER) & !0b10);
         let end = timer::now() + timer::ticks(WAKE_PATIENCE);
-        while frame.read32(GICR_WAKER) & 0b100 != 0 {
-            if timer::now() > end {
+        let asleep = || frame.read32(GICR_WAKER) & 0b100 != 0;
+        while asleep() {
+            // Once more when the time is over: this CPU may have been away.
+            if timer::now() > end && asleep() {
                 return Err(RedistributorError::Asleep);
             }
             core::hint::spin_loop();
         }
         frame.write32(SGI_FRAME + ICENABLER, !0);
+        wait_for_disable(frame);
         frame.write32(SGI_FRAME + ICPENDR, !0);
         frame.write32(SGI_FRAME + ICACTIVER, !0);
         frame.write32(SGI_FRAME + IGROUPR, !0);
@@ -132,18 +135,22 @@ impl Gic {
     /// Marks one of this CPU's private interrupts active: it does not fire until a guest's
     /// hardware-linked list register, or EL2, deactivates it.
     pub fn set_private_active(&self, intid: u32) {
-        if let Some(frame) = self.redistributors[cpu::index()].get() {
-            frame.write32(SGI_FRAME + ISACTIVER, 1 << (intid & 31));
-            // Before the guest can end it by a system register, which is not ordered with this.
-            wait_for_redistributor(*frame);
-        }
+        self.write_active(ISACTIVER, intid);
     }
 
     /// Marks one of this CPU's private interrupts inactive.
     pub fn clear_private_active(&self, intid: u32) {
+        self.write_active(ICACTIVER, intid);
+    }
+
+    /// Complete when it returns: the guest may end the interrupt by a system register next, which
+    /// is not ordered with this. Reading the state back is what waits for it; GICR_CTLR.RWP does
+    /// not tell of these registers.
+    fn write_active(&self, register: usize, intid: u32) {
         if let Some(frame) = self.redistributors[cpu::index()].get() {
-            frame.write32(SGI_FRAME + ICACTIVER, 1 << (intid & 31));
-            wait_for_redistributor(*frame);
+            frame.write32(SGI_FRAME + register, 1 << (intid & 31));
+            frame.read32(SGI_FRAME + ISACTIVER);
+            barrier::dsb_sy();
         }
     }
 
@@ -158,8 +165,8 @@ impl Gic {
     }
 }
 
-/// Waits until a redistributor has carried out what was written (GICR_CTLR.RWP).
-fn wait_for_redistributor(frame: Mmio) {
+/// Waits until a redistributor has turned off what ICENABLER was told to (GICR_CTLR.RWP).
+fn wait_for_disable(frame: Mmio) {
     const GICR_CTLR: usize = 0;
     barrier::dsb_sy();
     while frame.read32(GICR_CTLR) >> 3 & 1 != 0 {

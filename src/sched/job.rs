@@ -36,9 +36,20 @@ static WAITING: AtomicUsize = AtomicUsize::new(0);
 
 /// Gives the CPUs a job.
 pub fn submit(job: Job) {
+    enqueue(job);
+    super::call_for_work();
+}
+
+/// Gives this CPU a small job, for its next tick at the latest, and calls no other: for what
+/// guests cause all the time.
+pub fn submit_here(job: Job) {
+    enqueue(job);
+    super::call(crate::arch::cpu::index());
+}
+
+fn enqueue(job: Job) {
     WAITING.fetch_add(1, Relaxed);
     JOBS.lock().push_back(job);
-    super::call_for_work();
 }
 
 /// Whether there are jobs.

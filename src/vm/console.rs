@@ -2,7 +2,6 @@
 //! it and is not read yet.
 
 use alloc::collections::VecDeque;
-use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::AtomicBool;
 use spin::Mutex;
@@ -140,12 +139,12 @@ impl GuestConsole {
     }
 
     /// Collects output into lines for a shared terminal; `show` gets each whole one.
-    pub fn whole_line(&self, byte: u8, show: impl FnOnce(&str)) {
+    pub fn whole_line(&self, byte: u8, show: impl FnOnce(&[u8])) {
         let mut line = self.line.lock();
         match byte {
             b'\r' => {}
             b'\n' => {
-                show(&String::from_utf8_lossy(&line));
+                show(&line);
                 line.clear();
             }
             _ if line.len() < LINE => line.push(byte),

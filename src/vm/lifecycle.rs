@@ -4,8 +4,9 @@
 //! called, and whoever takes the last one off its CPU makes the change ([`settle`]). Nobody
 //! waits. Lock order: `status`, then a vCPU's `run`.
 
+use super::exits::device;
 use super::loader::Loader;
-use super::vcpu::{NEVER, Run};
+use super::vcpu::Run;
 use super::{Vm, Wish};
 use crate::arch::{barrier, timer};
 use crate::board::options::WhenIdle;
@@ -62,9 +63,7 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
         vcpu.reset(entry, context);
     }
     vm.vgic.reset();
-    vm.uart.lock().reset();
-    *vm.clock.lock() = tidemark_devices::pl031::Pl031::new();
-    vm.alarm.store(NEVER, Relaxed);
+    device::reset(vm);
     vm.console.forget_input();
     vm.counter_offset.store(timer::now(), Relaxed);
     {
@@ -106,20 +105,17 @@ pub fn failed(vm: &'static Vm, reason: String) {
 pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
     {
         let mut status = vm.status.lock();
-        let possible = match wish {
-            Wish::Nothing => true,
-            Wish::Pause => matches!(status.state, VmState::Running | VmState::Paused),
-            _ => matches!(
-                status.state,
-                VmState::Running | VmState::Paused | VmState::Starting
-            ),
-        };
-        if !possible {
+        let possible = matches!(
+            status.state,
+            VmState::Running | VmState::Paused | VmState::Starting
+        );
+        if !possible && wish != Wish::Nothing {
             return Err(status.state);
         }
         if wish == Wish::Pause {
             status.pause_wanted = true;
-            if status.state == VmState::Paused {
+            // Paused already, or it will be as soon as it is loaded.
+            if status.state != VmState::Running {
                 return Ok(());
             }
         }
@@ -152,6 +148,10 @@ pub fn resume(vm: &'static Vm) -> Result<(), VmState> {
         match status.state {
             VmState::Paused => status.state = VmState::Running,
             VmState::Running => {}
+            VmState::Starting if status.pause_wanted => {
+                status.pause_wanted = false;
+                return Ok(());
+            }
             other => return Err(other),
         }
         if status.wish == Wish::Pause {

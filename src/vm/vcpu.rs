@@ -9,6 +9,7 @@ use spin::Mutex;
 use tidemark_devices::VcpuIndex;
 use tidemark_devices::psci::PowerState;
 use tidemark_devices::vgic::{ListRegisters, Underflow};
+use tidemark_devices::virt::PHYSICAL_TIMER;
 
 /// A vCPU.
 pub struct Vcpu {
@@ -111,7 +112,12 @@ impl Vcpu {
         parked.list_registers = [0; 16];
         parked.underflow = Underflow::Off;
         self.context.reset(entry, context);
-        *self.physical_timer.lock() = PhysicalTimer::default();
+        {
+            let mut timer = self.physical_timer.lock();
+            *timer = PhysicalTimer::default();
+            // It does not run, so nobody is to be told.
+            let _ = self.vm.vgic.lower_ppi(self.index, PHYSICAL_TIMER);
+        }
         self.deadline.store(NEVER, Relaxed);
         self.fresh.store(true, Release);
     }
@@ -173,8 +179,8 @@ impl Vcpu {
         self.deadline.store(NEVER, Relaxed);
     }
 
-    /// When the alarm of its VM's clock comes, as a physical count, if this vCPU's CPU is the one
-    /// that watches it.
+    /// When its VM's clock is to be looked at, as a physical count, if this vCPU's CPU is the one
+    /// that does.
     pub fn alarm(&self) -> u64 {
         if self.index.index() == 0 {
             self.vm.alarm.load(Relaxed)

@@ -214,7 +214,7 @@ pub fn start_log(
     Ok(progress.map_or(Work::Done(()), going))
 }
 
-/// Stops a VM's log; what is outstanding is given up, nothing is owed any more.
+/// Stops a VM's log. Refused while the host has an epoch.
 pub fn stop_log(vm: &'static Vm) -> Result<Work<()>, ErrorReply> {
     let work = vm.work.lock();
     let stage = vm.memory.stage2().log_status().stage;

@@ -375,7 +375,8 @@ impl Vgic {
 
     /// Puts the controller into its reset state; lines stay as they are, they are the devices'.
     ///
-    /// No vCPU runs meanwhile, and none keeps its list registers: the caller withdraws or clears them first.
+    /// No vCPU runs meanwhile, and none keeps its list registers or its underflow interrupt: the caller
+    /// withdraws or clears them first.
     pub fn reset(&self) {
         self.groups.store(0, Ordering::SeqCst);
         for bank in &self.banks {

@@ -51,8 +51,9 @@ impl Dirty {
     /// Returns how many bits are live, exact when nobody marks or takes. Kept rather than counted:
     /// one load per 256 KiB of guest memory is too long for an answer to a host.
     pub(crate) fn live_pages(&self) -> u64 {
-        let pages = self.live_pages.load(Ordering::Relaxed);
-        if pages > self.pages { 0 } else { pages }
+        // Below zero for a moment, or above all there are.
+        let pages = self.live_pages.load(Ordering::Relaxed) as i64;
+        (pages.max(0) as u64).min(self.pages)
     }
 
     /// Notes one written page.

@@ -218,7 +218,7 @@ impl Image {
         self.slots.iter().find(|slot| slot.info.id == id)
     }
 
-    /// Puts the copy on the disk and gives it its name: it is whole.
+    /// Puts the copy on the disk and gives it its name, slot by slot: it is whole.
     ///
     /// # Errors
     /// [`Error::File`].

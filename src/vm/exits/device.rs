@@ -139,26 +139,45 @@ fn settle_uart(vm: &Vm) -> Kick {
     vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level())
 }
 
-/// Does something with a VM's clock, tells the interrupt controller its line and the
-/// scheduler its alarm. Under the clock's lock to the end, for the same reason.
+/// Does something with a VM's clock, and tells the interrupt controller its line. Under the
+/// clock's lock to the end, for the same reason.
+///
+/// While an alarm is set the clock is looked at each second, its resolution. Waking at the
+/// alarm's own second was rejected: a guest that sets another one all the time would have the
+/// watching CPU interrupted each time, whomever it runs.
 fn with_clock(vm: &Vm, action: impl FnOnce(&mut Pl031, UnixSeconds)) -> Kick {
     let mut clock = vm.clock.lock();
     let second = timer::seconds();
     let now = unix_time(second);
     action(&mut clock, now);
-    let alarm = clock.next_alarm(now).map_or(NEVER, |alarm| {
-        timer::count_at(second + u64::from(alarm.0.wrapping_sub(now.0)))
-    });
-    if vm.alarm.swap(alarm, Relaxed) != alarm && alarm != NEVER {
+    if clock.next_alarm(now).is_some() && vm.alarm.load(Relaxed) == NEVER {
+        vm.alarm.store(timer::count_at(second + 1), Relaxed);
         sched::alarm_set(vm);
     }
     vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level())
 }
 
-/// The count at which a VM's clock has an alarm has come, perhaps: the clock decides.
+/// A second has begun in which a VM's alarm may be due.
 pub fn alarm(vm: &'static Vm) {
-    let kick = with_clock(vm, Pl031::tick);
+    let kick = with_clock(vm, |clock, now| {
+        vm.alarm.store(NEVER, Relaxed);
+        clock.tick(now);
+    });
     raise(vm, kick);
+}
+
+/// Puts the devices into the state of a machine that was just switched on, their lines too.
+pub fn reset(vm: &Vm) {
+    {
+        let mut uart = vm.uart.lock();
+        uart.reset();
+        // Nobody is to be told: no vCPU runs.
+        let _ = vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level());
+    }
+    let mut clock = vm.clock.lock();
+    *clock = Pl031::new();
+    vm.alarm.store(NEVER, Relaxed);
+    let _ = vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level());
 }
 
 /// Input came for a guest: its FIFO is filled and its interrupt raised, from any CPU.

@@ -66,12 +66,11 @@ impl Private {
         }
     }
 
-    /// Back to the reset state; lines stay, and so does UIE, which is not in this struct's power.
+    /// Back to the reset state; lines stay.
     pub(super) fn reset(&mut self) {
-        let (line, underflow) = (self.word.line, self.underflow);
+        let line = self.word.line;
         *self = Self::new();
         self.word.line = line;
-        self.underflow = underflow;
     }
 
     /// Latches a hardware-linked PPI.

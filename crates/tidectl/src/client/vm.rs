@@ -160,11 +160,20 @@ impl Client {
     /// # Errors
     /// As [`Client::call`]; [`Error::TooSlow`].
     pub fn stop(&mut self, vm: VmId) -> Result<VmState> {
-        let begun = Instant::now();
+        let mut begun = Instant::now();
         let mut now = self.call("stopping a VM", &Request::Stop { vm }, state)?;
         while !matches!(now, VmState::Stopped | VmState::Failed) {
+            if now == VmState::Starting {
+                // It ends when it is loaded, however long that takes.
+                begun = Instant::now();
+            }
             self.not_too_slow(begun, || format!("stopping VM {vm}"))?;
-            now = self.info(vm)?.summary.state;
+            now = match self.info(vm) {
+                Ok(info) => info.summary.state,
+                // A machine that goes off with its last VM has stopped it.
+                Err(Error::Closed { .. }) => VmState::Stopped,
+                Err(error) => return Err(error),
+            };
         }
         Ok(now)
     }
