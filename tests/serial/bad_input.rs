@@ -57,6 +57,8 @@ fn start_oracle(script: &mut Script) -> Result<&mut Target> {
     let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
     let target = script.start_tidemark("virt", &bundle, "")?;
     target.to_prompt()?;
+    // What a request meets must not depend on how fast the guest is loaded.
+    target.shell_until("list", "running")?;
     Ok(target)
 }
 
