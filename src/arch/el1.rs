@@ -1,6 +1,7 @@
 //! What a vCPU leaves in EL1's and EL0's registers when a CPU switches to another one,
 //! and the controls of EL2 that decide what it may do.
 
+use super::tlb::NO_WALKS;
 use super::{barrier, regs};
 use aarch64_cpu::registers::*;
 use tock_registers::interfaces::{Readable, Writeable};
@@ -202,7 +203,7 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
 /// must not do so while the tables are of two VMs: EPD0 and EPD1 stop them until
 /// [`El1State::load`] ends.
 pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
-    TCR_EL1.set(TCR_EL1.get() | 1 << 7 | 1 << 23);
+    TCR_EL1.set(TCR_EL1.get() | NO_WALKS);
     barrier::isb();
     if has_ras() {
         // Where the guest's DISR_EL1 is: not the last one's.

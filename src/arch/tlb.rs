@@ -1,7 +1,9 @@
 //! TLB maintenance (Arm ARM D8.14). Every function only issues the operation: the
 //! barriers around it belong to the caller's protocol.
 
-use aarch64_cpu::registers::VTTBR_EL2;
+use super::barrier;
+use super::cpu::PerCpu;
+use aarch64_cpu::registers::{TCR_EL1, VTTBR_EL2};
 use core::arch::asm;
 use tock_registers::interfaces::{Readable, Writeable};
 
@@ -55,15 +57,27 @@ pub fn ripas2e1is(operand: u64) {
     unsafe { asm!("sys #4, c8, c0, #2, {}", in(reg) operand, options(nostack, preserves_flags)) }
 }
 
+/// TCR_EL1.EPD0 and EPD1: no stage-1 walks.
+pub const NO_WALKS: u64 = 1 << 7 | 1 << 23;
+
+/// What TCR_EL1 was before [`select`] took a CPU's stage 2 from its guest.
+static TCR: PerCpu<u64> = PerCpu::new(0);
+
 /// Loads another VM's stage 2 for TLB maintenance by VMID; gives the one before.
 ///
-/// A guest's own walks cannot use it: EL2 does not return to a guest before [`restore`].
+/// A guest's own walks cannot use it: EL2 does not return to a guest before [`restore`]. Walks that
+/// a core makes speculatively meanwhile (Cortex-A72 1319367, A76 1165522) would cache the loaded
+/// guest's stage 1 under the other VM's number: there are none.
 #[inline]
 pub fn select(vttbr: u64) -> u64 {
     let previous = VTTBR_EL2.get();
     if previous != vttbr {
+        let tcr = TCR_EL1.get();
+        TCR.set(tcr);
+        TCR_EL1.set(tcr | NO_WALKS);
+        barrier::isb();
         VTTBR_EL2.set(vttbr);
-        super::barrier::isb();
+        barrier::isb();
     }
     previous
 }
@@ -73,6 +87,7 @@ pub fn select(vttbr: u64) -> u64 {
 pub fn restore(previous: u64) {
     if VTTBR_EL2.get() != previous {
         VTTBR_EL2.set(previous);
-        super::barrier::isb();
+        barrier::isb();
+        TCR_EL1.set(TCR.get());
     }
 }
