@@ -205,12 +205,14 @@ impl GuestMemory {
                 };
                 word.store(value, Relaxed);
             }
+            // Piece by piece: what was written stays told if the next one is not memory.
+            self.stage2
+                .mark_dirty(Ipa::new(at), now.len() as u64)
+                .map_err(|_| OutOfMemoryRange)?;
             at += now.len() as u64;
             left = later;
         }
-        self.stage2
-            .mark_dirty(Ipa::new(ipa), bytes.len() as u64)
-            .map_err(|_| OutOfMemoryRange)
+        Ok(())
     }
 
     /// Writes `len` bytes at `ipa` back to memory and out of the caches, as far as they are

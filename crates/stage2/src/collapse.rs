@@ -39,7 +39,7 @@ impl<H: Hardware> Stage2<H> {
         let mut tables = 0;
         let mut next = None;
         for _ in 0..VISITS {
-            let Some((_, here)) = layout.next(scope, at) else {
+            let Some((slot, here)) = layout.next(scope, at) else {
                 next = None;
                 break;
             };
@@ -49,7 +49,10 @@ impl<H: Hardware> Stage2<H> {
                     next = Some(here);
                     break;
                 }
-                if let Some(block) = whole_block(self.hw.table(pa), target, below)
+                // A block is of one slot, even where two touch and their memory too: the next log would
+                // report all of it as the one's.
+                if slot.leaf(here, target).is_some()
+                    && let Some(block) = whole_block(self.hw.table(pa), target, below)
                     && let Some(place_for) = batch.get_mut(tables)
                 {
                     *place_for = Some(Candidate {

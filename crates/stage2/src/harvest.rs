@@ -369,8 +369,11 @@ impl<H: Hardware> Stage2<H> {
     ///
     /// [`Error::NotMemory`] names the first address outside the slots; what is inside was noted.
     pub fn mark_dirty(&self, ipa: Ipa, len: u64) -> Result<(), Error> {
-        let layout = self.layout.read();
         let end = ipa.checked_add(len).ok_or(Error::NotMemory(ipa))?.raw();
+        if len == 0 {
+            return Ok(());
+        }
+        let layout = self.layout.read();
         let mut at = ipa.raw();
         let mut missed = Ok(());
         for slot in layout

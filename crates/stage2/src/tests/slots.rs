@@ -484,3 +484,39 @@ fn the_end_of_a_vm_frees_all_its_tables() {
         assert_eq!(machine.tables_in_use(), 0, "{bits}");
     }
 }
+
+/// Two slots that touch, and whose memory touches too, do not become one block: the next log would
+/// report its writes as those of the first one.
+#[test]
+fn inv07_a_block_is_never_of_two_slots() {
+    let ipa = 0x4000_0000;
+    for engine in [Engine::Dbm, Engine::WriteProtect] {
+        let world = World::sized(dbm(), 39, 64, 2);
+        world.slot(0, ipa, P2M / 2, Access::ReadWrite, RAM);
+        world.slot(1, ipa + MIB, P2M / 2, Access::ReadWrite, RAM + MIB);
+        world.map_all(0);
+        world.map_all(1);
+        world.start(engine, Granularity::Page);
+        world.harvest();
+        world.stop();
+        let mappings = world.stage2.mappings();
+        assert_eq!((mappings.blocks_2m, mappings.pages_4k), (0, P2M));
+        world.start(engine, Granularity::Adaptive);
+        for page in [0, P2M / 2 - 1, P2M / 2, P2M - 1] {
+            world.touch(0, ipa + page * PAGE_SIZE);
+            assert_eq!(world.harvest(), set([ipa + page * PAGE_SIZE]));
+        }
+    }
+}
+
+#[test]
+fn marking_nothing_marks_nothing() {
+    let ipa = 0x4000_0000;
+    let world = World::sized(dbm(), 39, 64, 2);
+    world.slot(0, ipa, P2M, Access::ReadWrite, RAM);
+    world.start(Engine::Dbm, Granularity::Page);
+    for at in [ipa, ipa + PAGE_SIZE, ipa + 5 * PAGE_SIZE + 8] {
+        assert_eq!(world.stage2.mark_dirty(Ipa::new(at), 0), Ok(()));
+    }
+    assert!(world.harvest().is_empty());
+}
