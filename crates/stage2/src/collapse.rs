@@ -9,8 +9,8 @@ use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
 use crate::slot::{Layout, Scope};
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Tables looked at in a step.
 const BATCH: usize = 8;

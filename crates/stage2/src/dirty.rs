@@ -11,8 +11,8 @@
 //! Bit 0 is the slot's first page, whatever its alignment: KVM's layout.
 
 use crate::error::Error;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 pub(crate) struct Dirty {
     pages: u64,

@@ -11,9 +11,9 @@ use crate::map::{Mapped, Touch};
 use crate::pte::{Kind, Permission, Pte};
 use crate::slot::{Layout, Slot};
 use crate::stage2::Stage2;
+use crate::sync::atomic::Ordering;
 use crate::types::{Access, GuestVa, Ipa, Level, PAGE_SIZE};
 use crate::walk::Place;
-use core::sync::atomic::Ordering;
 
 /// What the guest was doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,10 +4,10 @@
 //! a reference, executing `TLBI`), and the engine above can be `forbid(unsafe_code)`. A recording
 //! implementation is in `fake`, so tests assert the exact sequence of barriers and invalidations.
 
+use crate::sync::atomic::AtomicU64;
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
 use core::ops::Deref;
-use core::sync::atomic::AtomicU64;
 
 /// One translation table: 512 descriptors, each shared with the hardware walker.
 ///

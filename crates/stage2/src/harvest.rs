@@ -22,6 +22,7 @@ use crate::protect::clear_step;
 use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
 use crate::slot::{Layout, LogMode, Slot};
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::tlb::Pending;
 use crate::types::{
     Engine, Epoch, Gfn, Granularity, Ipa, Level, PAGE_SHIFT, PAGE_SIZE, Progress, SlotId,
@@ -30,7 +31,6 @@ use crate::walk::Place;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Deref;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// What a step may cost, in loads of entries.
 const BUDGET: u64 = 2048;

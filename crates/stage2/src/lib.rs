@@ -111,6 +111,7 @@ mod pte;
 mod slot;
 mod split;
 mod stage2;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod tlb;

@@ -13,8 +13,8 @@ use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Permission, Pte};
 use crate::slot::{Layout, Slot};
 use crate::stage2::Stage2;
+use crate::sync::atomic::Ordering;
 use crate::types::{Access, Granularity, Ipa, Level, PAGE_SIZE, Progress, SlotId};
-use core::sync::atomic::Ordering;
 
 /// Why a leaf is put in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

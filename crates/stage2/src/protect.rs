@@ -14,9 +14,9 @@ use crate::hardware::Hardware;
 use crate::pte::{Kind, Permission, Pte};
 use crate::slot::{Layout, Log, LogMode, Scope, Slot};
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Access, Engine, Granularity, Level, PAGE_SIZE, Progress, SlotId};
 use crate::walk::Place;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Entries visited in a step.
 const BUDGET: usize = 1024;

@@ -13,8 +13,8 @@
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Permission, Pte};
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Engine, Level, Pa};
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Why a block is still there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -11,12 +11,12 @@ use crate::error::Error;
 use crate::hardware::{Features, Hardware};
 use crate::harvest::Carried;
 use crate::slot::{Layout, Life, Slot, SlotInfo};
+use crate::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use crate::sync::mutex::SpinMutex;
+use crate::sync::rwlock::{RwLock, RwLockWriteGuard};
 use crate::tlb::Tlb;
 use crate::types::{Access, Extent, Gfn, Level, Pa, Progress, SlotId, Vmid};
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use spin::mutex::SpinMutex;
-use spin::rwlock::{RwLock, RwLockWriteGuard};
 
 /// The stage-2 tables, slots and dirty log of one VM.
 pub struct Stage2<H: Hardware> {

@@ -5,8 +5,8 @@
 //! another CPU could otherwise refill a combined entry from the old stage-2 one).
 
 use crate::hardware::{Features, Hardware};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{GuestVa, Ipa, Level, PAGE_SHIFT};
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The operand of `TLBI IPAS2E1{IS}`: IPA\[47:12\] in bits 35:0, TTL in 47:44.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -13,8 +13,8 @@ use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
 use crate::slot::Slot;
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Entries visited in a step, at most one table more.
 const BUDGET: usize = 2048;

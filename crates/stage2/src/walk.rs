@@ -7,8 +7,8 @@
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The end of a walk: the deepest table on the way to an address, and the entry in it.
 pub(crate) struct Place<'a> {
