@@ -196,6 +196,11 @@ impl Iterator for Bits {
 
 #[cfg(test)]
 impl Dirty {
+    /// The bits noted and not yet taken.
+    pub(crate) fn live(&self) -> &[AtomicU64] {
+        &self.live
+    }
+
     /// Is the page in either bitmap?
     pub(crate) fn knows(&self, page: u64) -> bool {
         let has = |bitmap: &[AtomicU64]| {

@@ -1,28 +1,47 @@
 //! A machine to test against: table memory, a record of every barrier and invalidation, and CPUs
 //! with TLBs that hold on to everything the architecture lets them.
 //!
-//! The simulated hardware is deliberately the worst the architecture allows (see [`pe`](Machine::access)):
-//! a TLB entry stays until an invalidation that must remove it has been *completed* by a DSB, an
-//! invalidation by IPA leaves combined entries alone, and a wrong level hint removes nothing. So a
-//! missing step shows as a lost page, not only as a wrong record.
+//! The simulated hardware is deliberately the worst the architecture allows (see
+//! [`access`](Machine::access)): a TLB entry stays until an invalidation that must remove it has been
+//! *completed* by a DSB, an invalidation by IPA leaves combined entries alone, and a wrong level hint
+//! removes nothing. So a missing step shows as a lost page, not only as a wrong record. Where there is
+//! no one worst case, [`Whims`] decide.
 //!
-//! Its walker decodes VTCR_EL2 and VTTBR_EL2 by itself and shares no code with the engine.
+//! Its walker decodes VTCR_EL2 and VTTBR_EL2 by itself and shares no code with the engine. If it is told
+//! what the machine has ([`assume`](Machine::assume)), a TLB conflict panics.
+//!
+//! | file | part |
+//! |---|---|
+//! | `pe` | a CPU: walks, hardware updates of descriptors, stage 1 |
+//! | `tlb` | what it has cached, and what an invalidation removes |
+//! | `whims` | what the architecture leaves open |
+//! | `traced`, `scheduler` | in this crate's own tests: every access to tables and bitmaps is seen, and any other CPU may come before it |
 
 mod pe;
+mod rng;
+#[cfg(test)]
+pub(crate) mod scheduler;
+mod tlb;
+#[cfg(test)]
+pub mod traced;
+mod whims;
 
-pub use pe::{Abort, Guest};
+pub use pe::{Abort, Guest, Stage1};
+#[cfg(test)]
+pub(crate) use rng::Rng;
+pub use whims::{Speculation, Whims};
 
 use crate::hardware::{Features, Hardware, Support, Table};
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
-use pe::{Op, Pe};
+use pe::Pe;
 use std::boxed::Box;
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::ThreadId;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::vec::Vec;
+use tlb::{Op, Tlb, What};
 
 /// Where the fake's table memory lies.
 const TABLES: u64 = 0x0000_00ab_cd00_0000;
@@ -74,6 +93,37 @@ struct Memory {
     hint: usize,
     /// Tables that may be in use at once.
     limit: usize,
+    refusal: Refusal,
+    /// How many requests were refused by it.
+    refused: usize,
+}
+
+/// Requests for tables that find no memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// None.
+    None,
+    /// The one after so many others, and no more.
+    One(usize),
+    /// All after so many.
+    AllFrom(usize),
+}
+
+impl Refusal {
+    /// Is the next request refused?
+    fn next(&mut self) -> bool {
+        let (Refusal::One(after) | Refusal::AllFrom(after)) = self else {
+            return false;
+        };
+        if let Some(fewer) = after.checked_sub(1) {
+            *after = fewer;
+            return false;
+        }
+        if matches!(self, Refusal::One(_)) {
+            *self = Refusal::None;
+        }
+        true
+    }
 }
 
 #[derive(Default)]
@@ -91,16 +141,62 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What another CPU does in the middle of something.
 type Interruption = Box<dyn FnOnce() + Send>;
 
+/// A descriptor in table memory.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct Entry {
+    pub(crate) table: usize,
+    pub(crate) index: usize,
+}
+
+/// An update of a descriptor that others do not see yet (R_RZYCN): the store that caused it has
+/// happened, and until a DSB of this CPU (R_MKHJS) plain loads may still find the old value.
+///
+/// Not so an atomic access by another CPU. The update is one itself, and what it compared was read
+/// before the store; so whoever changes the word atomically after that store comes after the update,
+/// and it arrives first.
+#[derive(Clone, Copy, Debug)]
+struct Late {
+    pe: usize,
+    place: Entry,
+    expected: u64,
+    dirty: u64,
+    /// On tables that are not Inner Shareable Write-Back updates are loads and stores (R_WLTNL).
+    atomic: bool,
+}
+
+/// A descriptor whose change has no barrier behind it yet: walkers of other CPUs may still see it as
+/// it was.
+#[derive(Clone, Copy, Debug)]
+struct Unsettled {
+    by: usize,
+    /// The operation that made it has returned, so that others have observed it: what a CPU observed
+    /// comes before its own barrier, too.
+    observed: bool,
+    old: u64,
+    /// How often more. Without a barrier it takes long, not for ever.
+    looks: u32,
+}
+
+struct Cpu {
+    pe: Mutex<Pe>,
+    /// VTTBR_EL2.
+    vttbr: AtomicU64,
+    /// Invalidations it issued and did not complete by a DSB yet.
+    queue: Mutex<Vec<Op>>,
+}
+
 /// The fake machine.
 pub struct Machine {
     interruptions: Mutex<Vec<(Event, Interruption)>>,
     tables: Vec<Table>,
     memory: Mutex<Memory>,
     record: Mutex<Record>,
-    pes: Vec<Mutex<Pe>>,
-    /// Invalidations issued and not yet completed by a DSB of the same thread.
-    queues: Mutex<HashMap<ThreadId, Vec<Op>>>,
-    vttbr: AtomicU64,
+    cpus: Vec<Cpu>,
+    whims: OnceLock<Mutex<Whims>>,
+    late: Mutex<Vec<Late>>,
+    unsettled: Mutex<BTreeMap<Entry, Unsettled>>,
+    /// What TLBs may hold at once, if it is to be checked.
+    bbm2: OnceLock<Support>,
 }
 
 std::thread_local! {
@@ -108,8 +204,16 @@ std::thread_local! {
 }
 
 impl Machine {
-    /// Makes a machine with memory for `tables` tables and with `pes` CPUs.
+    /// Makes a machine with memory for `tables` tables and with `pes` CPUs, at most 64.
     pub fn new(tables: usize, pes: usize) -> Self {
+        let cpu = |number| Cpu {
+            pe: Mutex::new(Pe {
+                number,
+                tlb: Tlb::default(),
+            }),
+            vttbr: AtomicU64::new(0),
+            queue: Mutex::default(),
+        };
         Self {
             tables: (0..tables).map(|_| Table::new()).collect(),
             memory: Mutex::new(Memory {
@@ -117,12 +221,16 @@ impl Machine {
                 in_use: 0,
                 hint: 0,
                 limit: tables,
+                refusal: Refusal::None,
+                refused: 0,
             }),
             record: Mutex::new(Record::default()),
-            pes: (0..pes).map(|_| Mutex::default()).collect(),
-            queues: Mutex::default(),
-            vttbr: AtomicU64::new(0),
+            cpus: (0..pes).map(cpu).collect(),
             interruptions: Mutex::default(),
+            whims: OnceLock::new(),
+            late: Mutex::default(),
+            unsettled: Mutex::default(),
+            bbm2: OnceLock::new(),
         }
     }
 
@@ -144,20 +252,65 @@ impl Machine {
         CURRENT.with(|current| current.set(pe));
     }
 
+    /// Returns the CPU that the calling thread is.
+    pub fn current_pe(&self) -> usize {
+        // A thread may have been a CPU of a larger machine before.
+        CURRENT.with(Cell::get) % self.cpus.len()
+    }
+
+    /// Lets the CPUs have whims from now on. Said once, before anything runs.
+    pub fn set_whims(&self, whims: Whims) {
+        let first = self.whims.set(Mutex::new(whims));
+        assert!(first.is_ok(), "the machine has its whims already");
+    }
+
+    fn whims(&self) -> Option<MutexGuard<'_, Whims>> {
+        self.whims.get().map(lock)
+    }
+
+    /// Checks from now on that no TLB can hold what these features do not let it hold at once.
+    /// Said once.
+    pub fn assume(&self, features: &Features) {
+        let first = self.bbm2.set(features.bbm2);
+        assert!(first.is_ok(), "the machine knows its features already");
+    }
+
+    /// A `DSB SY` on `pe`, as when its vCPU exits for good: the updates of descriptors it has under way
+    /// are visible.
+    pub fn synchronize(&self, pe: usize) {
+        let mut late = lock(&self.late);
+        late.retain(|late| {
+            if late.pe == pe {
+                self.arrive(late);
+            }
+            late.pe != pe
+        });
+    }
+
+    /// Returns how many updates of descriptors are under way.
+    pub fn late_updates(&self) -> usize {
+        lock(&self.late).len()
+    }
+
     /// Lets at most `limit` tables be in use at once.
     pub fn limit_tables(&self, limit: usize) {
         lock(&self.memory).limit = limit;
     }
 
+    /// Refuses requests for tables from now on.
+    pub fn refuse_tables(&self, refusal: Refusal) {
+        let mut memory = lock(&self.memory);
+        (memory.refusal, memory.refused) = (refusal, 0);
+    }
+
+    /// Returns how many requests were refused since it was said which ones are to be.
+    pub fn refused(&self) -> usize {
+        lock(&self.memory).refused
+    }
+
     /// Returns how many tables are in use.
     pub fn tables_in_use(&self) -> usize {
-        self.memory
-            .lock()
-            .unwrap()
-            .used
-            .iter()
-            .filter(|used| **used)
-            .count()
+        lock(&self.memory).in_use
     }
 
     /// Runs `then`, once, the next time the engine does `event`, right after it: what another CPU may
@@ -177,8 +330,7 @@ impl Machine {
     /// Starts recording, and notes each new value of the descriptor at `index` of the table at `pa`.
     pub fn record_watching(&self, pa: Pa, index: usize) {
         let table = self.index(pa);
-        let value = self.tables[table].entries()[index].load(Ordering::SeqCst);
-        let watched = Some((table, index, value));
+        let watched = Some((table, index, self.value(table, index)));
         *lock(&self.record) = Record {
             on: true,
             events: Vec::new(),
@@ -196,7 +348,7 @@ impl Machine {
 
     fn look(&self, record: &mut Record) {
         if let Some((table, index, last)) = &mut record.watched {
-            let now = self.tables[*table].entries()[*index].load(Ordering::SeqCst);
+            let now = self.value(*table, *index);
             if now != *last {
                 *last = now;
                 record.events.push(Event::Descriptor(now));
@@ -205,6 +357,11 @@ impl Machine {
     }
 
     fn note(&self, event: Event) {
+        #[cfg(test)]
+        {
+            traced::point();
+            traced::noted(event);
+        }
         let mut record = lock(&self.record);
         if record.on {
             self.look(&mut record);
@@ -225,38 +382,215 @@ impl Machine {
         usize::try_from((pa.raw() - TABLES) / 4096).unwrap()
     }
 
-    fn enqueue(&self, op: Op) {
-        let mut queues = lock(&self.queues);
-        queues
-            .entry(std::thread::current().id())
-            .or_default()
-            .push(op);
+    fn value(&self, table: usize, index: usize) -> u64 {
+        crate::sync::raw(&self.tables[table].entries()[index]).load(Ordering::SeqCst)
+    }
+
+    fn enqueue(&self, what: What, shareable: Shareable) {
+        let current = self.current_pe();
+        let broadcast = shareable == Shareable::Inner;
+        let cpu = &self.cpus[current];
+        let all = u64::MAX >> (64 - self.cpus.len());
+        let mut op = Op {
+            what,
+            vmid: (cpu.vttbr.load(Ordering::SeqCst) >> 48) as u16,
+            broadcast,
+            left: if broadcast { all } else { 1 << current },
+        };
+        for (number, cpu) in self.cpus.iter().enumerate() {
+            let early = self
+                .whims()
+                .is_some_and(|mut whims| whims.invalidates_early());
+            if early && op.left >> number & 1 == 1 {
+                lock(&cpu.pe).tlb.apply(&op);
+                op.left &= !(1 << number);
+            }
+        }
+        lock(&cpu.queue).push(op);
     }
 
     fn complete(&self, shareable: Shareable) {
-        let id = std::thread::current().id();
+        let current = self.current_pe();
         let ops: Vec<Op> = {
-            let mut queues = lock(&self.queues);
-            let Some(queue) = queues.get_mut(&id) else {
-                return;
-            };
+            let mut queue = lock(&self.cpus[current].queue);
             let (now, later) = queue
                 .drain(..)
-                .partition(|op| shareable == Shareable::Inner || !op.is_broadcast());
+                .partition(|op| shareable == Shareable::Inner || !op.broadcast);
             *queue = later;
             now
         };
         if ops.is_empty() {
             return;
         }
-        let current = CURRENT.with(Cell::get);
-        for (number, pe) in self.pes.iter().enumerate() {
+        for (number, cpu) in self.cpus.iter().enumerate() {
+            // Between invalidations that one DSB completes there is no order. As bad as it gets is that
+            // combined entries went first and were made again from the stage-2 ones: that is, stayed.
+            let left = || ops.iter().filter(|op| op.left >> number & 1 == 1);
+            let by_ipa = left().any(|op| matches!(op.what, What::Ipa { .. } | What::Range { .. }));
+            let recombined = by_ipa && self.whims().is_none_or(|mut whims| whims.recombines());
             // Waits for an access in progress, as the DSB does.
-            lock(pe).invalidate(
-                ops.iter()
-                    .filter(|op| op.is_broadcast() || number == current),
-            );
+            let mut pe = lock(&cpu.pe);
+            left()
+                .filter(|op| op.what != What::Combined || !recombined)
+                .for_each(|op| pe.tlb.apply(op));
         }
+    }
+
+    /// An update becomes visible.
+    fn arrive(&self, late: &Late) {
+        let Entry { table, index } = late.place;
+        let word = crate::sync::raw(&self.tables[table].entries()[index]);
+        if late.atomic {
+            let swapped = word.compare_exchange(
+                late.expected,
+                late.dirty,
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            );
+            assert!(
+                swapped.is_ok(),
+                "{:#x} became {swapped:x?} before the hardware's update of it arrived",
+                late.expected
+            );
+        } else {
+            word.store(late.dirty, Ordering::SeqCst);
+        }
+    }
+
+    /// Writes all of a table, as the allocator does.
+    fn fill(&self, table: usize, value: u64) {
+        lock(&self.late).retain(|late| late.place.table != table);
+        lock(&self.unsettled).retain(|place, _| place.table != table);
+        for entry in self.tables[table].entries() {
+            crate::sync::raw(entry).store(value, Ordering::SeqCst);
+        }
+        #[cfg(test)]
+        traced::filled(table);
+    }
+
+    /// Lets updates of the descriptor arrive: an atomic access to it comes after them.
+    pub(crate) fn settle(&self, place: Entry) {
+        lock(&self.late).retain(|late| {
+            let arrives = late.place == place && late.atomic;
+            if arrives {
+                self.arrive(late);
+            }
+            !arrives
+        });
+    }
+
+    /// Returns what the walker of `pe` sees of a descriptor that holds `value`.
+    fn seen(&self, pe: usize, place: Entry, value: u64, whims: Option<&mut Whims>) -> u64 {
+        let Some(whims) = whims else { return value };
+        match lock(&self.unsettled).get_mut(&place) {
+            Some(change) if change.by != pe && change.looks > 0 && whims.looks_back() => {
+                change.looks -= 1;
+                change.old
+            }
+            _ => value,
+        }
+    }
+
+    /// The barriers make earlier changes of descriptors by this CPU visible to every walker.
+    fn settle_changes(&self) {
+        let current = self.current_pe();
+        lock(&self.unsettled).retain(|_, change| change.by != current && !change.observed);
+    }
+
+    /// The current CPU has given back the locks it held: whoever takes them knows what it did.
+    pub fn released(&self) {
+        let current = self.current_pe();
+        let mut unsettled = lock(&self.unsettled);
+        for change in unsettled.values_mut() {
+            change.observed |= change.by == current;
+        }
+    }
+}
+
+/// What a test of this crate knows besides.
+#[cfg(test)]
+impl Machine {
+    /// Returns the descriptor at an address of this process.
+    pub(crate) fn locate(&self, address: usize) -> Option<Entry> {
+        let first = std::ptr::from_ref(self.tables.first()?).addr();
+        let offset = address.checked_sub(first)?;
+        let table = offset / size_of::<Table>();
+        (table < self.tables.len()).then_some(Entry {
+            table,
+            index: offset % size_of::<Table>() / 8,
+        })
+    }
+
+    /// Returns the table at `pa`, if it is one of this machine.
+    pub(crate) fn table_at(&self, pa: u64) -> Option<usize> {
+        let table = usize::try_from(pa.checked_sub(TABLES)? / 4096).ok()?;
+        (table < self.tables.len()).then_some(table)
+    }
+
+    /// The current CPU changed a descriptor, and no barrier says so yet.
+    pub(crate) fn changed(&self, place: Entry, old: u64) {
+        const LOOKS: u32 = 2;
+        let change = Unsettled {
+            by: self.current_pe(),
+            observed: false,
+            old,
+            looks: LOOKS,
+        };
+        let mut unsettled = lock(&self.unsettled);
+        let known = unsettled.entry(place).or_insert(change);
+        if known.by != change.by {
+            *known = change;
+        }
+    }
+
+    /// Returns a CPU that still knows where a table was.
+    pub(crate) fn who_knows(&self, table: usize) -> Option<usize> {
+        let pa = TABLES + table as u64 * 4096;
+        let knows = |cpu: &Cpu| lock(&cpu.pe).tlb.knows_table(pa);
+        self.cpus.iter().position(knows)
+    }
+
+    /// Returns what a descriptor holds.
+    pub(crate) fn descriptor(&self, place: Entry) -> u64 {
+        self.value(place.table, place.index)
+    }
+
+    /// Is an update under way to the descriptor that makes it dirty?
+    pub(crate) fn has_late_update(&self, place: Entry) -> bool {
+        lock(&self.late).iter().any(|late| late.place == place)
+    }
+
+    /// Returns the CPUs that have cached, for addresses of `start..end`, something else than what a
+    /// descriptor says that is about to be made valid there: (CPU, address, what it has).
+    pub(crate) fn stale(
+        &self,
+        vmid: u16,
+        start: u64,
+        end: u64,
+        pte: u64,
+        level: u32,
+    ) -> Option<(usize, u64, u64)> {
+        let made = tlb::Leaf {
+            pte,
+            level,
+            hd: false,
+        };
+        let bbm2 = self.bbm2.get().is_some_and(|bbm2| bbm2.is_present());
+        let is_table = level < 3 && pte & 3 == 3;
+        self.cpus.iter().enumerate().find_map(|(number, cpu)| {
+            let cached = lock(&cpu.pe).tlb.overlapping(vmid, start, end);
+            let stale = cached.into_iter().find(|(ipa, leaf)| {
+                if is_table {
+                    return !bbm2;
+                }
+                if bbm2 {
+                    !leaf.is_equivalent(&made, *ipa)
+                } else {
+                    !leaf.agrees(&made, *ipa)
+                }
+            });
+            stale.map(|(ipa, leaf)| (number, ipa, leaf.pte))
+        })
     }
 }
 
@@ -272,7 +606,13 @@ impl Hardware for Machine {
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
+        #[cfg(test)]
+        traced::point();
         let mut memory = lock(&self.memory);
+        if memory.refusal.next() {
+            memory.refused += 1;
+            return None;
+        }
         if memory.in_use + count > memory.limit {
             return None;
         }
@@ -289,9 +629,7 @@ impl Hardware for Machine {
         memory.hint = first + count;
         for table in first..first + count {
             memory.used[table] = true;
-            for entry in self.tables[table].entries() {
-                entry.store(0, Ordering::SeqCst);
-            }
+            self.fill(table, 0);
         }
         drop(memory);
         self.note(Event::Alloc(count));
@@ -308,19 +646,22 @@ impl Hardware for Machine {
             memory.in_use -= 1;
             memory.hint = memory.hint.min(table);
             // Whoever still walks through here ends at an address that is nothing.
-            for entry in self.tables[table].entries() {
-                entry.store(POISON, Ordering::SeqCst);
-            }
+            self.fill(table, POISON);
         }
     }
 
     fn dsb_ishst(&self) {
         self.note(Event::DsbIshst);
+        self.settle_changes();
     }
 
     fn dsb_ish(&self) {
         self.note(Event::DsbIsh);
+        self.settle_changes();
         self.complete(Shareable::Inner);
+        // Its own updates of descriptors, not those of the CPUs that its invalidations reached: whether
+        // TLBI and DSB order those is not said, so nothing may depend on it.
+        self.synchronize(self.current_pe());
     }
 
     fn dsb_nsh(&self) {
@@ -334,60 +675,56 @@ impl Hardware for Machine {
 
     fn select(&self, vttbr: u64) -> u64 {
         self.note(Event::Select(vttbr));
-        self.vttbr.swap(vttbr, Ordering::SeqCst)
+        let cpu = &self.cpus[self.current_pe()];
+        cpu.vttbr.swap(vttbr, Ordering::SeqCst)
     }
 
     fn restore(&self, previous: u64) {
         self.note(Event::Restore(previous));
-        self.vttbr.store(previous, Ordering::SeqCst);
+        let cpu = &self.cpus[self.current_pe()];
+        cpu.vttbr.store(previous, Ordering::SeqCst);
     }
 
     fn tlbi_ipas2e1is(&self, operand: IpaOperand) {
-        self.note(Event::Ipas2e1is(operand.ipa().raw(), operand.ttl()));
-        self.enqueue(Op::Ipa {
-            ipa: operand.ipa().raw(),
-            ttl: operand.ttl(),
-            broadcast: true,
-        });
+        let (ipa, ttl) = (operand.ipa().raw(), operand.ttl());
+        self.note(Event::Ipas2e1is(ipa, ttl));
+        self.enqueue(What::Ipa { ipa, ttl }, Shareable::Inner);
     }
 
     fn tlbi_ripas2e1is(&self, operand: RangeOperand) {
         let start = operand.start().raw();
         self.note(Event::Ripas2e1is(start, operand.pages()));
-        let ttl = (operand.bits() >> 37 & 3) as u8;
-        self.enqueue(Op::Range {
+        let what = What::Range {
             start,
             end: start + operand.pages() * 4096,
-            ttl,
-        });
+            ttl: (operand.bits() >> 37 & 3) as u8,
+        };
+        self.enqueue(what, Shareable::Inner);
     }
 
     fn tlbi_vmalle1is(&self) {
         self.note(Event::Vmalle1is);
-        self.enqueue(Op::Combined { broadcast: true });
+        self.enqueue(What::Combined, Shareable::Inner);
     }
 
     fn tlbi_vmalls12e1is(&self) {
         self.note(Event::Vmalls12e1is);
-        self.enqueue(Op::Everything);
+        self.enqueue(What::Everything, Shareable::Inner);
     }
 
     fn tlbi_ipas2e1(&self, operand: IpaOperand) {
-        self.note(Event::Ipas2e1(operand.ipa().raw(), operand.ttl()));
-        self.enqueue(Op::Ipa {
-            ipa: operand.ipa().raw(),
-            ttl: operand.ttl(),
-            broadcast: false,
-        });
+        let (ipa, ttl) = (operand.ipa().raw(), operand.ttl());
+        self.note(Event::Ipas2e1(ipa, ttl));
+        self.enqueue(What::Ipa { ipa, ttl }, Shareable::Non);
     }
 
     fn tlbi_vaae1(&self, va: GuestVa) {
         self.note(Event::Vaae1(va.raw()));
-        self.enqueue(Op::Va { va: va.raw() });
+        self.enqueue(What::Va { va: va.raw() }, Shareable::Non);
     }
 
     fn tlbi_vmalle1(&self) {
         self.note(Event::Vmalle1);
-        self.enqueue(Op::Combined { broadcast: false });
+        self.enqueue(What::Combined, Shareable::Non);
     }
 }

@@ -1,9 +1,42 @@
-//! Atomics and locks, from one place: `core`'s and `spin`'s.
+//! Atomics and locks, from one place.
+//!
+//! In the image and for every user of this crate they are those of `core` and `spin`. In this crate's
+//! own tests the 64-bit atomics, of which tables and bitmaps are made, tell an observer before and
+//! after each access (`fake::traced`), and a CPU that spins on a lock lets the others run. So a
+//! simulator sees every single access and can put another CPU in front of any of them.
 //!
 //! The modules have the names of the originals, so that an import differs in its first word only.
 
 pub(crate) mod atomic {
     pub use core::sync::atomic::*;
+
+    #[cfg(test)]
+    pub use crate::fake::traced::AtomicU64;
 }
 
+/// Returns the ordinary atomic: simulated hardware looks at memory without being looked at.
+#[cfg(any(test, feature = "fake"))]
+pub(crate) fn raw(word: &atomic::AtomicU64) -> &core::sync::atomic::AtomicU64 {
+    #[cfg(test)]
+    let word = word.raw();
+    word
+}
+
+#[cfg(not(test))]
 pub(crate) use spin::{mutex, rwlock};
+
+#[cfg(test)]
+pub(crate) mod mutex {
+    pub(crate) type SpinMutex<T> = spin::mutex::SpinMutex<T, crate::fake::traced::Relax>;
+}
+
+#[cfg(test)]
+pub(crate) mod rwlock {
+    use crate::fake::traced::Relax;
+
+    pub(crate) type RwLock<T> = spin::rwlock::RwLock<T, Relax>;
+    #[allow(dead_code)]
+    pub(crate) type RwLockReadGuard<'a, T> = spin::rwlock::RwLockReadGuard<'a, T, Relax>;
+    #[allow(dead_code)]
+    pub(crate) type RwLockWriteGuard<'a, T> = spin::rwlock::RwLockWriteGuard<'a, T, Relax>;
+}

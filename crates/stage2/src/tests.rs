@@ -3,10 +3,12 @@
 mod descriptors;
 mod epochs;
 mod invariants;
-mod model;
 mod races;
+mod random;
 mod review2014;
 mod sequences;
+mod sim;
+mod simulated;
 mod slots;
 mod stress;
 mod world;

@@ -58,7 +58,7 @@ fn leaves_have_the_bits_of_the_manual() {
 }
 
 #[test]
-fn inv08_the_states_are_told_apart_by_the_descriptor_alone() {
+fn invariant_08_the_states_are_told_apart_by_the_descriptor_alone() {
     for level in [Level::L1, Level::L2, Level::L3] {
         for permission in PERMISSIONS {
             let pte = Pte::leaf(level, Pa::new(0x4000_0000), MemAttr::WriteBack, permission);
@@ -90,7 +90,7 @@ fn inv08_the_states_are_told_apart_by_the_descriptor_alone() {
 }
 
 #[test]
-fn inv08_clearing_write_touches_nothing_that_is_no_dirty_leaf() {
+fn invariant_08_clearing_write_touches_nothing_that_is_no_dirty_leaf() {
     use crate::pte::CLEAR_WRITE;
     for quiet in [
         Pte::EMPTY,
@@ -113,7 +113,7 @@ fn inv08_clearing_write_touches_nothing_that_is_no_dirty_leaf() {
 }
 
 #[test]
-fn inv06_a_child_inherits_every_bit_it_is_not_told_to_change() {
+fn invariant_06_a_child_inherits_every_bit_it_is_not_told_to_change() {
     let strange = 1 << 52 | 1 << 53 | 1 << 54 | 1 << 57 | 1 << 58 | 0xf << 59;
     let block = Pte::leaf(
         Level::L2,
@@ -137,7 +137,7 @@ fn inv06_a_child_inherits_every_bit_it_is_not_told_to_change() {
 }
 
 #[test]
-fn inv09_what_makes_a_leaf_dirty_sets_its_access_flag() {
+fn invariant_09_what_makes_a_leaf_dirty_sets_its_access_flag() {
     for permission in PERMISSIONS {
         let pte = Pte::leaf(Level::L3, PA, MemAttr::WriteBack, permission);
         assert_ne!(pte.0 & 1 << 10, 0);
@@ -162,7 +162,7 @@ fn vtcr_is_what_the_manual_says() {
 }
 
 #[test]
-fn inv14_ha_and_hd_go_together_and_only_with_usable_dirty_state() {
+fn invariant_14_ha_and_hd_go_together_and_only_with_usable_dirty_state() {
     assert_eq!(
         Shape::new(40, &Features::BASELINE).unwrap().vtcr >> 21 & 3,
         0
@@ -216,7 +216,7 @@ fn every_ipa_size_has_a_start_level_that_fits() {
 }
 
 #[test]
-fn inv16_operands_carry_the_page_and_the_leaf_level() {
+fn invariant_16_operands_carry_the_page_and_the_leaf_level() {
     let ipa = Ipa::new(0x0000_ffff_ffff_f000);
     assert_eq!(IpaOperand::new(ipa, None).bits(), 0xf_ffff_ffff);
     for (level, ttl) in [
@@ -236,7 +236,7 @@ fn inv16_operands_carry_the_page_and_the_leaf_level() {
 }
 
 #[test]
-fn inv16_ranges_cover_exactly_and_odd_tails_go_alone() {
+fn invariant_16_ranges_cover_exactly_and_odd_tails_go_alone() {
     let start = 0x12_3400_0000u64;
     let cases = (1..200).chain([511, 512, 513, 4095, 32767, 32768, 1 << 16, (1 << 21) - 1]);
     for pages in cases {
@@ -263,7 +263,7 @@ fn inv16_ranges_cover_exactly_and_odd_tails_go_alone() {
 }
 
 #[test]
-fn inv17_vmids_are_checked_against_the_width() {
+fn invariant_17_vmids_are_checked_against_the_width() {
     assert_eq!(Vmid::new(0, VmidWidth::Sixteen), None);
     assert_eq!(Vmid::new(256, VmidWidth::Eight), None);
     assert_eq!(Vmid::new(256, VmidWidth::Sixteen).unwrap().raw(), 256);

@@ -20,7 +20,7 @@ fn logging(engine: Engine, features: Features, pages: u64) -> World {
 }
 
 #[test]
-fn inv19_an_aborted_epoch_is_reported_again_with_what_came_since() {
+fn invariant_19_an_aborted_epoch_is_reported_again_with_what_came_since() {
     for (engine, features) in engines() {
         let world = logging(engine, features, 3 * P2M);
         world.write(0, page(1));
@@ -39,7 +39,7 @@ fn inv19_an_aborted_epoch_is_reported_again_with_what_came_since() {
 }
 
 #[test]
-fn inv19_an_abort_at_any_step_loses_nothing_and_reports_nothing_committed() {
+fn invariant_19_an_abort_at_any_step_loses_nothing_and_reports_nothing_committed() {
     let pages = 20 * P2M;
     for (engine, features) in engines() {
         for steps in 0..40 {

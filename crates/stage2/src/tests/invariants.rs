@@ -20,7 +20,7 @@ const GRANULARITIES: [Granularity; 3] =
     [Granularity::Page, Granularity::Adaptive, Granularity::Block];
 
 #[test]
-fn inv01_every_write_is_reported_by_every_engine_and_granularity() {
+fn invariant_01_every_write_is_reported_by_every_engine_and_granularity() {
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
             let world = mapped(features, 3 * P2M + 5);
@@ -46,7 +46,7 @@ fn inv01_every_write_is_reported_by_every_engine_and_granularity() {
 }
 
 #[test]
-fn inv02_the_returned_value_decides_not_an_earlier_look() {
+fn invariant_02_the_returned_value_decides_not_an_earlier_look() {
     // The hardware makes the page dirty between a step's look at the table and the step itself: as
     // close as one thread gets is a page made dirty behind the engine's back.
     let world = mapped(dbm(), P2M);
@@ -58,7 +58,7 @@ fn inv02_the_returned_value_decides_not_an_earlier_look() {
 }
 
 #[test]
-fn inv02_a_fault_that_looked_too_long_ago_changes_nothing() {
+fn invariant_02_a_fault_that_looked_too_long_ago_changes_nothing() {
     let world = mapped(dbm(), P2M);
     world.start(Engine::WriteProtect, Granularity::Adaptive);
     let layout = world.stage2.layout.read();
@@ -88,7 +88,7 @@ fn inv02_a_fault_that_looked_too_long_ago_changes_nothing() {
 }
 
 #[test]
-fn inv03_a_stale_tlb_entry_cannot_outlive_the_harvest() {
+fn invariant_03_a_stale_tlb_entry_cannot_outlive_the_harvest() {
     for (engine, features) in engines() {
         let world = mapped(features, P2M);
         world.start(engine, Granularity::Page);
@@ -101,7 +101,7 @@ fn inv03_a_stale_tlb_entry_cannot_outlive_the_harvest() {
 }
 
 #[test]
-fn inv03_an_aborted_harvest_still_owes_its_invalidation() {
+fn invariant_03_an_aborted_harvest_still_owes_its_invalidation() {
     for (engine, features) in engines() {
         let pages = 8 * P2M;
         let world = mapped(features, pages);
@@ -125,7 +125,7 @@ fn inv03_an_aborted_harvest_still_owes_its_invalidation() {
 }
 
 #[test]
-fn inv05_no_translation_outlives_a_deleted_slot() {
+fn invariant_05_no_translation_outlives_a_deleted_slot() {
     for (_, features) in engines() {
         for pa in [RAM, RAM + PAGE_SIZE] {
             let world = World::sized(features, 39, 64, 2);
@@ -149,7 +149,7 @@ fn inv05_no_translation_outlives_a_deleted_slot() {
 }
 
 #[test]
-fn inv05_a_slot_that_changes_access_keeps_its_dirty_pages() {
+fn invariant_05_a_slot_that_changes_access_keeps_its_dirty_pages() {
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
             let world = mapped(features, 30 * P2M + 3);
@@ -187,7 +187,7 @@ fn inv05_a_slot_that_changes_access_keeps_its_dirty_pages() {
 }
 
 #[test]
-fn inv06_split_inherits_dirty_from_break() {
+fn invariant_06_split_inherits_dirty_from_break() {
     for bbm2 in [Support::Absent, Support::Present] {
         let world = mapped(Features { bbm2, ..dbm() }, 2 * P2M);
         world.start(Engine::Dbm, Granularity::Adaptive);
@@ -214,7 +214,7 @@ fn inv06_split_inherits_dirty_from_break() {
 }
 
 #[test]
-fn inv06_a_dirty_block_is_reported_whole_and_split_for_the_next_round() {
+fn invariant_06_a_dirty_block_is_reported_whole_and_split_for_the_next_round() {
     for (engine, features) in engines() {
         let world = mapped(features, 2 * P2M);
         world.start(engine, Granularity::Adaptive);
@@ -236,7 +236,7 @@ fn inv06_a_dirty_block_is_reported_whole_and_split_for_the_next_round() {
 }
 
 #[test]
-fn inv06_without_memory_a_block_stays_tracked_and_is_reported_whole() {
+fn invariant_06_without_memory_a_block_stays_tracked_and_is_reported_whole() {
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
             let world = mapped(features, 2 * P2M);
@@ -260,7 +260,7 @@ fn inv06_without_memory_a_block_stays_tracked_and_is_reported_whole() {
 }
 
 #[test]
-fn inv06_a_guest_that_meets_a_break_retries() {
+fn invariant_06_a_guest_that_meets_a_break_retries() {
     let world = mapped(Features::BASELINE, P2M);
     world.entry(IPA).swap(Pte::BUSY.0, Ordering::SeqCst);
     for kind in [FaultKind::Translation, FaultKind::Permission] {
@@ -275,7 +275,7 @@ fn inv06_a_guest_that_meets_a_break_retries() {
 }
 
 #[test]
-fn inv07_stopping_puts_every_block_back() {
+fn invariant_07_stopping_puts_every_block_back() {
     for (engine, features) in engines() {
         // 1 GiB, two blocks and a tail of pages; and a second slot that shares the tail's 2 MiB.
         let world = World::sized(features, 39, 600, 2);
@@ -317,7 +317,7 @@ fn inv07_stopping_puts_every_block_back() {
 }
 
 #[test]
-fn inv07_what_is_no_block_in_small_change_is_not_collapsed() {
+fn invariant_07_what_is_no_block_in_small_change_is_not_collapsed() {
     // Unaligned memory, and a hole in the middle of the mapping.
     let world = World::sized(Features::BASELINE, 39, 64, 2);
     world.slot(0, IPA, P2M, Access::ReadWrite, RAM + PAGE_SIZE);
@@ -340,7 +340,7 @@ fn inv07_what_is_no_block_in_small_change_is_not_collapsed() {
 }
 
 #[test]
-fn inv07_one_leaf_that_differs_keeps_the_table() {
+fn invariant_07_one_leaf_that_differs_keeps_the_table() {
     for odd in [0, 1, P2M - 1] {
         let world = mapped(Features::BASELINE, P2M);
         world.start(Engine::WriteProtect, Granularity::Page);
@@ -353,7 +353,7 @@ fn inv07_one_leaf_that_differs_keeps_the_table() {
 }
 
 #[test]
-fn inv08_read_only_memory_never_becomes_writable() {
+fn invariant_08_read_only_memory_never_becomes_writable() {
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
             let world = World::sized(features, 39, 600, 2);
@@ -406,7 +406,7 @@ fn inv08_read_only_memory_never_becomes_writable() {
 }
 
 #[test]
-fn inv08_a_read_only_leaf_in_writable_memory_stays_one() {
+fn invariant_08_a_read_only_leaf_in_writable_memory_stays_one() {
     // Nothing here makes such a leaf yet; sharing pages between VMs will.
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
@@ -445,7 +445,7 @@ fn inv08_a_read_only_leaf_in_writable_memory_stays_one() {
 }
 
 #[test]
-fn inv08_an_untracked_leaf_is_not_the_harvests() {
+fn invariant_08_an_untracked_leaf_is_not_the_harvests() {
     for (engine, features) in engines() {
         let world = mapped(features, P2M);
         world.start(engine, Granularity::Page);
@@ -459,7 +459,7 @@ fn inv08_an_untracked_leaf_is_not_the_harvests() {
 }
 
 #[test]
-fn inv09_a_leaf_without_access_flag_gets_it_and_keeps_the_rest() {
+fn invariant_09_a_leaf_without_access_flag_gets_it_and_keeps_the_rest() {
     let world = mapped(dbm(), P2M);
     world.start(Engine::Dbm, Granularity::Page);
     let before = world.pte(IPA).0;
@@ -479,7 +479,7 @@ fn inv09_a_leaf_without_access_flag_gets_it_and_keeps_the_rest() {
 }
 
 #[test]
-fn inv11_no_leaf_ever_has_the_contiguous_bit() {
+fn invariant_11_no_leaf_ever_has_the_contiguous_bit() {
     for (engine, features) in engines() {
         let world = mapped(features, 2 * P2M + 16);
         world.start(engine, Granularity::Page);
@@ -493,7 +493,7 @@ fn inv11_no_leaf_ever_has_the_contiguous_bit() {
 }
 
 #[test]
-fn inv12_a_write_by_the_stage_1_walker_is_a_write() {
+fn invariant_12_a_write_by_the_stage_1_walker_is_a_write() {
     let world = mapped(Features::BASELINE, P2M);
     world.start(Engine::WriteProtect, Granularity::Page);
     // Such an abort has no address of the page's own, so all combined entries go.
@@ -507,7 +507,7 @@ fn inv12_a_write_by_the_stage_1_walker_is_a_write() {
 }
 
 #[test]
-fn inv14_a_cpu_that_does_not_update_dirty_state_faults_and_loses_nothing() {
+fn invariant_14_a_cpu_that_does_not_update_dirty_state_faults_and_loses_nothing() {
     let world = mapped(dbm(), 2 * P2M);
     world.start(Engine::Dbm, Granularity::Page);
     let mut guest = world.guest;
@@ -527,7 +527,7 @@ fn inv14_a_cpu_that_does_not_update_dirty_state_faults_and_loses_nothing() {
 }
 
 #[test]
-fn inv14_switching_engines_changes_no_register_and_loses_nothing() {
+fn invariant_14_switching_engines_changes_no_register_and_loses_nothing() {
     let world = mapped(dbm(), 3 * P2M);
     for granularity in GRANULARITIES {
         world.start(Engine::Dbm, granularity);
@@ -562,7 +562,7 @@ fn inv14_switching_engines_changes_no_register_and_loses_nothing() {
 }
 
 #[test]
-fn inv15_a_harvest_waits_for_a_busy_entry_instead_of_passing_it() {
+fn invariant_15_a_harvest_waits_for_a_busy_entry_instead_of_passing_it() {
     for (engine, features) in engines() {
         let world = mapped(features, 4 * P2M);
         world.start(engine, Granularity::Adaptive);
@@ -587,7 +587,7 @@ fn inv15_a_harvest_waits_for_a_busy_entry_instead_of_passing_it() {
 }
 
 #[test]
-fn inv15_starting_and_stopping_wait_for_a_busy_entry_too() {
+fn invariant_15_starting_and_stopping_wait_for_a_busy_entry_too() {
     let world = mapped(dbm(), 2 * P2M);
     let entry = world.entry(IPA);
     let block = entry.swap(Pte::BUSY.0, Ordering::SeqCst);
@@ -619,7 +619,7 @@ fn inv15_starting_and_stopping_wait_for_a_busy_entry_too() {
 }
 
 #[test]
-fn inv15_every_alignment_is_covered_exactly() {
+fn invariant_15_every_alignment_is_covered_exactly() {
     for (engine, features) in engines() {
         for (lead, pages) in [
             (0, 1),
@@ -678,7 +678,7 @@ fn inv15_every_alignment_is_covered_exactly() {
 }
 
 #[test]
-fn inv18_every_write_by_el2_is_marked_whatever_the_engine() {
+fn invariant_18_every_write_by_el2_is_marked_whatever_the_engine() {
     for (engine, features) in engines() {
         for granularity in GRANULARITIES {
             let world = World::sized(features, 39, 64, 2);
@@ -700,7 +700,7 @@ fn inv18_every_write_by_el2_is_marked_whatever_the_engine() {
 }
 
 #[test]
-fn inv18_marking_takes_any_range_and_names_what_is_no_memory() {
+fn invariant_18_marking_takes_any_range_and_names_what_is_no_memory() {
     let world = World::sized(Features::BASELINE, 39, 64, 2);
     world.slot(0, IPA, 10, Access::ReadWrite, RAM);
     world.slot(1, IPA + 20 * PAGE_SIZE, 10, Access::ReadWrite, RAM + MIB);
@@ -722,7 +722,7 @@ fn inv18_marking_takes_any_range_and_names_what_is_no_memory() {
 }
 
 #[test]
-fn inv19_bits_past_the_end_are_never_set() {
+fn invariant_19_bits_past_the_end_are_never_set() {
     use crate::dirty::Dirty;
     let dirty = Dirty::new(70).unwrap();
     dirty.add(64, u64::MAX);
@@ -754,7 +754,7 @@ fn inv19_bits_past_the_end_are_never_set() {
 }
 
 #[test]
-fn inv21_both_engines_report_the_same_pages_on_the_same_run() {
+fn invariant_21_both_engines_report_the_same_pages_on_the_same_run() {
     let run = |engine, features, granularity| {
         let world = mapped(features, 5 * P2M + 7);
         world.start(engine, granularity);

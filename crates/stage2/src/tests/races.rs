@@ -61,7 +61,7 @@ fn the_loser_of_a_link_gives_its_table_back() {
 }
 
 #[test]
-fn inv06_a_write_between_building_and_linking_the_children_is_reported() {
+fn invariant_06_a_write_between_building_and_linking_the_children_is_reported() {
     let world = world(
         Features {
             bbm2: Support::Present,
@@ -87,7 +87,7 @@ fn inv06_a_write_between_building_and_linking_the_children_is_reported() {
 }
 
 #[test]
-fn inv06_two_cpus_split_one_block_once() {
+fn invariant_06_two_cpus_split_one_block_once() {
     let world = world(
         Features {
             bbm2: Support::Present,
@@ -124,7 +124,7 @@ fn inv06_two_cpus_split_one_block_once() {
 }
 
 #[test]
-fn inv15_a_guest_in_the_middle_of_a_break_retries_and_another_harvest_waits() {
+fn invariant_15_a_guest_in_the_middle_of_a_break_retries_and_another_harvest_waits() {
     let world = world(Features::BASELINE, 2 * P2M, RAM);
     world.map_all(0);
     world.start(Engine::WriteProtect, Granularity::Adaptive);
@@ -144,7 +144,7 @@ fn inv15_a_guest_in_the_middle_of_a_break_retries_and_another_harvest_waits() {
 }
 
 #[test]
-fn inv03_writes_until_the_last_barrier_belong_to_the_epoch() {
+fn invariant_03_writes_until_the_last_barrier_belong_to_the_epoch() {
     for (engine, features) in engines() {
         // After any step of the invalidation: the page is in the epoch, or dirty again for the next.
         let moments = [

@@ -165,7 +165,7 @@ fn split_with_bbm2_never_shows_an_invalid_entry() {
 }
 
 #[test]
-fn inv03_harvest_clears_then_invalidates_then_says_done() {
+fn invariant_03_harvest_clears_then_invalidates_then_says_done() {
     for (engine, features) in engines() {
         let features = Features {
             tlb_range: Support::Absent,
@@ -207,7 +207,7 @@ fn inv03_harvest_clears_then_invalidates_then_says_done() {
 }
 
 #[test]
-fn inv03_a_large_harvest_invalidates_by_vmid_once() {
+fn invariant_03_a_large_harvest_invalidates_by_vmid_once() {
     for (engine, features) in engines() {
         let world = world(Features {
             tlb_range: Support::Absent,
@@ -225,7 +225,7 @@ fn inv03_a_large_harvest_invalidates_by_vmid_once() {
 }
 
 #[test]
-fn inv16_a_run_goes_by_range_where_the_machine_can() {
+fn invariant_16_a_run_goes_by_range_where_the_machine_can() {
     let world = world(Machine::everything());
     world.map_all(0);
     world.start(Engine::Dbm, Granularity::Page);
@@ -320,7 +320,7 @@ fn a_spurious_permission_fault_drops_all_combined_entries() {
 }
 
 #[test]
-fn inv07_collapse_breaks_all_of_a_step_with_one_invalidation_and_frees_last() {
+fn invariant_07_collapse_breaks_all_of_a_step_with_one_invalidation_and_frees_last() {
     let world = world(Features::BASELINE);
     world.map_all(0);
     world.start(Engine::WriteProtect, Granularity::Page);
@@ -344,7 +344,7 @@ fn inv07_collapse_breaks_all_of_a_step_with_one_invalidation_and_frees_last() {
 }
 
 #[test]
-fn inv05_tables_are_freed_after_the_invalidation() {
+fn invariant_05_tables_are_freed_after_the_invalidation() {
     let world = World::sized(Features::BASELINE, 39, 64, 2);
     world.slot(0, IPA, PAGES, Access::ReadWrite, RAM + PAGE_SIZE);
     world.map_all(0);

@@ -220,7 +220,7 @@ const ROUNDS: u64 = 60;
 const TIME: Duration = Duration::from_millis(400);
 
 #[test]
-fn inv01_write_protect_loses_nothing_under_fire() {
+fn invariant_01_write_protect_loses_nothing_under_fire() {
     for granularity in [Granularity::Page, Granularity::Adaptive, Granularity::Block] {
         soak(
             Features::BASELINE,
@@ -233,7 +233,7 @@ fn inv01_write_protect_loses_nothing_under_fire() {
 }
 
 #[test]
-fn inv01_dbm_loses_nothing_under_fire() {
+fn invariant_01_dbm_loses_nothing_under_fire() {
     for granularity in [Granularity::Page, Granularity::Adaptive, Granularity::Block] {
         soak(dbm(), Engine::Dbm, granularity, Trouble::None, TIME);
         soak(
@@ -247,7 +247,7 @@ fn inv01_dbm_loses_nothing_under_fire() {
 }
 
 #[test]
-fn inv19_aborts_lose_nothing_under_fire() {
+fn invariant_19_aborts_lose_nothing_under_fire() {
     soak(dbm(), Engine::Dbm, Granularity::Page, Trouble::Aborts, TIME);
     soak(
         dbm(),
@@ -259,7 +259,7 @@ fn inv19_aborts_lose_nothing_under_fire() {
 }
 
 #[test]
-fn inv14_switching_engines_loses_nothing_under_fire() {
+fn invariant_14_switching_engines_loses_nothing_under_fire() {
     for granularity in [Granularity::Page, Granularity::Adaptive] {
         soak(dbm(), Engine::Dbm, granularity, Trouble::Switches, TIME);
     }
@@ -268,7 +268,7 @@ fn inv14_switching_engines_loses_nothing_under_fire() {
 /// A harvester that never rests while a guest touches one new table after the other: the fault maps
 /// the page dirty and notes it while the harvest walks by and sees a hole.
 #[test]
-fn inv01_a_hole_that_is_mapped_during_a_harvest_is_not_lost() {
+fn invariant_01_a_hole_that_is_mapped_during_a_harvest_is_not_lost() {
     const TABLES: u64 = 500;
     let began = Instant::now();
     while began.elapsed() < 2 * TIME {

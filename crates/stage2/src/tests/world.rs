@@ -1,13 +1,14 @@
 //! A guest with memory on the fake machine, and a host that takes its dirty pages.
 
+use crate::dirty::Dirty;
 use crate::fake::{Guest, Machine};
 use crate::hardware::Hardware;
 use crate::pte::{Kind, Pte};
 use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::*;
 use crate::{Error, Fault, FaultAccess, FaultKind, Features, Outcome, Support, Translation};
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::vec::Vec;
 
@@ -63,6 +64,7 @@ impl World {
 
     pub fn sized(features: Features, ipa_bits: u8, tables: usize, pes: usize) -> Self {
         let machine = Arc::new(Machine::new(tables, pes));
+        machine.assume(&features);
         let stage2 = Stage2::new(Arc::clone(&machine), ipa_bits, vmid(), features).unwrap();
         let guest = Guest {
             vtcr: stage2.vtcr(),
@@ -147,11 +149,6 @@ impl World {
         self.stage2.mark_dirty(Ipa::new(ipa), 8).unwrap();
     }
 
-    pub fn content(&self, ipa: u64) -> u64 {
-        let pa = self.stage2.translate(Ipa::new(ipa)).unwrap().pa.raw() & !0xfff;
-        self.ram.lock().unwrap().get(&pa).copied().unwrap_or(0)
-    }
-
     pub fn start(&self, engine: Engine, granularity: Granularity) {
         finish(|| self.stage2.start_log(engine, granularity)).unwrap();
     }
@@ -205,6 +202,12 @@ impl World {
         pages.into_iter().collect()
     }
 
+    /// The bitmaps of a slot.
+    pub fn dirty(&self, id: u16) -> Arc<Dirty> {
+        let layout = self.stage2.layout.read();
+        Arc::clone(&layout.slot(SlotId(id)).unwrap().dirty)
+    }
+
     /// The descriptor that decides about `ipa`.
     pub fn pte(&self, ipa: u64) -> (Pte, Level) {
         let (entry, level) = self.machine.walk(self.guest, ipa);
@@ -213,6 +216,11 @@ impl World {
 
     pub fn entry(&self, ipa: u64) -> &AtomicU64 {
         self.machine.walk(self.guest, ipa).0
+    }
+
+    /// The entry that points to the level-3 table of `ipa`.
+    pub fn parent(&self, ipa: u64) -> &AtomicU64 {
+        self.stage2.descend_to(ipa, Level::L2).entry()
     }
 
     /// The table and index of the entry of `level` on the way to `ipa`.

@@ -1,0 +1,742 @@
+//! Random histories against a plain model.
+//!
+//! CPU 0 is EL2's manager, with the host behind it: it starts and stops logs, takes, commits, aborts,
+//! adds, deletes and changes slots, maps ahead, runs out of memory. The other CPUs run the guest, write
+//! for EL2, and lend the manager a hand. What each does is a list of actions; in which order they take
+//! turns, and where in the middle of what, a seed decides.
+//!
+//! The model is a host that copies memory as it would over the wire: everything once a log has started,
+//! then the pages of each epoch, and only when it commits. The watchers of [`sim`](super::sim) look at
+//! every write; at the end the copy is the memory.
+//!
+//! `TIDEMARK_SEQUENCES` says how many histories (10,000 without it), `TIDEMARK_SEED` repeats a run.
+
+use super::sim::*;
+use super::world::*;
+use crate::fake::{Machine, Speculation};
+use crate::types::*;
+use crate::{Error, FaultAccess, Features, LogStage, Outcome, Support};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
+use std::collections::BTreeSet;
+use std::panic::{self, AssertUnwindSafe};
+use std::string::{String, ToString};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::vec::Vec;
+use std::{boxed::Box, env, vec};
+
+/// Slots that begin and end inside blocks, lie on unaligned memory, share tables, are read-only, change
+/// their access, or hold a block of 1 GiB.
+fn places(large: Large) -> [Place; 5] {
+    let place = |id, ipa, pages, access, pa| Place {
+        id,
+        ipa,
+        pages,
+        access,
+        pa,
+    };
+    let (pages, page) = (
+        match large {
+            Large::Gib => P1G + 33,
+            Large::None => 2 * P2M + 33,
+        },
+        PAGE_SIZE,
+    );
+    let (writable, read_only) = (Access::ReadWrite, Access::ReadOnly);
+    [
+        place(0, GIB + 3 * page, 2 * P2M + 100, writable, RAM + 3 * page),
+        place(
+            1,
+            GIB + 4 * MIB + 103 * page,
+            70,
+            writable,
+            RAM + 16 * MIB + 5 * page,
+        ),
+        place(2, GIB + 8 * MIB, P2M, read_only, RAM + 32 * MIB),
+        place(3, 4 * GIB, pages, writable, RAM + 4 * GIB),
+        place(4, 2 * GIB, P2M + 7, writable, RAM + 64 * MIB + page),
+    ]
+}
+
+/// The one whose access changes.
+const FLIPPED: usize = 4;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Large {
+    /// A slot with a block of 1 GiB.
+    Gib,
+    None,
+}
+
+/// Pages worth touching: edges of slots and blocks, and a few in the middle.
+fn pages(places: &[Place]) -> Vec<u64> {
+    let mut pages = BTreeSet::new();
+    for Place { ipa, pages: n, .. } in places {
+        let blocks = [P2M, 2 * P2M, 100 * P2M].map(|block| block - (ipa >> 12) % P2M);
+        let around = blocks.iter().flat_map(|at| [at - 1, *at, at + 1]);
+        let few = [0, 1, 62, 63, 64, 65, n / 2, n / 2 + 1, n - 2, n - 1];
+        let wanted = few.into_iter().chain(around).filter(|page| page < n);
+        pages.extend(wanted.map(|page| ipa + page * PAGE_SIZE));
+    }
+    pages.into_iter().collect()
+}
+
+/// Something the manager does.
+#[derive(Clone, Debug)]
+enum Manage {
+    Start(Engine, Granularity),
+    StartStep,
+    StopStep,
+    SetEngine(Engine),
+    TakeStep,
+    Take,
+    Copy,
+    Commit,
+    Abort,
+    Delete(usize),
+    Add(usize),
+    Flip,
+    Limit(usize),
+    Run(Run),
+}
+
+/// Something any CPU does.
+#[derive(Clone, Debug)]
+enum Run {
+    Write(prop::sample::Index),
+    Read(prop::sample::Index),
+    El2Write(prop::sample::Index),
+    MapAhead(usize),
+    /// One step of whatever the manager is about.
+    Help,
+    /// The vCPU exits, with its barrier.
+    Exit,
+}
+
+fn engine() -> impl Strategy<Value = Engine> {
+    prop_oneof![Just(Engine::WriteProtect), Just(Engine::Dbm)]
+}
+
+fn granularity() -> impl Strategy<Value = Granularity> {
+    prop_oneof![
+        Just(Granularity::Page),
+        Just(Granularity::Adaptive),
+        Just(Granularity::Block)
+    ]
+}
+
+fn manage() -> impl Strategy<Value = Manage> {
+    prop_oneof![
+        4 => (engine(), granularity()).prop_map(|(engine, granularity)| Manage::Start(engine, granularity)),
+        2 => Just(Manage::StartStep),
+        1 => Just(Manage::StopStep),
+        2 => engine().prop_map(Manage::SetEngine),
+        5 => Just(Manage::TakeStep),
+        4 => Just(Manage::Take),
+        2 => Just(Manage::Copy),
+        4 => Just(Manage::Commit),
+        2 => Just(Manage::Abort),
+        1 => (0..5usize).prop_map(Manage::Delete),
+        1 => (0..5usize).prop_map(Manage::Add),
+        1 => (0..40usize).prop_map(Manage::Limit),
+        1 => Just(Manage::Flip),
+        8 => run().prop_map(Manage::Run),
+    ]
+}
+
+fn run() -> impl Strategy<Value = Run> {
+    let page = any::<prop::sample::Index>;
+    prop_oneof![
+        12 => page().prop_map(Run::Write),
+        5 => page().prop_map(Run::Read),
+        1 => page().prop_map(Run::El2Write),
+        1 => (0..5usize).prop_map(Run::MapAhead),
+        2 => Just(Run::Help),
+        1 => Just(Run::Exit),
+    ]
+}
+
+#[derive(Clone, Debug)]
+struct History {
+    features: Features,
+    large: Large,
+    seed: u64,
+    every: Option<u32>,
+    whims: Option<Speculation>,
+    manager: Vec<Manage>,
+    cpus: [Vec<Run>; 2],
+}
+
+fn features() -> impl Strategy<Value = Features> {
+    let support = || prop_oneof![Just(Support::Present), Just(Support::Absent)];
+    (support(), support(), support(), support()).prop_map(|(dbm, bbm2, tlb_range, ttl)| Features {
+        dbm,
+        bbm2,
+        tlb_range,
+        ttl,
+        ..Machine::everything()
+    })
+}
+
+fn history() -> impl Strategy<Value = History> {
+    let large = prop_oneof![1 => Just(Large::Gib), 500 => Just(Large::None)];
+    let every = prop_oneof![
+        2 => Just(None),
+        3 => (2..40u32).prop_map(Some),
+        3 => (40..3000u32).prop_map(Some)
+    ];
+    let whims = prop_oneof![
+        2 => Just(None),
+        3 => Just(Some(Speculation::Never)),
+        1 => Just(Some(Speculation::Sometimes))
+    ];
+    let run = || prop::collection::vec(run(), 0..30);
+    let manager = prop::collection::vec(manage(), 1..40);
+    (
+        features(),
+        large,
+        any::<u64>(),
+        every,
+        whims,
+        manager,
+        [run(), run()],
+    )
+        .prop_map(
+            |(features, large, seed, every, whims, manager, cpus)| History {
+                features,
+                large,
+                seed,
+                every,
+                whims,
+                manager,
+                cpus,
+            },
+        )
+}
+
+/// Where the manager is, for those who help it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    Off,
+    Starting,
+    On,
+    Stopping,
+}
+
+/// What the host has of the epoch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Taken {
+    Partly,
+    Whole,
+    Copied,
+}
+
+struct State {
+    stage: Stage,
+    mode: Option<(Engine, Granularity)>,
+    epoch: Option<(Epoch, Taken)>,
+    /// CPUs in a step that they help with.
+    helping: usize,
+    /// Nobody is to begin helping.
+    alone: bool,
+    aborted: BTreeSet<u64>,
+    /// Table memory was short at some time, so a block may have stayed where pages were asked for.
+    starved: bool,
+}
+
+struct Play {
+    sim: Arc<Sim>,
+    places: [Place; 5],
+    pages: Vec<u64>,
+    tables: usize,
+    /// Nothing by chance: what is reported is known to the page.
+    calm: bool,
+    state: Mutex<State>,
+}
+
+impl Play {
+    fn new(history: &History) -> Self {
+        let tables = match history.large {
+            Large::Gib => 700,
+            Large::None => 40,
+        };
+        let sim = Sim::new(Setup {
+            features: history.features,
+            ipa_bits: 40,
+            tables,
+            cpus: 3,
+            seed: history.seed,
+            every: history.every,
+            whims: history.whims,
+        });
+        let places = places(history.large);
+        sim.alone(|sim| places.iter().for_each(|place| sim.add(*place)));
+        Self {
+            sim,
+            places,
+            pages: pages(&places),
+            tables,
+            calm: history.whims.is_none(),
+            state: Mutex::new(State {
+                stage: Stage::Off,
+                mode: None,
+                epoch: None,
+                helping: 0,
+                alone: false,
+                aborted: BTreeSet::new(),
+                starved: false,
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stage(&self) -> Stage {
+        self.state().stage
+    }
+
+    fn epoch(&self) -> Option<(Epoch, Taken)> {
+        self.state().epoch
+    }
+
+    fn access(&self, ipa: u64, access: FaultAccess) {
+        while self.sim.guest(ipa, access) == Err(Outcome::OutOfTables) {
+            assert!(self.state().starved, "there was memory for tables");
+            self.sim.world.machine.limit_tables(self.tables);
+        }
+    }
+
+    fn present(&self, ipa: u64) -> bool {
+        let slot = self.sim.slot_of(ipa);
+        slot.is_some_and(|slot| slot.presence == Presence::There)
+    }
+
+    fn run(&self, run: &Run) {
+        match run {
+            Run::Write(page) => self.access(*page.get(&self.pages), FaultAccess::Write),
+            Run::Read(page) => self.access(*page.get(&self.pages), FaultAccess::Read),
+            Run::El2Write(page) => {
+                let ipa = *page.get(&self.pages);
+                if self.present(ipa) {
+                    self.sim.el2_write(ipa);
+                }
+            }
+            Run::MapAhead(slot) => {
+                let mapped = self.sim.map_ahead(self.places[*slot].id);
+                let refused = matches!(
+                    mapped,
+                    Err(Error::NoSuchSlot(_) | Error::SlotDying(_) | Error::OutOfTables)
+                );
+                assert!(mapped.is_ok() || refused, "{mapped:?}");
+            }
+            Run::Help => self.help(),
+            Run::Exit => {
+                let machine = &self.sim.world.machine;
+                machine.synchronize(machine.current_pe());
+            }
+        }
+    }
+
+    fn help(&self) {
+        let (stage, epoch) = {
+            let state = self.state();
+            if state.alone {
+                return;
+            }
+            (state.stage, state.epoch)
+        };
+        match (stage, epoch) {
+            (Stage::Starting, _) => self.helped(|| self.start_step()),
+            (Stage::On, Some((epoch, Taken::Partly))) => self.helped(|| self.take_step(epoch)),
+            (Stage::Stopping, _) => self.helped(|| self.stop_step()),
+            _ => {}
+        }
+    }
+
+    fn helped(&self, step: impl FnOnce()) {
+        self.state().helping += 1;
+        step();
+        self.state().helping -= 1;
+    }
+
+    /// Before something begins anew, whoever still helps with the old is waited for.
+    fn wait_for_helpers(&self) {
+        while self.state().helping > 0 {
+            self.sim.pause();
+        }
+    }
+
+    fn manage(&self, manage: &Manage) {
+        match manage {
+            Manage::Start(engine, granularity) => self.start(*engine, *granularity),
+            Manage::StartStep => {
+                if self.stage() == Stage::Starting {
+                    self.start_step();
+                }
+            }
+            Manage::StopStep => self.stop(),
+            Manage::SetEngine(engine) => {
+                let changed = self
+                    .sim
+                    .op("set_engine", |stage2| stage2.set_engine(*engine));
+                let state = self.state();
+                if changed.is_ok() {
+                    assert_eq!(state.stage, Stage::On);
+                }
+            }
+            Manage::TakeStep => self.take(1),
+            Manage::Take => self.take(usize::MAX),
+            Manage::Copy => self.copy(),
+            Manage::Commit => self.commit(),
+            Manage::Abort => self.abort(),
+            Manage::Delete(slot) => {
+                let place = self.places[*slot];
+                if self.present(place.ipa) {
+                    self.sim.delete(place.id);
+                }
+            }
+            Manage::Add(slot) => {
+                let place = self.places[*slot];
+                if !self.present(place.ipa) {
+                    self.sim.add(place);
+                }
+            }
+            Manage::Flip => {
+                let Place { id, ipa, .. } = self.places[FLIPPED];
+                let slot = self.sim.slot_of(ipa).unwrap();
+                if slot.presence == Presence::There {
+                    let access = match slot.place.access {
+                        Access::ReadOnly => Access::ReadWrite,
+                        Access::ReadWrite => Access::ReadOnly,
+                    };
+                    self.sim.set_access(id, access);
+                }
+            }
+            Manage::Limit(more) => {
+                self.state().starved = true;
+                let machine = &self.sim.world.machine;
+                machine.limit_tables(machine.tables_in_use() + more);
+            }
+            Manage::Run(run) => self.run(run),
+        }
+    }
+
+    fn start(&self, engine: Engine, granularity: Granularity) {
+        let usable = self.sim.world.stage2.features().dbm == Support::Present;
+        if self.stage() == Stage::Off {
+            if engine == Engine::Dbm && !usable {
+                let refused = self
+                    .sim
+                    .op("start_log", |stage2| stage2.start_log(engine, granularity));
+                assert_eq!(refused, Err(Error::EngineUnavailable));
+                return;
+            }
+            self.wait_for_helpers();
+            self.sim.written.lock().unwrap().forget();
+            let mut state = self.state();
+            state.mode = Some((engine, granularity));
+            state.aborted.clear();
+            state.stage = Stage::Starting;
+        }
+        // Mostly started in one go, sometimes left half way.
+        for _ in 0..8 {
+            if self.stage() == Stage::Starting {
+                self.start_step();
+                self.sim.breathe();
+            }
+        }
+    }
+
+    fn start_step(&self) {
+        let Some((engine, granularity)) = self.state().mode else {
+            return;
+        };
+        let step = self
+            .sim
+            .op("start_log", |stage2| stage2.start_log(engine, granularity));
+        let mut state = self.state();
+        match step {
+            Ok(Progress::Done) => {
+                assert_eq!(state.stage, Stage::Starting);
+                state.stage = Stage::On;
+                self.sim.started();
+            }
+            Ok(Progress::More { .. }) => {}
+            // Somebody who helps was faster.
+            Err(Error::AlreadyLogging) => assert_eq!(state.stage, Stage::On),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn take(&self, steps: usize) {
+        if self.stage() != Stage::On {
+            return;
+        }
+        let known = self.epoch();
+        let epoch = match known {
+            Some((epoch, _)) => epoch,
+            None => {
+                self.wait_for_helpers();
+                let epoch = self.sim.world.new_epoch();
+                self.sim.written.lock().unwrap().during.clear();
+                self.state().epoch = Some((epoch, Taken::Partly));
+                epoch
+            }
+        };
+        for _ in 0..steps {
+            self.take_step(epoch);
+            let taken = self.epoch();
+            if taken.is_none_or(|(_, taken)| taken != Taken::Partly) {
+                return;
+            }
+            self.sim.pause();
+        }
+    }
+
+    fn take_step(&self, epoch: Epoch) {
+        match self.sim.op("take", |stage2| stage2.take(epoch)) {
+            Ok(Progress::Done) => {
+                let mut state = self.state();
+                if state.epoch == Some((epoch, Taken::Partly)) {
+                    state.epoch = Some((epoch, Taken::Whole));
+                }
+            }
+            Ok(Progress::More { .. }) => {}
+            // Settled while somebody was on the way to help.
+            Err(Error::StaleEpoch { .. }) => {
+                assert_ne!(
+                    self.epoch().map(|(outstanding, _)| outstanding),
+                    Some(epoch)
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn copy(&self) {
+        let Some((epoch, taken)) = self.epoch() else {
+            return;
+        };
+        if taken == Taken::Partly {
+            self.state().alone = true;
+            self.wait_for_helpers();
+            if self.epoch() == Some((epoch, Taken::Partly)) {
+                let early = self.sim.op("commit", |stage2| stage2.commit(epoch));
+                assert_eq!(early, Err(Error::TakeUnfinished(epoch)));
+            }
+            self.state().alone = false;
+            return;
+        }
+        let reported = self.sim.copy(epoch);
+        let mut state = self.state();
+        if taken == Taken::Whole {
+            let written = &mut *self.sim.written.lock().unwrap();
+            if matches!(state.mode, Some((_, Granularity::Page))) && !state.starved {
+                let mut allowed: BTreeSet<u64> = if self.calm {
+                    written.unreported.union(&state.aborted).copied().collect()
+                } else {
+                    written.since_start.clone()
+                };
+                allowed.extend(written.attempts());
+                let extra: Vec<_> = reported.difference(&allowed).take(5).collect();
+                assert!(
+                    extra.is_empty() || self.speculates(),
+                    "never written: {extra:x?}"
+                );
+            }
+            written.unreported = written.during.clone();
+            state.aborted.clear();
+        }
+        state.epoch = Some((epoch, Taken::Copied));
+    }
+
+    fn speculates(&self) -> bool {
+        self.sim.speculates()
+    }
+
+    fn commit(&self) {
+        if matches!(self.epoch(), Some((_, Taken::Whole | Taken::Copied))) {
+            self.copy();
+            let (epoch, _) = self.epoch().unwrap();
+            self.sim.commit(epoch);
+            self.state().epoch = None;
+        }
+    }
+
+    fn abort(&self) {
+        let Some((epoch, taken)) = self.epoch() else {
+            return;
+        };
+        if taken == Taken::Partly {
+            let written = self.sim.written.lock().unwrap();
+            self.state().aborted.extend(&written.unreported);
+        } else {
+            let pages = self.sim.copy(epoch);
+            self.state().aborted.extend(pages);
+            if taken == Taken::Whole {
+                let written = &mut *self.sim.written.lock().unwrap();
+                written.unreported = written.during.clone();
+            }
+        }
+        self.sim.abort(epoch);
+        self.state().epoch = None;
+    }
+
+    fn stop(&self) {
+        let stage = self.stage();
+        if stage == Stage::Off {
+            let refused = self.sim.op("stop_log", |stage2| stage2.stop_log());
+            assert_eq!(refused, Err(Error::NotLogging));
+            return;
+        }
+        if let Some((epoch, _)) = self.epoch() {
+            let refused = self.sim.op("stop_log", |stage2| stage2.stop_log());
+            // A step that somebody else is in comes first.
+            let busy = matches!(refused, Ok(Progress::More { .. })) && self.state().helping > 0;
+            assert!(refused == Err(Error::EpochOutstanding(epoch)) || busy);
+            return;
+        }
+        if stage != Stage::Stopping {
+            self.wait_for_helpers();
+            if self.stage() == Stage::Off {
+                return;
+            }
+            self.sim.ghost.lock().unwrap().stop();
+            self.state().stage = Stage::Stopping;
+        }
+        self.stop_step();
+    }
+
+    fn stop_step(&self) {
+        match self.sim.op("stop_log", |stage2| stage2.stop_log()) {
+            Ok(Progress::Done) => {
+                let mut state = self.state();
+                state.stage = Stage::Off;
+                state.mode = None;
+                drop(state);
+                let tracked = crate::fake::traced::quietly(|| {
+                    let leaves = self.sim.world.leaves();
+                    leaves.iter().any(|(_, _, pte)| pte.is_tracked())
+                });
+                assert!(!tracked || !self.sim.slots_are_still());
+            }
+            Ok(Progress::More { .. }) => {}
+            // Somebody who helps was faster.
+            Err(Error::NotLogging) => assert_eq!(self.state().stage, Stage::Off),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The guest stops, the host takes what is left: the copy is the memory. Then all is put away.
+    fn finish(self) {
+        self.sim.alone(|sim| {
+            self.abort();
+            sim.world.machine.limit_tables(self.tables);
+            if self.stage() == Stage::On {
+                sim.last_round();
+            }
+            while self.stage() != Stage::Off {
+                self.stop();
+            }
+            assert_eq!(sim.world.stage2.log_status().stage, LogStage::Off);
+            sim.check_counts();
+            self.check_leaves();
+        });
+        self.sim.end();
+    }
+}
+
+impl Play {
+    /// No log: nothing is tracked, and read-only memory is what it was.
+    fn check_leaves(&self) {
+        for (ipa, _, pte) in self.sim.world.leaves() {
+            assert!(!pte.is_tracked(), "{ipa:#x} is tracked by no log");
+            let access = self.sim.slot_of(ipa).unwrap().place.access;
+            assert_eq!(pte.is_writable(), access == Access::ReadWrite, "{ipa:#x}");
+        }
+    }
+}
+
+fn play(history: &History) {
+    let play = Play::new(history);
+    let guest = |runs: Vec<Run>| {
+        let play = &play;
+        let program = move || {
+            for run in &runs {
+                play.run(run);
+                play.sim.breathe();
+            }
+        };
+        Box::new(program) as Box<dyn FnOnce() + Send + '_>
+    };
+    let manager = Box::new(|| {
+        for manage in &history.manager {
+            play.manage(manage);
+            play.sim.breathe();
+        }
+    });
+    let [one, two] = history.cpus.clone();
+    play.sim.run(vec![manager, guest(one), guest(two)]);
+    play.finish();
+}
+
+fn from_env(name: &str) -> Option<u64> {
+    let value = env::var(name).ok()?;
+    let value = value.trim();
+    let parsed = match value.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => value.parse(),
+    };
+    Some(parsed.unwrap_or_else(|_| panic!("{name}={value} is no number")))
+}
+
+/// The message of a panic.
+fn message(cause: &(dyn std::any::Any + Send)) -> String {
+    let text = cause.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| cause.downcast_ref::<&str>().map(ToString::to_string));
+    text.unwrap_or_default()
+}
+
+/// Plays `sequences` histories of `seed`, and shows the smallest that fails.
+fn search(seed: u64, sequences: u32) {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = Config {
+        cases: sequences,
+        failure_persistence: None,
+        max_shrink_iters: 4000,
+        ..Config::default()
+    };
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    let began = Instant::now();
+    let test = |history: History| {
+        panic::catch_unwind(AssertUnwindSafe(|| play(&history)))
+            .map_err(|cause| TestCaseError::fail(message(&*cause)))
+    };
+    let mut found = Ok(());
+    quietly(|| found = runner.run(&history(), test));
+    let took = began.elapsed();
+    match found {
+        Ok(()) => std::eprintln!("{sequences} sequences of seed {seed:#x}: {took:?}"),
+        Err(TestError::Fail(why, history)) => {
+            std::eprintln!("TIDEMARK_SEED={seed:#x}: {why}\nThe smallest history: {history:#?}");
+            play(&history);
+            panic!("it does not fail a second time: {why}");
+        }
+        Err(other) => panic!("TIDEMARK_SEED={seed:#x}: {other}"),
+    }
+}
+
+#[test]
+fn no_history_loses_a_page() {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH);
+    let seed = from_env("TIDEMARK_SEED")
+        .unwrap_or_else(|| now().unwrap_or(Duration::ZERO).as_nanos() as u64 & 0xffff_ffff);
+    let sequences = from_env("TIDEMARK_SEQUENCES").unwrap_or(10_000);
+    std::eprintln!("TIDEMARK_SEED={seed:#x} TIDEMARK_SEQUENCES={sequences}");
+    search(seed, u32::try_from(sequences).unwrap_or(u32::MAX));
+}
