@@ -359,7 +359,7 @@ impl Machine {
     fn note(&self, event: Event) {
         #[cfg(test)]
         {
-            traced::point();
+            traced::milestone();
             traced::noted(event);
         }
         let mut record = lock(&self.record);
@@ -607,7 +607,7 @@ impl Hardware for Machine {
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
         #[cfg(test)]
-        traced::point();
+        traced::milestone();
         let mut memory = lock(&self.memory);
         if memory.refusal.next() {
             memory.refused += 1;

@@ -63,6 +63,17 @@ impl Scheduler {
         generator::yield_with(());
     }
 
+    /// Hands over now and then, unless nothing is left to chance.
+    pub(crate) fn milestone(&self) {
+        const ONE_IN: u64 = 6;
+        let mut state = self.state();
+        let hands_over = state.every.is_some() && state.rng.one_in(ONE_IN);
+        drop(state);
+        if hands_over {
+            self.hand_over();
+        }
+    }
+
     /// Hands over, to another one if there is any.
     pub(crate) fn wait(&self) {
         self.state().waits = true;

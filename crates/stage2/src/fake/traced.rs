@@ -41,6 +41,8 @@ pub struct Write {
 pub trait Observer {
     /// Before an access, or wherever else another CPU may come first, as often as [`skip`] lets it.
     fn point(&self);
+    /// Where others come first more often than elsewhere: a barrier, an invalidation.
+    fn milestone(&self);
     /// A CPU waits for another one.
     fn wait(&self);
     /// The word is about to be written or read and written: what hardware has under way to it arrives.
@@ -77,6 +79,13 @@ pub fn point() {
         UNTIL.with(|until| until.set(left - 1));
     } else if let Some(observer) = observer() {
         observer.point();
+    }
+}
+
+/// A place where another CPU comes first more often.
+pub(super) fn milestone() {
+    if let Some(observer) = observer() {
+        observer.milestone();
     }
 }
 

@@ -190,6 +190,10 @@ impl Observer for Watch {
         self.0.scheduler.hand_over();
     }
 
+    fn milestone(&self) {
+        self.0.scheduler.milestone();
+    }
+
     fn wait(&self) {
         self.0.scheduler.wait();
     }
@@ -443,7 +447,7 @@ impl Sim {
     }
 
     fn access(&self, ipa: u64, access: FaultAccess) -> Result<(), Outcome> {
-        const TRIES: usize = 100_000;
+        const TRIES: usize = 5_000;
         let machine = &self.world.machine;
         let cpu = machine.current_pe();
         for _ in 0..TRIES {

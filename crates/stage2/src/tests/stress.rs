@@ -275,6 +275,7 @@ fn invariant_01_a_hole_that_is_mapped_during_a_harvest_is_not_lost() {
         let world = &World::sized(Features::BASELINE, 39, 600, 2);
         // One page off, so that every 2 MiB are a table of pages.
         world.slot(0, IPA, TABLES * P2M, Access::ReadWrite, RAM + PAGE_SIZE);
+        world.machine.become_pe(0);
         world.start(Engine::WriteProtect, Granularity::Page);
         let touched = &AtomicU64::new(0);
         let mut reported = thread::scope(|scope| {
