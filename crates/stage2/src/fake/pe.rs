@@ -309,7 +309,7 @@ impl Machine {
             if leaf.pte & DBM == 0 || !leaf.hd {
                 return Err(FaultKind::Permission);
             }
-            match self.make_dirty(pe.number, request, leaf, whims.as_deref_mut()) {
+            match self.make_dirty(pe, request, leaf, whims.as_deref_mut()) {
                 Some(dirty) => {
                     pe.tlb.insert(vmid, va, ipa, dirty);
                     return Ok(dirty);
@@ -336,13 +336,14 @@ impl Machine {
     /// cached the answer is `None`, and the walk begins anew (R_SGJBL, I_YZSVV).
     fn make_dirty(
         &self,
-        pe: usize,
+        pe: &mut Pe,
         request: Request,
         leaf: Leaf,
         mut whims: Option<&mut Whims>,
     ) -> Option<Leaf> {
         let guest = request.guest;
-        let mut found = self.walk_to(guest, request.ipa);
+        // By way of the pointers to tables that the CPU has cached: the table may be broken off by now.
+        let mut found = self.walk_for(pe, guest, request.ipa, None);
         let mut expected = leaf.pte;
         if leaf.is_contiguous() {
             // Any member of the group may be the one that says so (R_JKCXG).
@@ -369,7 +370,7 @@ impl Machine {
             expected,
             dirty: expected | WRITE,
             atomic: guest.is_coherent(),
-            pe,
+            pe: pe.number,
         };
         if !update.atomic || whims.is_some_and(Whims::updates_late) {
             lock(&self.late).push(update);

@@ -12,9 +12,10 @@
 //! * its bit in the epoch that is being taken, is with the host and not copied yet, or was aborted. Not
 //!   after the commit, and not for what was written after the host copied it: the commit will forget
 //!   the bit;
-//! * an operation under way, that took one of these away itself. Only until it returns.
+//! * an operation under way, that took one of these away itself, or the table it is in. Only until it
+//!   returns.
 
-use super::rules::{Scope, is_dirty_leaf};
+use super::rules::{Scope, is_dirty_leaf, is_table};
 use crate::dirty::Dirty;
 use crate::fake::traced::{How, Write};
 use crate::fake::{Guest, Machine};
@@ -218,8 +219,10 @@ impl Ghost {
 
     /// A descriptor was written.
     pub fn descriptor(&mut self, cpu: usize, scope: Scope, write: Write) {
-        let dirty = |pte| is_dirty_leaf(pte, scope.level);
-        if dirty(write.old) && !dirty(write.new) {
+        // What hangs on a table that is broken off may be dirty, and is while the table may come back.
+        let gone =
+            |is: fn(u64, u32) -> bool| is(write.old, scope.level) && !is(write.new, scope.level);
+        if gone(is_dirty_leaf) || gone(is_table) {
             let held = self.held.entry(cpu).or_default();
             held.push((scope.start, scope.end));
         }

@@ -68,7 +68,7 @@ const fn size(level: u32) -> u64 {
     1 << (12 + 9 * (3 - level))
 }
 
-fn is_table(pte: u64, level: u32) -> bool {
+pub fn is_table(pte: u64, level: u32) -> bool {
     level < 3 && pte & (VALID | TABLE) == VALID | TABLE
 }
 
