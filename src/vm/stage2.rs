@@ -1,8 +1,9 @@
 //! What `crates/stage2` needs of the hardware, and what it is told about it.
 
 use crate::arch::features::{Features, Tlbi};
-use crate::arch::{barrier, tlb};
+use crate::arch::{barrier, cpu, tlb};
 use crate::memory::frames::{self, Run};
+use crate::sched;
 use spin::Once;
 use tidemark_stage2::{
     self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, VmidWidth,
@@ -16,6 +17,15 @@ pub struct Hw {
 }
 
 impl Hardware for Hw {
+    #[inline]
+    fn cpu(&self) -> usize {
+        cpu::index()
+    }
+
+    fn cpus(&self) -> usize {
+        sched::cpus()
+    }
+
     #[inline]
     fn table(&self, pa: Pa) -> &Table {
         // SAFETY: `pa` came from `alloc_tables`: mapped, inner-shareable write-back memory,

@@ -1,14 +1,16 @@
 //! Long work on a VM that a host asks for: starting and stopping its dirty log, harvests,
 //! hashes. Each is a job; asking again tells how far it is, and then how it ended.
 //!
-//! A VM's `work` lock is held during a step, so that ending a session cannot meet a harvest
-//! half way through one; and from the look at the log's state to what follows from it, so
+//! A VM's `work` lock is held from the look at the log's state to what follows from it, so
 //! that an operation which ends in between is not begun again. Lock order: `work`, then what
 //! stage 2 takes.
 
 use super::Vm;
 use crate::board::options::DirtyEngine;
-use crate::sched::job::{self, Step};
+use crate::sched::{
+    self,
+    job::{self, Step},
+};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
@@ -51,6 +53,25 @@ pub struct VmWork {
     since: s2::Counters,
     last_taken: u64,
     hash: Option<Hash>,
+}
+
+impl VmWork {
+    /// Notes how far the operation is.
+    fn advance(&mut self, progress: Progress) -> Step {
+        match progress {
+            Progress::More { done, total } => {
+                // A total of nothing is another CPU's step.
+                if total > 0 {
+                    self.progress = (done, total);
+                }
+                Step::Again
+            }
+            Progress::Done => {
+                self.operation = None;
+                Step::Done
+            }
+        }
+    }
 }
 
 struct Hash {
@@ -125,14 +146,30 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
         Operation::Take(epoch) => stage2.take(epoch),
     };
     match result {
-        Ok(Progress::More { done, total }) => {
-            work.progress = (done, total);
-            Step::Again
-        }
-        Ok(Progress::Done) => {
+        Ok(progress) => work.advance(progress),
+        Err(error) => {
             work.operation = None;
+            work.failure = Some((operation, refusal(error)));
             Step::Done
         }
+    }
+}
+
+/// A step of a harvest, on any number of CPUs at once: stage 2 gives each its part. So the lock
+/// is held before and after, not meanwhile.
+fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
+    let operation = Operation::Take(epoch);
+    if vm.work.lock().operation != Some(operation) {
+        return Step::Done;
+    }
+    let result = vm.memory.stage2().take(epoch);
+    let mut work = vm.work.lock();
+    if work.operation != Some(operation) {
+        // Over, or given up. Once given up, an epoch cannot begin again.
+        return Step::Done;
+    }
+    match result {
+        Ok(progress) => work.advance(progress),
         Err(error) => {
             work.operation = None;
             work.failure = Some((operation, refusal(error)));
@@ -173,7 +210,14 @@ fn drive(
     }
     let progress = work.progress;
     drop(work);
-    job::submit(Box::new(move || step(vm, &mut vm.work.lock())));
+    match wanted {
+        Operation::Take(epoch) => {
+            for _ in 0..sched::cpus() {
+                job::submit(Box::new(move || harvest_step(vm, epoch)));
+            }
+        }
+        _ => job::submit(Box::new(move || step(vm, &mut vm.work.lock()))),
+    }
     Ok(Some(progress))
 }
 
@@ -276,23 +320,27 @@ pub fn commit(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
 /// The host has not got what `epoch` took: it is dirty again.
 pub fn abort(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
     let mut work = vm.work.lock();
-    if work.operation == Some(Operation::Take(s2::Epoch(epoch.0))) {
+    let epoch = s2::Epoch(epoch.0);
+    if work.operation == Some(Operation::Take(epoch)) {
         work.operation = None;
+        vm.memory.stage2().give_up(epoch);
+        return Ok(());
     }
-    vm.memory
-        .stage2()
-        .abort(s2::Epoch(epoch.0))
-        .map_err(refusal)
+    vm.memory.stage2().abort(epoch).map_err(refusal)
 }
 
 /// The host is gone: what it took and did not commit is dirty again.
 pub fn abandon(vm: &Vm) -> Option<u64> {
     let mut work = vm.work.lock();
-    if matches!(work.operation, Some(Operation::Take(_))) {
+    let stage2 = vm.memory.stage2();
+    let outstanding = stage2.abort_outstanding();
+    if let Some(Operation::Take(epoch)) = work.operation {
         work.operation = None;
+        // Also if it has not begun: a CPU may be on its way to its first step.
+        stage2.give_up(epoch);
     }
     work.failure = None;
-    vm.memory.stage2().abort_outstanding().map(|epoch| epoch.0)
+    outstanding.map(|epoch| epoch.0)
 }
 
 /// The state of a VM's log.

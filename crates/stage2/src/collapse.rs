@@ -1,13 +1,14 @@
 //! Putting blocks back together once no log needs them small.
 //!
-//! Runs under the exclusive lock, a few tables a step, with no log on (invariant 7). A table whose 512
-//! leaves are one block in small change (same attributes, same state, contiguous, aligned) is broken,
-//! one invalidation covers all tables of the step, then the blocks are made and the tables freed: by
-//! then no TLB and no walker, software or hardware, can reach them.
+//! Bounded steps under the control mutex, with no log on (invariant 7). A table whose 512 leaves are one
+//! block in small change (same attributes, same state, contiguous, aligned) is broken, one invalidation
+//! covers all tables of the step, and every walker that may have found one is waited for. Then, if the
+//! table still says so, the block is made and the table freed: by then no TLB and no walker, software or
+//! hardware, can reach it.
 
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
-use crate::slot::{Layout, Scope};
+use crate::slot::Scope;
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
@@ -19,25 +20,20 @@ const VISITS: usize = 512;
 
 struct Candidate<'a> {
     entry: &'a AtomicU64,
-    block: Pte,
-    table: Pa,
+    table: &'a Table,
+    pa: Pa,
 }
 
 impl<H: Hardware> Stage2<H> {
     /// Collapses tables under entries of `target`, from address `from` on. Returns where to go on, or
     /// `None` when the scope is through.
-    pub(crate) fn collapse_step(
-        &self,
-        layout: &Layout,
-        scope: Scope,
-        target: Level,
-        from: u64,
-    ) -> Option<u64> {
+    pub(crate) fn collapse_step(&self, scope: Scope, target: Level, from: u64) -> Option<u64> {
         let below = target.below()?;
         let mut at = from;
         let mut batch: [Option<Candidate<'_>>; BATCH] = [const { None }; BATCH];
         let mut tables = 0;
         let mut next = None;
+        let layout = self.layout();
         for _ in 0..VISITS {
             let Some((slot, here)) = layout.next(scope, at) else {
                 next = None;
@@ -49,16 +45,17 @@ impl<H: Hardware> Stage2<H> {
                     next = Some(here);
                     break;
                 }
+                let table = self.hw.table(pa);
                 // A block is of one slot, even where two touch and their memory too: the next log would
                 // report all of it as the one's.
                 if slot.leaf(here, target).is_some()
-                    && let Some(block) = whole_block(self.hw.table(pa), target, below)
+                    && whole_block(table, target, below).is_some()
                     && let Some(place_for) = batch.get_mut(tables)
                 {
                     *place_for = Some(Candidate {
                         entry: place.entry(),
-                        block,
-                        table: pa,
+                        table,
+                        pa,
                     });
                 }
                 tables += 1;
@@ -67,28 +64,43 @@ impl<H: Hardware> Stage2<H> {
             at = (here & !(place.level.size() - 1)) + place.level.size();
             next = Some(at);
         }
-        self.collapse_batch(&batch, target, below);
+        // Readers are waited for, this one too.
+        drop(layout);
+        self.collapse_batch(batch, target, below);
         next
     }
 
-    fn collapse_batch(&self, batch: &[Option<Candidate<'_>>], target: Level, below: Level) {
-        let chosen = || batch.iter().flatten();
-        if chosen().next().is_none() {
+    fn collapse_batch(
+        &self,
+        mut batch: [Option<Candidate<'_>>; BATCH],
+        target: Level,
+        below: Level,
+    ) {
+        if batch.iter().all(Option::is_none) {
             return;
         }
-        for candidate in chosen() {
+        for candidate in batch.iter().flatten() {
+            // Only the holder of the control mutex changes an entry that points to a table.
             let before = candidate.entry.swap(Pte::BUSY.0, Ordering::AcqRel);
-            debug_assert_eq!(before, Pte::table(candidate.table).0);
+            debug_assert_eq!(before, Pte::table(candidate.pa).0);
         }
         // 512 leaves each, so by VMID rather than one by one.
         self.tlb().everything();
-        for candidate in chosen() {
-            let before = candidate.entry.swap(candidate.block.0, Ordering::AcqRel);
+        self.layouts.wait_for_readers();
+        for place in &mut batch {
+            let Some(candidate) = place else { continue };
+            let block = whole_block(candidate.table, target, below);
+            let entry = block.unwrap_or(Pte::table(candidate.pa));
+            let before = candidate.entry.swap(entry.0, Ordering::AcqRel);
             debug_assert_eq!(before, Pte::BUSY.0);
+            if block.is_none() {
+                // A fault that was on its way changed a leaf. The table is good as it is.
+                *place = None;
+            }
         }
         self.hw.dsb_ishst();
-        for candidate in chosen() {
-            self.hw.free_tables(candidate.table, 1);
+        for candidate in batch.iter().flatten() {
+            self.hw.free_tables(candidate.pa, 1);
             self.counters.collapses.fetch_add(1, Ordering::Relaxed);
             self.count_tables(-1);
             self.count_leaves(below, -512);

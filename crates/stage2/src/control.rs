@@ -1,14 +1,15 @@
 //! Where the long operations are: starting, harvesting, stopping.
 //!
-//! One mutex, held for one bounded step. Two CPUs that step at once do not wait for each other: the
-//! second is told there is more to do. Cursors are guest addresses, not indices, so slots may come and
-//! go between steps.
+//! One mutex. Starting and stopping hold it for one bounded step, and a second CPU that steps meanwhile
+//! does not wait: it is told there is more to do. A harvest holds it only to claim a stretch of guest
+//! memory and to hand in what it found there, so that as many CPUs harvest as step. Cursors are guest
+//! addresses, not indices, so slots may come and go between steps.
 //!
-//! Lock order: this mutex, then the table lock. The fault path takes only the table lock.
+//! Lock order: this mutex, then a copy of the layout. The fault path takes only the latter.
 
-use crate::slot::{LogMode, Scope};
+use crate::slot::{Layout, LogMode, Scope};
 use crate::tlb::Pending;
-use crate::types::{Epoch, Level};
+use crate::types::{Epoch, Level, PAGE_SIZE};
 
 /// The life of a log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,8 +47,8 @@ pub(crate) struct Taking {
 pub(crate) enum TakePass {
     /// Forgetting the committed epoch before.
     Clear,
-    /// Collecting.
-    Scan(u64),
+    /// Collecting, as [`Claims`] says.
+    Scan,
     /// With the host.
     Taken,
 }
@@ -68,11 +69,103 @@ pub(crate) enum Leaves {
     Mixed,
 }
 
+/// A stretch of guest memory within one slot, from an address to before another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Stretch {
+    pub(crate) from: u64,
+    pub(crate) end: u64,
+}
+
+/// What of a harvest is given out, and what is still to be.
+///
+/// Whoever asks gets what another one left before anything new, so there are never more stretches
+/// about than CPUs that harvest.
+pub(crate) struct Claims {
+    next: u64,
+    /// How long a stretch is, a power of two.
+    stretch: u64,
+    left: [Option<Stretch>; Self::MOST],
+    /// Stretches that somebody is at.
+    working: usize,
+}
+
+impl Claims {
+    const MOST: usize = 64;
+    /// The shortest stretch, so that the mutex is taken seldom, and the longest, so that little is left
+    /// to one CPU at the end.
+    const SHORTEST: u64 = 32 << 20;
+    const LONGEST: u64 = 1 << 30;
+    /// Stretches for each CPU, where that is between the two.
+    const SHARES: u64 = 16;
+
+    const fn new() -> Self {
+        Self {
+            next: 0,
+            stretch: Self::SHORTEST,
+            left: [None; Self::MOST],
+            working: 0,
+        }
+    }
+
+    /// Begins from the first address, with `pages` to give out to `cpus`. Stretches of an aborted
+    /// harvest that are still worked at are handed in to this one.
+    pub(crate) fn begin(&mut self, pages: u64, cpus: usize) {
+        let share = pages.saturating_mul(PAGE_SIZE) / (Self::SHARES * cpus.max(1) as u64);
+        self.next = 0;
+        self.stretch = share
+            .clamp(Self::SHORTEST, Self::LONGEST)
+            .next_power_of_two();
+        self.left = [None; Self::MOST];
+    }
+
+    /// Gives out a stretch, if any is left.
+    pub(crate) fn claim(&mut self, layout: &Layout, scope: Scope) -> Option<Stretch> {
+        let stretch = match self.left.iter_mut().find_map(Option::take) {
+            Some(left) => left,
+            None => {
+                let (slot, from) = layout.next(scope, self.next)?;
+                let end = ((from & !(self.stretch - 1)) + self.stretch).min(slot.end());
+                self.next = end;
+                Stretch { from, end }
+            }
+        };
+        self.working += 1;
+        Some(stretch)
+    }
+
+    /// Takes back what is left of a stretch.
+    pub(crate) fn hand_in(&mut self, left: Option<Stretch>) {
+        self.working = self.working.saturating_sub(1);
+        let Some(left) = left else { return };
+        match self.left.iter_mut().find(|place| place.is_none()) {
+            Some(place) => *place = Some(left),
+            // More CPUs than places: a part is looked at twice.
+            None => self.next = self.next.min(left.from),
+        }
+    }
+
+    /// Is nobody at work?
+    pub(crate) const fn are_idle(&self) -> bool {
+        self.working == 0
+    }
+
+    /// Was everything given out?
+    pub(crate) fn are_given_out(&self, layout: &Layout, scope: Scope) -> bool {
+        self.left.iter().all(Option::is_none) && layout.next(scope, self.next).is_none()
+    }
+
+    /// Returns the address up to which everything was given out.
+    pub(crate) const fn reached(&self) -> u64 {
+        self.next
+    }
+}
+
 pub(crate) struct Control {
     pub(crate) phase: Phase,
     pub(crate) mode: Option<LogMode>,
     pub(crate) scope: Scope,
     pub(crate) taking: Option<Taking>,
+    pub(crate) claims: Claims,
     pub(crate) last: Option<(Epoch, Fate)>,
     pub(crate) last_committed: Option<Epoch>,
     /// From this address on, the in-flight bitmaps still hold a committed epoch. The next take
@@ -90,6 +183,7 @@ impl Control {
             mode: None,
             scope: Scope::All,
             taking: None,
+            claims: Claims::new(),
             last: None,
             last_committed: None,
             stale: None,

@@ -73,11 +73,27 @@ impl Dirty {
         }
     }
 
-    /// Moves the live bits of a run of pages to the epoch and calls `each` with every page moved.
-    pub(crate) fn take_live(&self, first: u64, count: u64, mut each: impl FnMut(u64)) {
+    /// Returns how many pages from `first` on, of `count`, have no live bit; perhaps too few, by a cache
+    /// line of the bitmap at most.
+    pub(crate) fn idle(&self, first: u64, count: u64) -> u64 {
+        let words = part(&self.live, first, count);
+        let lines = words.chunks(8).take_while(|line| is_clear(line)).count();
+        match 8 * lines {
+            all if all >= words.len() => count,
+            some => (some as u64 * 64).saturating_sub(first % 64),
+        }
+    }
+
+    /// Moves the live bits of a run of pages to the epoch and calls `each` for every word of them, with
+    /// its first page and the bits moved.
+    pub(crate) fn take_live(&self, first: u64, count: u64, mut each: impl FnMut(u64, u64)) {
+        if self.idle(first, count) == count {
+            return;
+        }
+        let mut added = 0;
         for (index, mask) in words(first, count, self.pages) {
             let Some(word) = self.live.get(index) else {
-                return;
+                break;
             };
             if word.load(Ordering::Relaxed) & mask == 0 {
                 continue;
@@ -86,37 +102,47 @@ impl Dirty {
             let taken = word.fetch_and(!mask, Ordering::AcqRel) & mask;
             self.live_pages
                 .fetch_sub(u64::from(taken.count_ones()), Ordering::Relaxed);
-            self.add_word(index, taken);
-            for bit in Bits(taken) {
-                each(index as u64 * 64 + u64::from(bit));
+            added += self.add_word(index, taken);
+            if taken != 0 {
+                each(index as u64 * 64, taken);
             }
         }
+        self.count(added);
     }
 
-    /// Adds pages `page + n` to the epoch for each bit n of `mask`.
-    pub(crate) fn add(&self, page: u64, mask: u64) {
+    /// Adds pages `page + n` to the epoch for each bit n of `mask`. Returns how many are new, which is
+    /// for [`count`](Self::count).
+    #[must_use]
+    pub(crate) fn add(&self, page: u64, mask: u64) -> u64 {
         let (index, shift) = ((page / 64) as usize, page % 64);
-        self.add_word(index, mask << shift);
-        if shift != 0 {
-            self.add_word(index + 1, mask >> (64 - shift));
+        let added = self.add_word(index, mask << shift);
+        match shift {
+            0 => added,
+            shift => added + self.add_word(index + 1, mask >> (64 - shift)),
         }
     }
 
     /// Adds `count` pages from `first` to the epoch.
     pub(crate) fn add_run(&self, first: u64, count: u64) {
-        for (index, mask) in words(first, count, self.pages) {
-            self.add_word(index, mask);
+        let add = |(index, mask)| self.add_word(index, mask);
+        self.count(words(first, count, self.pages).map(add).sum());
+    }
+
+    /// Counts pages that were added: one write to a shared line for many words.
+    pub(crate) fn count(&self, added: u64) {
+        if added != 0 {
+            self.in_flight_pages.fetch_add(added, Ordering::Relaxed);
         }
     }
 
-    fn add_word(&self, index: usize, mask: u64) {
+    fn add_word(&self, index: usize, mask: u64) -> u64 {
         let mask = mask & self.valid(index);
-        if mask != 0
-            && let Some(word) = self.in_flight.get(index)
-        {
-            let before = word.fetch_or(mask, Ordering::AcqRel);
-            self.in_flight_pages
-                .fetch_add(u64::from((mask & !before).count_ones()), Ordering::Relaxed);
+        match self.in_flight.get(index) {
+            Some(word) if mask != 0 => {
+                let before = word.fetch_or(mask, Ordering::AcqRel);
+                u64::from((mask & !before).count_ones())
+            }
+            _ => 0,
         }
     }
 
@@ -130,9 +156,7 @@ impl Dirty {
         if first == 0 {
             self.in_flight_pages.store(0, Ordering::Relaxed);
         }
-        for word in self.in_flight.iter().skip(first).take(count) {
-            word.store(0, Ordering::Relaxed);
-        }
+        clear(&self.in_flight, first, count);
     }
 
     /// Forgets what was noted before a log started. Nobody marks while no log is on.
@@ -140,10 +164,32 @@ impl Dirty {
         if first == 0 {
             self.live_pages.store(0, Ordering::Relaxed);
         }
-        for word in self.live.iter().skip(first).take(count) {
+        clear(&self.live, first, count);
+    }
+}
+
+/// Clears words `first..first + count`. What is clear already costs no store: a bitmap of a large VM
+/// is hardly ever more than a few lines of pages.
+fn clear(bitmap: &[AtomicU64], first: usize, count: usize) {
+    let rest = bitmap.get(first..).unwrap_or(&[]);
+    let words = rest.get(..count).unwrap_or(rest);
+    for line in words.chunks(8).filter(|line| !is_clear(line)) {
+        for word in line {
             word.store(0, Ordering::Relaxed);
         }
     }
+}
+
+fn is_clear(words: &[AtomicU64]) -> bool {
+    let any = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
+    words.iter().fold(0, any) == 0
+}
+
+/// Returns the words that hold the pages `first..first + count`.
+fn part(bitmap: &[AtomicU64], first: u64, count: u64) -> &[AtomicU64] {
+    let rest = bitmap.get((first / 64) as usize..).unwrap_or(&[]);
+    let words = count.saturating_add(first % 64).div_ceil(64) as usize;
+    rest.get(..words).unwrap_or(rest)
 }
 
 fn zeroed(words: usize) -> Result<Vec<AtomicU64>, Error> {

@@ -314,7 +314,7 @@ impl Machine {
     }
 
     /// Runs `then`, once, the next time the engine does `event`, right after it: what another CPU may
-    /// do at that very moment. It must not need the table lock exclusively.
+    /// do at that very moment. It must not wait for this CPU.
     pub fn interrupt(&self, event: Event, then: impl FnOnce() + Send + 'static) {
         lock(&self.interruptions).push((event, Box::new(then)));
     }
@@ -601,6 +601,14 @@ enum Shareable {
 }
 
 impl Hardware for Machine {
+    fn cpu(&self) -> usize {
+        self.current_pe()
+    }
+
+    fn cpus(&self) -> usize {
+        self.cpus.len()
+    }
+
     fn table(&self, pa: Pa) -> &Table {
         &self.tables[self.index(pa)]
     }

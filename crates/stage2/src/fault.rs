@@ -1,6 +1,7 @@
 //! Stage-2 faults: the path to keep short.
 //!
-//! Runs under the shared lock, on any number of CPUs at once, and allocates nothing but table pages.
+//! Runs on any number of CPUs at once, with nothing locked but this CPU's own copy of the layout, and
+//! allocates nothing but table pages.
 //! Under write protection the order is: compare-and-swap WC to WD, then set the bit. So a WD page has
 //! its bit set or a CPU on its way to set it, and a harvest in between takes it one round later.
 //! Setting the bit first was rejected: a harvest between the two would take the bit, find the leaf
@@ -9,7 +10,7 @@
 use crate::hardware::Hardware;
 use crate::map::{Mapped, Touch};
 use crate::pte::{Kind, Permission, Pte};
-use crate::slot::{Layout, Slot};
+use crate::slot::{Layout, LeavesOf, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::Ordering;
 use crate::types::{Access, GuestVa, Ipa, Level, PAGE_SIZE};
@@ -74,7 +75,7 @@ const ATTEMPTS: usize = 8;
 impl<H: Hardware> Stage2<H> {
     /// Handles a stage-2 abort of the VM, on the CPU that took it, with the VM's VTTBR_EL2 current.
     pub fn handle_fault(&self, fault: Fault) -> Outcome {
-        let layout = self.layout.read();
+        let layout = self.layout();
         let Some(slot) = layout.slot_at(fault.ipa) else {
             return Outcome::NotMemory;
         };
@@ -150,9 +151,9 @@ impl<H: Hardware> Stage2<H> {
     fn spurious(&self, slot: &Slot, fault: &Fault, page: u64, level: Level, pte: Pte) -> Outcome {
         if fault.access == FaultAccess::Write && !pte.is_writable() {
             // A slot that is becoming writable still has a read-only leaf here, about to go.
-            return match slot.outdated {
-                Some(_) => Outcome::Retry,
-                None => Outcome::ReadOnly,
+            return match slot.leaves {
+                LeavesOf::Older => Outcome::Retry,
+                LeavesOf::ItsAccess => Outcome::ReadOnly,
             };
         }
         self.counters

@@ -6,21 +6,22 @@
 //! may be read (invariant 3). [`commit`](Stage2::commit) forgets it, [`abort`](Stage2::abort) gives it
 //! back, whenever the host fails.
 //!
-//! Under DBM every leaf is looked at: a table is 512 loads, 64 at a time folded into a word without a
-//! branch, and 64 clean pages cost no store. Under write protection the live bitmap says which pages
-//! to look at, 64 at a load. Blocks cost a load under both; one found dirty is reported whole and,
-//! unless the log is to keep blocks, split for the next round.
+//! Under DBM every leaf is looked at: a table is 512 loads, ORed together a cache line at a time, and
+//! only a line with a writable leaf in it is looked at again. What is found is added to the epoch 64
+//! pages at a time; 64 clean pages cost no store. Under write protection the live bitmap says which
+//! pages to look at, 64 at a load. Blocks cost a load of their entry and of their live bits under both;
+//! one found dirty is reported whole and, unless the log is to keep blocks, split for the next round.
 //!
 //! Between clearing a permission and the invalidation the guest may go on writing through a stale TLB
 //! entry. Those pages are in this epoch already, and the host reads them after it.
 
-use crate::control::{Fate, Leaves, Phase, TakePass, Taking};
+use crate::control::{Control, Fate, Leaves, Phase, Stretch, TakePass, Taking};
 use crate::dirty::{Bits, Dirty};
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::protect::clear_step;
 use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
-use crate::slot::{Layout, LogMode, Slot};
+use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::tlb::Pending;
@@ -34,6 +35,8 @@ use core::ops::Deref;
 
 /// What a step may cost, in loads of entries.
 const BUDGET: u64 = 2048;
+/// What a dirty page counts for.
+const DIRTY: u64 = 8;
 /// What a split counts for.
 const SPLIT: u64 = 1024;
 
@@ -102,10 +105,14 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::NotLogging`], [`Error::Busy`] while a start or stop is under way,
     /// [`Error::EpochOutstanding`] if another epoch is, [`Error::StaleEpoch`] if the number is used up.
     pub fn take(&self, epoch: Epoch) -> Result<Progress, Error> {
-        let Some(mut control) = self.control.try_lock() else {
+        if self.drained.load(Ordering::Relaxed) {
+            // Those who are at the last stretches need the mutex to hand them in.
+            return Ok(self.somebody_else_steps());
+        }
+        let Some(mut guard) = self.control.try_lock() else {
             return Ok(self.somebody_else_steps());
         };
-        let control = &mut *control;
+        let control = &mut *guard;
         let mode = match (control.phase, control.mode) {
             (Phase::On, Some(mode)) => mode,
             (Phase::Off, _) => return Err(Error::NotLogging),
@@ -127,95 +134,162 @@ impl<H: Hardware> Stage2<H> {
             }
         };
         let scope = control.scope;
-        let layout = self.layout.read();
-        if taking.pass == TakePass::Clear {
-            control.stale = control.stale.and_then(|from| {
-                clear_step(&layout, from, |slot, first, count| {
-                    slot.dirty.clear_in_flight(first, count)
-                })
-            });
-            if control.stale.is_none() {
-                taking.pass = TakePass::Scan(0);
+        let layout = self.layout();
+        match taking.pass {
+            TakePass::Taken => return Ok(Progress::Done),
+            TakePass::Clear => {
+                control.stale = control.stale.and_then(|from| {
+                    clear_step(&layout, from, |slot, first, count| {
+                        slot.dirty.clear_in_flight(first, count)
+                    })
+                });
+                let total = layout.progress(scope, u64::MAX).1;
+                if control.stale.is_none() {
+                    taking.pass = TakePass::Scan;
+                    control.claims.begin(total, self.hw.cpus());
+                }
+                return Ok(Progress::More { done: 0, total });
             }
-            return Ok(Progress::More {
-                done: 0,
-                total: layout.progress(scope, u64::MAX).1,
-            });
+            TakePass::Scan => {}
         }
-        let TakePass::Scan(from) = taking.pass else {
-            return Ok(Progress::Done);
-        };
         let search = match (control.leaves, mode.engine) {
             (Leaves::Mixed, _) => Search::Convert,
             (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
             (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
         };
-        let mut harvest = Harvest {
-            mode,
-            search,
-            pending: &mut control.pending,
-        };
-        let mut at = from;
+        drop(layout);
         let mut cost = 0;
-        while cost < BUDGET {
-            let Some((slot, here)) = layout.next(scope, at) else {
-                if search == Search::Convert {
-                    control.leaves = Leaves::OfTheEngine;
-                    control.pending.push_everything();
-                }
-                self.tlb().pending(&mut control.pending);
-                taking.pass = TakePass::Taken;
-                self.counters.harvests.fetch_add(1, Ordering::Relaxed);
-                return Ok(Progress::Done);
+        loop {
+            let layout = self.layout();
+            let Some(stretch) = guard.claims.claim(&layout, scope) else {
+                return Ok(self.conclude(&mut guard, &layout));
             };
-            match self.harvest_at(&mut harvest, slot, here, &mut cost) {
-                Ok(next) => at = next,
-                // Never passed over: whoever holds the entry may be about to publish dirty leaves.
-                Err(Stall) => break,
+            drop(guard);
+            let mut pending = Pending::new();
+            let mut harvest = Harvest {
+                mode,
+                search,
+                pending: &mut pending,
+            };
+            let left = self.harvest_stretch(&mut harvest, &layout, scope, stretch, &mut cost);
+            if !pending.is_empty() || search == Search::Convert {
+                // The invalidation is another CPU's, perhaps, and its barrier is not for our writes.
+                self.hw.dsb_ishst();
             }
-            taking.pass = TakePass::Scan(at);
+            // Whoever holds the mutex may be waiting for readers.
+            drop(layout);
+            guard = self.control.lock();
+            guard.pending.append(&pending);
+            guard.claims.hand_in(left);
+            // Given up meanwhile, perhaps, and the next harvest need not look for the same.
+            let scanning = guard
+                .taking
+                .is_some_and(|taking| taking.epoch == epoch && taking.pass == TakePass::Scan);
+            if left.is_some() || cost >= BUDGET || !scanning {
+                return Ok(self.conclude(&mut guard, &self.layout()));
+            }
         }
-        let (done, total) = layout.progress(scope, at);
-        Ok(Progress::More { done, total })
     }
 
-    /// Harvests one table, block or hole of `slot` at `here`. Returns the address behind it.
+    /// Ends the harvest if nothing of it is left to do, and says how far it is.
+    fn conclude(&self, control: &mut Control, layout: &Layout) -> Progress {
+        let scope = control.scope;
+        let (done, total) = layout.progress(scope, control.claims.reached());
+        let more = Progress::More { done, total };
+        let drained = control.claims.are_given_out(layout, scope);
+        let idle = control.claims.are_idle();
+        self.drained.store(drained && !idle, Ordering::Relaxed);
+        // It may have been given up meanwhile.
+        let Some(taking) = &mut control.taking else {
+            return more;
+        };
+        if taking.pass != TakePass::Scan || !drained || !idle {
+            return more;
+        }
+        if control.leaves == Leaves::Mixed {
+            control.leaves = Leaves::OfTheEngine;
+            control.pending.push_everything();
+        }
+        self.tlb().pending(&mut control.pending);
+        taking.pass = TakePass::Taken;
+        self.counters.harvests.fetch_add(1, Ordering::Relaxed);
+        Progress::Done
+    }
+
+    /// Harvests a stretch as far as a step goes. Returns what is left of it.
+    fn harvest_stretch(
+        &self,
+        harvest: &mut Harvest<'_>,
+        layout: &Layout,
+        scope: Scope,
+        stretch: Stretch,
+        cost: &mut u64,
+    ) -> Option<Stretch> {
+        let Stretch { mut from, end } = stretch;
+        // Slot by slot, and looked up each time: they may have gone, or others come, since the stretch
+        // was given out.
+        while let Some((slot, here)) = layout.next(scope, from)
+            && here < end
+        {
+            let rest = Stretch { from: here, end };
+            if *cost >= BUDGET {
+                return Some(rest);
+            }
+            let within = Stretch {
+                from: here,
+                end: end.min(slot.end()),
+            };
+            match self.harvest_at(harvest, slot, within, cost) {
+                Ok(next) => from = next,
+                // Never passed over: whoever holds the entry may be about to publish dirty leaves.
+                Err(Stall) => return Some(rest),
+            }
+        }
+        None
+    }
+
+    /// Harvests one table, block or hole of `slot` where a stretch begins, as far as it reaches into
+    /// the stretch. Returns the address behind it.
     fn harvest_at(
         &self,
         harvest: &mut Harvest<'_>,
         slot: &Slot,
-        here: u64,
+        Stretch { from: here, end }: Stretch,
         cost: &mut u64,
     ) -> Result<u64, Stall> {
         let place = self.descend(here);
+        let within = |size: u64| ((here & !(size - 1)) + size).min(end);
         match (place.kind, place.level) {
             (Kind::Busy, _) => Err(Stall),
             (_, Level::L3) => {
-                let end = ((here & !(Level::L2.size() - 1)) + Level::L2.size()).min(slot.end());
+                let end = within(Level::L2.size());
                 harvest.table(slot, &place, here, end, cost);
                 Ok(end)
             }
             (Kind::Leaf, level) => {
-                let end = (here & !(level.size() - 1)) + level.size();
-                // Only the harvest splits blocks, so there is no page here to protect.
-                harvest.take_live(slot, here, end, cost, |_, _| {});
+                let clean = harvest.clean_blocks(slot, &place, here, end, cost);
+                if clean > here {
+                    return Ok(clean);
+                }
+                let end = within(level.size().min(HOLE));
+                self.take_outside_tables(harvest, slot, here, end, cost);
                 self.harvest_block(harvest, slot, &place, here, cost)?;
                 Ok(end)
             }
             _ => {
-                let size = place.level.size().min(HOLE);
-                let end = ((here & !(size - 1)) + size).min(slot.end());
-                self.take_in_hole(harvest, slot, here, end, cost);
+                let end = within(place.level.size().min(HOLE));
+                self.take_outside_tables(harvest, slot, here, end, cost);
                 Ok(end)
             }
         }
     }
 
-    /// Takes the live bits where nothing was mapped a moment ago. Most are writes by EL2.
+    /// Takes the live bits where a moment ago there was no level-3 table. Most are writes by EL2.
     ///
-    /// But a fault may have mapped a table since, with its page dirty and its bit set. Who takes that
-    /// bit must take the permission too, else nothing would ever note the page again.
-    fn take_in_hole(
+    /// But a fault may have mapped a table since, or another CPU may have split the block, and now the
+    /// page is dirty and its bit set. Who takes that bit must take the permission too, else nothing
+    /// would ever note the page again.
+    fn take_outside_tables(
         &self,
         harvest: &mut Harvest<'_>,
         slot: &Slot,
@@ -223,11 +297,16 @@ impl<H: Hardware> Stage2<H> {
         end: u64,
         cost: &mut u64,
     ) {
-        harvest.take_live(slot, here, end, cost, |pending, page| {
-            let ipa = slot.start() + (page << PAGE_SHIFT);
-            let place = self.descend(ipa);
-            if place.level == Level::L3 {
-                protect_page(place.entry(), ipa, pending);
+        harvest.take_live(slot, here, end, cost, |pending, ipa, pages| {
+            for page in Bits(pages) {
+                let ipa = ipa + u64::from(page) * PAGE_SIZE;
+                let place = self.descend(ipa);
+                if place.kind == Kind::Busy {
+                    // A table that may be put back, with the page in it: look again next time.
+                    slot.dirty.mark(slot.page(ipa));
+                } else if place.level == Level::L3 && protect_page(place.entry()) {
+                    pending.push(ipa, Level::L3);
+                }
             }
         });
     }
@@ -284,7 +363,7 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::NoSuchEpoch`] or [`Error::TakeUnfinished`] if the epoch is not with the host.
     pub fn taken(&self, epoch: Epoch) -> Result<Vec<SlotDirty>, Error> {
         let control = self.control.lock();
-        let layout = self.layout.read();
+        let layout = self.layout();
         require_taken(control.taking, epoch)?;
         let covered = layout
             .slots
@@ -306,7 +385,7 @@ impl<H: Hardware> Stage2<H> {
     /// As [`taken`](Self::taken), and [`Error::NoSuchSlot`].
     pub fn in_flight(&self, slot: SlotId, epoch: Epoch) -> Result<Words, Error> {
         let control = self.control.lock();
-        let layout = self.layout.read();
+        let layout = self.layout();
         require_taken(control.taking, epoch)?;
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
         Ok(Words(Arc::clone(&slot.dirty)))
@@ -342,6 +421,7 @@ impl<H: Hardware> Stage2<H> {
             Some(taking) if taking.epoch == epoch => {
                 control.taking = None;
                 control.last = Some((epoch, Fate::Aborted));
+                self.drained.store(false, Ordering::Relaxed);
                 // The bits stay where they are and the pending invalidations too.
                 Ok(())
             }
@@ -353,11 +433,24 @@ impl<H: Hardware> Stage2<H> {
         }
     }
 
+    /// Aborts an epoch whether or not it has begun. One that had not never does: no CPU that is on its
+    /// way to a step of it can begin it any more.
+    pub fn give_up(&self, epoch: Epoch) {
+        if self.abort(epoch).is_ok() {
+            return;
+        }
+        let mut control = self.control.lock();
+        if control.taking.is_none() && control.last.is_none_or(|(last, _)| last < epoch) {
+            control.last = Some((epoch, Fate::Aborted));
+        }
+    }
+
     /// Aborts whatever epoch is outstanding, as when the host went away, and returns it.
     pub fn abort_outstanding(&self) -> Option<Epoch> {
         let mut control = self.control.lock();
         let taking = control.taking.take()?;
         control.last = Some((taking.epoch, Fate::Aborted));
+        self.drained.store(false, Ordering::Relaxed);
         Some(taking.epoch)
     }
 
@@ -373,7 +466,7 @@ impl<H: Hardware> Stage2<H> {
         if len == 0 {
             return Ok(());
         }
-        let layout = self.layout.read();
+        let layout = self.layout();
         let mut at = ipa.raw();
         let mut missed = Ok(());
         for slot in layout
@@ -446,28 +539,63 @@ impl Harvest<'_> {
     fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
         match self.search {
             Search::Live => {
-                self.take_live(slot, here, end, cost, |pending, page| {
-                    let ipa = slot.start() + (page << PAGE_SHIFT);
-                    protect_page(place.table.entry(Level::L3.index(ipa)), ipa, pending);
+                self.take_live(slot, here, end, cost, |pending, ipa, pages| {
+                    let mut stale = 0;
+                    for page in Bits(pages) {
+                        let index = Level::L3.index(ipa) + page as usize;
+                        stale |= u64::from(protect_page(place.table.entry(index))) << page;
+                    }
+                    pending.push_pages(ipa, stale);
                 });
             }
             Search::Leaves => {
-                self.take_live(slot, here, end, cost, |_, _| {});
-                self.scan(slot, place, here, end, collect);
-                *cost += (end - here) >> PAGE_SHIFT;
+                self.take_live(slot, here, end, cost, |_, _, _| {});
+                let found = self.scan(slot, place, here, end, collect);
+                *cost += ((end - here) >> PAGE_SHIFT) + DIRTY * found;
             }
             Search::Convert => {
                 let engine = self.mode.engine;
-                self.take_live(slot, here, end, cost, |_, _| {});
-                self.scan(slot, place, here, end, |group, wanted| {
+                self.take_live(slot, here, end, cost, |_, _, _| {});
+                let found = self.scan(slot, place, here, end, |group, wanted| {
                     collect_converting(group, wanted, engine)
                 });
-                *cost += 2 * ((end - here) >> PAGE_SHIFT);
+                *cost += 4 * ((end - here) >> PAGE_SHIFT) + DIRTY * found;
             }
         }
     }
 
-    /// Folds the table's entries into words of 64 pages and adds them to the epoch.
+    /// Passes the blocks from `here` on that need nothing, which is most of them: one walk for many, and
+    /// for each a look at its entry and at its live bits. Returns the address reached.
+    fn clean_blocks(
+        &self,
+        slot: &Slot,
+        place: &Place<'_>,
+        here: u64,
+        end: u64,
+        cost: &mut u64,
+    ) -> u64 {
+        if self.search == Search::Convert {
+            return here;
+        }
+        let (size, an_entry) = (place.level.size(), 2 + place.level.pages() / 64);
+        let room = (BUDGET.saturating_sub(*cost) / an_entry).max(1);
+        let clean = |entry: &&AtomicU64| {
+            let pte = Pte(entry.load(Ordering::Relaxed));
+            pte.kind(place.level) == Kind::Leaf && !pte.is_writable()
+        };
+        let entries = place.table.0.iter().skip(place.index);
+        let blocks = entries.take(room as usize).take_while(clean).count() as u64;
+        let reach = ((here & !(size - 1)) + blocks * size).clamp(here, end);
+        *cost += blocks * an_entry;
+        let pages = (reach - here) >> PAGE_SHIFT;
+        match slot.dirty.idle(slot.page(here), pages) {
+            all if all == pages => reach,
+            some => ((here + (some << PAGE_SHIFT)) & !(size - 1)).max(here),
+        }
+    }
+
+    /// Folds the table's entries into words of 64 pages and adds them to the epoch. Returns how many
+    /// were dirty.
     fn scan(
         &mut self,
         slot: &Slot,
@@ -475,9 +603,10 @@ impl Harvest<'_> {
         here: u64,
         end: u64,
         collect: impl Fn(&[AtomicU64; 64], u64) -> u64,
-    ) {
+    ) -> u64 {
         let (groups, _) = place.table.0.as_chunks::<64>();
         let mut base = here & !(Level::L2.size() - 1);
+        let (mut dirty, mut added) = (0, 0);
         for group in groups {
             let next = base + 64 * PAGE_SIZE;
             if base < end && next > here {
@@ -487,59 +616,73 @@ impl Harvest<'_> {
                 let wanted = (u64::MAX << skip) & (u64::MAX >> (64 - keep));
                 let found = collect(group, wanted);
                 if found != 0 {
-                    slot.dirty
-                        .add(slot.page(base + skip * PAGE_SIZE), found >> skip);
-                    for bit in Bits(found) {
-                        self.pending
-                            .push(base + u64::from(bit) * PAGE_SIZE, Level::L3);
-                    }
+                    let first = slot.page(base + skip * PAGE_SIZE);
+                    dirty += u64::from(found.count_ones());
+                    added += slot.dirty.add(first, found >> skip);
+                    self.pending.push_pages(base, found);
                 }
             }
             base = next;
         }
+        slot.dirty.count(added);
+        dirty
     }
 
-    /// Moves the live bits of `here..end` to the epoch, and hands each page to `each`.
+    /// Moves the live bits of `here..end` to the epoch. Hands them to `each`, 64 at a time: an address
+    /// and, as bits, the pages from there on.
     fn take_live(
         &mut self,
         slot: &Slot,
         here: u64,
         end: u64,
         cost: &mut u64,
-        mut each: impl FnMut(&mut Pending, u64),
+        mut each: impl FnMut(&mut Pending, u64, u64),
     ) {
         let pages = (end - here) >> PAGE_SHIFT;
         let pending = &mut *self.pending;
         let mut taken = 0;
-        slot.dirty.take_live(slot.page(here), pages, |page| {
-            taken += 1;
-            each(pending, page);
-        });
-        *cost += 4 + pages / 64 + taken;
+        slot.dirty
+            .take_live(slot.page(here), pages, |first, pages| {
+                taken += u64::from(pages.count_ones());
+                each(pending, slot.start() + (first << PAGE_SHIFT), pages);
+            });
+        *cost += 4 + pages / 64 + DIRTY * taken;
     }
 }
 
-/// Makes the page of a live bit clean again.
-fn protect_page(entry: &AtomicU64, ipa: u64, pending: &mut Pending) {
+/// Makes the page of a live bit clean again. May some TLB still hold it as writable?
+fn protect_page(entry: &AtomicU64) -> bool {
     // Memory nobody tracks has live bits too, from writes by EL2; its permission is not ours to take.
-    if !Pte(entry.load(Ordering::Relaxed)).is_tracked() {
-        return;
-    }
-    let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
-    if old.is_dirty() {
-        pending.push(ipa, Level::L3);
-    }
+    Pte(entry.load(Ordering::Relaxed)).is_tracked()
+        && Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel)).is_dirty()
 }
 
 /// Cleans the dirty leaves among 64 and returns which they were.
 fn collect(group: &[AtomicU64; 64], wanted: u64) -> u64 {
+    let mut found = 0;
+    let (lines, _) = group.as_chunks::<8>();
+    for (line, entries) in lines.iter().enumerate() {
+        // Under a log hardly a leaf is writable, so a cache line is looked at as one.
+        let any = entries
+            .iter()
+            .fold(0, |any, entry| any | entry.load(Ordering::Relaxed));
+        if Pte(any).is_writable() {
+            found |= collect_line(entries, wanted >> (8 * line)) << (8 * line);
+        }
+    }
+    found
+}
+
+/// As [`collect`], of eight. The mask is made without a branch, because nothing foretells which of
+/// them are dirty.
+fn collect_line(line: &[AtomicU64; 8], wanted: u64) -> u64 {
     let mut dirty = 0;
-    for (bit, entry) in group.iter().enumerate() {
+    for (bit, entry) in line.iter().enumerate() {
         dirty |= Pte(entry.load(Ordering::Relaxed)).dirty_bit() << bit;
     }
     let mut found = 0;
     for bit in Bits(dirty & wanted) {
-        if let Some(entry) = group.get(bit as usize) {
+        if let Some(entry) = line.get(bit as usize) {
             // The load above only said where to look. This value decides.
             let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
             found |= u64::from(old.is_dirty()) << bit;

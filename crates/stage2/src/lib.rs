@@ -27,11 +27,13 @@
 //!
 //! # Concurrency
 //!
-//! Any CPU may call anything at any time. Faults, splits and harvests run in parallel under the VM's
-//! table lock taken shared, and change entries by compare-and-swap; a break-before-make leaves a busy
-//! marker, and who meets it retries. Slots, collapses and the switch of a log take it exclusively.
-//! Tables are freed only under the exclusive lock, after the invalidation. The lock order is: control
-//! mutex, table lock.
+//! Any CPU may call anything at any time. Faults, splits and harvests run in parallel: each CPU looks at
+//! the slots and the log in a copy of its own, and all change entries by compare-and-swap; a
+//! break-before-make leaves a busy marker, and who meets it retries. Changes of slots, collapses and the
+//! switch of a log hold the control mutex, change the copies one by one, and stop nobody. A table is
+//! freed after its invalidation and after every CPU that may have found it has left. A harvest's memory
+//! is given out in stretches, so that as many CPUs harvest as call. The lock order is: control mutex, a
+//! CPU's copy.
 //!
 //! # Where things are
 //!
@@ -40,7 +42,7 @@
 //! | `types`, `error`, `hardware` | addresses and names; refusals; the machine |
 //! | `pte`, `tlb`, `config` | one descriptor; the invalidation sequences; VTCR and VTTBR |
 //! | `walk`, `map`, `split`, `collapse`, `unmap` | the tables |
-//! | `slot`, `dirty` | slots and their two bitmaps |
+//! | `slot`, `dirty`, `readers` | slots, their two bitmaps, each CPU's copy of the list |
 //! | `fault` | the fault path |
 //! | `control`, `protect`, `harvest` | a log: where it is, starting and stopping it, taking from it |
 //! | `stage2` | the VM: all of the above |
@@ -108,6 +110,7 @@ mod harvest;
 mod map;
 mod protect;
 mod pte;
+mod readers;
 mod slot;
 mod split;
 mod stage2;

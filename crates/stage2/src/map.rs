@@ -55,7 +55,7 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::OutOfTables`] when a table cannot be had: what was mapped stays, the rest is mapped
     /// on first touch if memory is there by then.
     pub fn map_ahead(&self, slot: SlotId, from: u64) -> Result<Progress, Error> {
-        let layout = self.layout.read();
+        let layout = self.layout();
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
         if slot.life != crate::slot::Life::Usable {
             return Err(Error::SlotDying(slot.id));
@@ -255,7 +255,7 @@ impl<H: Hardware> Stage2<H> {
 
     /// Returns where `ipa` lies in the machine, and how far that goes on without a gap.
     pub fn translate(&self, ipa: Ipa) -> Option<Translation> {
-        let layout = self.layout.read();
+        let layout = self.layout();
         let slot = layout.slot_at(ipa)?;
         let (pa, pages) = slot.backing(slot.page(ipa.raw()))?;
         let into = ipa.raw() % PAGE_SIZE;

@@ -1,9 +1,9 @@
 //! Starting and stopping a dirty log.
 //!
 //! Starting makes RW leaves WC, stopping makes WC and WD leaves RW, and neither ever looks at NW: a
-//! read-only leaf is not tracked (invariant 8). Both are walks in bounded steps under the shared lock,
-//! so the guest faults and runs meanwhile; a leaf mapped meanwhile is born in the new state, because
-//! the state is switched under the exclusive lock before the walk begins.
+//! read-only leaf is not tracked (invariant 8). Both are walks in bounded steps, and the guest faults
+//! and runs meanwhile; a leaf mapped meanwhile is born in the new state, because every CPU's copy of
+//! the layout has it, and nobody is left who saw another, before the walk begins.
 //!
 //! What a guest wrote counts from the moment a start says `Done`. Its last act is to invalidate the
 //! VM's translations, so no CPU can write through an entry older than that.
@@ -12,7 +12,7 @@ use crate::control::{Control, Leaves, Phase, StartPass, StopPass};
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::pte::{Kind, Permission, Pte};
-use crate::slot::{Layout, Log, LogMode, Scope, Slot};
+use crate::slot::{Layout, LeavesOf, Log, LogMode, Scope, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Access, Engine, Granularity, Level, PAGE_SIZE, Progress, SlotId};
@@ -63,7 +63,7 @@ impl<H: Hardware> Stage2<H> {
         engine: Engine,
         granularity: Granularity,
     ) -> Result<Progress, Error> {
-        if self.layout.read().slot(slot).is_none() {
+        if self.layout().slot(slot).is_none() {
             return Err(Error::NoSuchSlot(slot));
         }
         self.start(
@@ -97,7 +97,7 @@ impl<H: Hardware> Stage2<H> {
         }
         match control.phase {
             Phase::Starting(StartPass::Clear(from)) => {
-                let layout = self.layout.read();
+                let layout = self.layout();
                 let clear = |slot: &Slot, first, count| {
                     slot.dirty.clear_live(first, count);
                     slot.dirty.clear_in_flight(first, count);
@@ -108,19 +108,22 @@ impl<H: Hardware> Stage2<H> {
                 if let Some(next) = next {
                     control.phase = Phase::Starting(StartPass::Clear(next));
                 } else {
-                    self.exclusive().log = Some(Log { mode, scope });
+                    self.layouts
+                        .change(|layout| layout.log = Some(Log { mode, scope }));
                     control.phase = Phase::Starting(StartPass::Arm(0));
                 }
                 Ok(Progress::More { done: 0, total })
             }
             Phase::Starting(StartPass::Arm(from)) => {
-                let layout = self.layout.read();
+                let layout = self.layout();
                 let Some(next) = self.arm_step(&layout, scope, mode, from) else {
                     self.tlb().everything();
                     control.pending.clear();
                     control.phase = Phase::On;
                     return Ok(Progress::Done);
                 };
+                // The invalidation at the end is another CPU's, perhaps, and its barrier not for our writes.
+                self.hw.dsb_ishst();
                 control.phase = Phase::Starting(StartPass::Arm(next));
                 let (done, total) = layout.progress(scope, next);
                 Ok(Progress::More { done, total })
@@ -136,7 +139,7 @@ impl<H: Hardware> Stage2<H> {
         while visits < BUDGET {
             let (slot, here) = layout.next(scope, at)?;
             // A slot that is only becoming read-only still has writable leaves.
-            if slot.access == Access::ReadOnly && slot.outdated.is_none() {
+            if slot.access == Access::ReadOnly && slot.leaves == LeavesOf::ItsAccess {
                 at = slot.end();
                 continue;
             }
@@ -194,7 +197,11 @@ impl<H: Hardware> Stage2<H> {
                 if let Some(taking) = control.taking {
                     return Err(Error::EpochOutstanding(taking.epoch));
                 }
-                self.exclusive().log = None;
+                if !control.claims.are_idle() {
+                    // Somebody is still at a stretch of a harvest that was given up.
+                    return Ok(self.somebody_else_steps());
+                }
+                self.layouts.change(|layout| layout.log = None);
                 StopPass::Release(0)
             }
             Phase::Stopping(pass) => pass,
@@ -202,9 +209,12 @@ impl<H: Hardware> Stage2<H> {
         let scope = control.scope;
         let (next, total) = match pass {
             StopPass::Release(from) => {
-                let layout = self.layout.read();
+                let layout = self.layout();
                 let next = match self.release_step(&layout, scope, from) {
-                    Some(next) => StopPass::Release(next),
+                    Some(next) => {
+                        self.hw.dsb_ishst();
+                        StopPass::Release(next)
+                    }
                     None => {
                         // Not needed for correctness; without it every CPU would take its spurious
                         // faults one page at a time.
@@ -215,8 +225,7 @@ impl<H: Hardware> Stage2<H> {
                 (next, layout.progress(scope, u64::MAX).1)
             }
             StopPass::Collapse(level, from) => {
-                let layout = self.exclusive();
-                let next = match (self.collapse_step(&layout, scope, level, from), level) {
+                let next = match (self.collapse_step(scope, level, from), level) {
                     (Some(next), level) => StopPass::Collapse(level, next),
                     (None, Level::L2) => StopPass::Collapse(Level::L1, 0),
                     (None, _) => {
@@ -224,12 +233,12 @@ impl<H: Hardware> Stage2<H> {
                         return Ok(Progress::Done);
                     }
                 };
-                (next, layout.progress(scope, u64::MAX).1)
+                (next, self.layout().progress(scope, u64::MAX).1)
             }
         };
         control.phase = Phase::Stopping(next);
         let done = match next {
-            StopPass::Release(at) => self.layout.read().progress(scope, at).0,
+            StopPass::Release(at) => self.layout().progress(scope, at).0,
             StopPass::Collapse(..) => total,
         };
         Ok(Progress::More { done, total })
@@ -290,13 +299,19 @@ impl<H: Hardware> Stage2<H> {
         {
             return Err(Error::TakeUnfinished(taking.epoch));
         }
-        // Exclusive, so that no fault that saw the old engine is still on its way to a leaf.
-        let mut layout = self.exclusive();
-        if let (Some(mode), Some(log)) = (&mut control.mode, &mut layout.log)
+        if !control.claims.are_idle() {
+            return Err(Error::Busy);
+        }
+        if let Some(mode) = &mut control.mode
             && mode.engine != engine
         {
             mode.engine = engine;
-            log.mode.engine = engine;
+            // When this is through, no fault that saw the old engine is still on its way to a leaf.
+            self.layouts.change(|layout| {
+                if let Some(log) = &mut layout.log {
+                    log.mode.engine = engine;
+                }
+            });
             control.leaves = Leaves::Mixed;
         }
         Ok(())

@@ -1,11 +1,13 @@
 //! Memory slots: which machine memory stands behind which guest addresses.
 //!
 //! A slot is a run of guest frames and the extents of machine memory behind it, in order. Slots are
-//! kept sorted by address and never overlap. They are changed only under the exclusive lock.
+//! kept sorted by address and never overlap. Every CPU has a copy of the list, changed under the control
+//! mutex; the copies of a slot share its bitmaps.
 
 use crate::config::Shape;
 use crate::dirty::Dirty;
 use crate::error::Error;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{
     Access, Engine, Extent, Gfn, Granularity, Ipa, Level, PAGE_SHIFT, PAGE_SIZE, Pa, SlotId,
 };
@@ -25,20 +27,36 @@ struct Piece {
 pub(crate) enum Life {
     /// Mapped on demand.
     Usable,
-    /// Being deleted; everything below this address is unmapped already.
-    Dying(u64),
+    /// Being deleted.
+    Dying,
 }
 
+/// What leaves a slot may have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum LeavesOf {
+    /// Only such as its access says.
+    ItsAccess,
+    /// Also such as its access was before it was changed.
+    Older,
+}
+
+#[derive(Clone)]
 pub(crate) struct Slot {
     pub(crate) id: SlotId,
     pub(crate) base: Gfn,
     pub(crate) pages: u64,
     pub(crate) access: Access,
     pub(crate) life: Life,
-    /// The access was changed and leaves from this address on may still be of the old kind.
-    pub(crate) outdated: Option<u64>,
-    pieces: Vec<Piece>,
+    pub(crate) leaves: LeavesOf,
+    ground: Arc<Ground>,
     pub(crate) dirty: Arc<Dirty>,
+}
+
+/// What all copies of a slot share, beside the bitmaps.
+struct Ground {
+    pieces: Vec<Piece>,
+    /// How far a deletion or a change of access has come. Only whoever holds the control mutex uses it.
+    unmapped: AtomicU64,
 }
 
 /// What a caller may know about a slot.
@@ -113,10 +131,23 @@ impl Slot {
             pages,
             access,
             life: Life::Usable,
-            outdated: None,
-            pieces,
+            leaves: LeavesOf::ItsAccess,
+            ground: Arc::new(Ground {
+                pieces,
+                unmapped: AtomicU64::new(0),
+            }),
             dirty,
         })
+    }
+
+    /// Returns the address that a deletion or a change of access has reached.
+    pub(crate) fn unmapped(&self) -> u64 {
+        self.ground.unmapped.load(Ordering::Relaxed)
+    }
+
+    /// Notes it.
+    pub(crate) fn set_unmapped(&self, reached: u64) {
+        self.ground.unmapped.store(reached, Ordering::Relaxed);
     }
 
     /// Returns the first address.
@@ -136,8 +167,11 @@ impl Slot {
 
     /// Returns where `page` lies and how many pages follow it there without a gap, itself included.
     pub(crate) fn backing(&self, page: u64) -> Option<(Pa, u64)> {
-        let after = self.pieces.partition_point(|piece| piece.first <= page);
-        let piece = self.pieces.get(after.checked_sub(1)?)?;
+        let after = self
+            .ground
+            .pieces
+            .partition_point(|piece| piece.first <= page);
+        let piece = self.ground.pieces.get(after.checked_sub(1)?)?;
         let into = page - piece.first;
         let left = piece.pages.checked_sub(into).filter(|left| *left != 0)?;
         Some((Pa::new(piece.pa + into * PAGE_SIZE), left))
@@ -158,7 +192,7 @@ impl Slot {
     }
 
     pub(crate) fn info(&self) -> SlotInfo {
-        let extents = self.pieces.iter().map(|piece| Extent {
+        let extents = self.ground.pieces.iter().map(|piece| Extent {
             pa: Pa::new(piece.pa),
             pages: piece.pages,
         });
@@ -205,7 +239,7 @@ pub(crate) struct Log {
     pub(crate) scope: Scope,
 }
 
-/// What the VM's table lock guards, besides the tables.
+/// The slots and the log, as every CPU has them.
 pub(crate) struct Layout {
     /// Sorted by address, disjoint.
     pub(crate) slots: Vec<Slot>,
@@ -213,8 +247,44 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
+    pub(crate) const EMPTY: Self = Self {
+        slots: Vec::new(),
+        log: None,
+    };
+
     pub(crate) fn slot(&self, id: SlotId) -> Option<&Slot> {
         self.slots.iter().find(|slot| slot.id == id)
+    }
+
+    /// Changes the slot of that name, if it is there.
+    pub(crate) fn change_slot(&mut self, id: SlotId, change: impl FnOnce(&mut Slot)) {
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.id == id) {
+            change(slot);
+        }
+    }
+
+    /// Returns where in the list a new slot belongs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SlotExists`], [`Error::SlotOverlap`].
+    pub(crate) fn place_for(&self, slot: &Slot) -> Result<usize, Error> {
+        if self.slot(slot.id).is_some() {
+            return Err(Error::SlotExists(slot.id));
+        }
+        let index = self
+            .slots
+            .partition_point(|other| other.start() < slot.start());
+        let before = index
+            .checked_sub(1)
+            .and_then(|before| self.slots.get(before));
+        if let Some(other) = before.filter(|other| other.end() > slot.start()) {
+            return Err(Error::SlotOverlap(other.id));
+        }
+        match self.slots.get(index) {
+            Some(other) if other.start() < slot.end() => Err(Error::SlotOverlap(other.id)),
+            _ => Ok(index),
+        }
     }
 
     /// Returns the usable slot that holds `ipa`.

@@ -123,7 +123,10 @@ fn build(children: &Table, model: Pte, below: Level) {
     } else {
         Permission::ReadOnly
     };
-    for (index, child) in children.0.iter().enumerate() {
-        child.store(model.child(below, index, state).0, Ordering::Relaxed);
+    // The children differ in their output address alone, which a block's alignment keeps from carrying.
+    let mut child = model.child(below, 0, state).0;
+    for entry in &children.0 {
+        entry.store(child, Ordering::Relaxed);
+        child += below.size();
     }
 }

@@ -1,19 +1,22 @@
 //! One VM's stage 2: the struct, its making and its end, slots, counters.
 //!
-//! Two locks. The table lock (a spinning reader-writer lock around the slots and, by meaning, the
-//! tables): shared for faults, walks, splits and harvests, which change entries by compare-and-swap;
-//! exclusive for adding and deleting slots, collapsing, and switching a log on or off. The control
-//! mutex ([`control`](crate::control)) comes before it. Nothing is held while a guest runs.
+//! Two kinds of lock. Whoever looks at slots or tables holds its own CPU's copy of the layout
+//! ([`readers`](crate::readers)): faults, walks, splits and harvests, which change entries by
+//! compare-and-swap and share no cache line but the entries. Whoever changes slots, switches a log on
+//! or off, or takes tables away holds the control mutex ([`control`](crate::control)), changes the
+//! copies one by one, and frees what readers may have found only after each has left. The mutex comes
+//! first. Nothing is held while a guest runs.
 
 use crate::config::{Shape, vttbr};
 use crate::control::{Control, LogStage, LogStatus, Phase};
 use crate::error::Error;
 use crate::hardware::{Features, Hardware};
 use crate::harvest::Carried;
-use crate::slot::{Layout, Life, Slot, SlotInfo};
-use crate::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use crate::readers::Replicas;
+use crate::slot::{Layout, LeavesOf, Life, Slot, SlotInfo};
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use crate::sync::mutex::SpinMutex;
-use crate::sync::rwlock::{RwLock, RwLockWriteGuard};
+use crate::sync::rwlock::RwLockReadGuard;
 use crate::tlb::Tlb;
 use crate::types::{Access, Extent, Gfn, Level, Pa, Progress, SlotId, Vmid};
 use alloc::vec::Vec;
@@ -26,7 +29,9 @@ pub struct Stage2<H: Hardware> {
     pub(crate) root: Pa,
     vttbr: u64,
     pub(crate) control: SpinMutex<Control>,
-    pub(crate) layout: RwLock<Layout>,
+    pub(crate) layouts: Replicas<Layout>,
+    /// A harvest is all given out, and waits for those who are at a stretch of it.
+    pub(crate) drained: AtomicBool,
     pub(crate) counters: Counts,
     leaves: [AtomicI64; 4],
     tables: AtomicI64,
@@ -83,6 +88,7 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::IpaBits`], [`Error::PaBits`], [`Error::OutOfTables`].
     pub fn new(hw: H, ipa_bits: u8, vmid: Vmid, features: Features) -> Result<Self, Error> {
         let shape = Shape::new(ipa_bits, &features)?;
+        let layouts = Replicas::new(hw.cpus(), || Layout::EMPTY)?;
         let root = hw.alloc_tables(shape.roots).ok_or(Error::OutOfTables)?;
         Ok(Self {
             hw,
@@ -91,10 +97,8 @@ impl<H: Hardware> Stage2<H> {
             root,
             vttbr: vttbr(root, vmid),
             control: SpinMutex::new(Control::new()),
-            layout: RwLock::new(Layout {
-                slots: Vec::new(),
-                log: None,
-            }),
+            layouts,
+            drained: AtomicBool::new(false),
             counters: Counts::default(),
             leaves: [const { AtomicI64::new(0) }; 4],
             tables: AtomicI64::new(shape.roots as i64),
@@ -154,29 +158,15 @@ impl<H: Hardware> Stage2<H> {
             &self.shape,
             self.features.pa_bits,
         )?;
-        let mut layout = self.exclusive();
-        if layout.slot(id).is_some() {
-            return Err(Error::SlotExists(id));
-        }
-        let index = layout
-            .slots
-            .partition_point(|other| other.start() < slot.start());
-        let before = index
-            .checked_sub(1)
-            .and_then(|index| layout.slots.get(index));
-        let after = layout.slots.get(index);
-        if let Some(other) = before.filter(|other| other.end() > slot.start()) {
-            return Err(Error::SlotOverlap(other.id));
-        }
-        if let Some(other) = after.filter(|other| other.start() < slot.end()) {
-            return Err(Error::SlotOverlap(other.id));
-        }
-        layout
-            .slots
-            .try_reserve(1)
-            .map_err(|_| Error::OutOfMemory)?;
-        layout.slots.insert(index, slot);
-        Ok(())
+        // Holding it keeps the copies alike.
+        let _control = self.control.lock();
+        let index = self.layout().place_for(&slot)?;
+        self.layouts
+            .try_change(
+                |layout| layout.slots.try_reserve(1),
+                |layout| layout.slots.insert(index, slot.clone()),
+            )
+            .map_err(|_| Error::OutOfMemory)
     }
 
     /// Removes a memory slot, in bounded steps; call it until it is done. From the first call on
@@ -189,30 +179,20 @@ impl<H: Hardware> Stage2<H> {
     ///
     /// [`Error::NoSuchSlot`].
     pub fn delete_slot(&self, id: SlotId) -> Result<Progress, Error> {
-        let mut layout = self.exclusive();
-        let layout = &mut *layout;
-        let index = layout
-            .slots
-            .iter()
-            .position(|slot| slot.id == id)
-            .ok_or(Error::NoSuchSlot(id))?;
-        let Some(slot) = layout.slots.get_mut(index) else {
-            return Err(Error::NoSuchSlot(id));
-        };
-        let from = match slot.life {
-            Life::Usable => slot.start(),
-            Life::Dying(from) => from,
-        };
-        let reached = self.unmap_step(slot, from);
-        if reached >= slot.end() {
-            layout.slots.remove(index);
-            return Ok(Progress::Done);
+        let _control = self.control.lock();
+        let slot = self.slot(id)?;
+        if slot.life == Life::Usable {
+            slot.set_unmapped(slot.start());
+            self.layouts.change(|layout| {
+                layout.change_slot(id, |slot| slot.life = Life::Dying);
+            });
         }
-        slot.life = Life::Dying(reached);
-        Ok(Progress::More {
-            done: slot.page(reached),
-            total: slot.pages,
-        })
+        let progress = self.unmap_step(&slot);
+        if progress == Progress::Done {
+            self.layouts
+                .change(|layout| layout.slots.retain(|slot| slot.id != id));
+        }
+        Ok(progress)
     }
 
     /// Changes what the guest may do with a slot, in bounded steps; call it until it is done. Its leaves
@@ -222,36 +202,46 @@ impl<H: Hardware> Stage2<H> {
     ///
     /// [`Error::NoSuchSlot`], [`Error::SlotDying`].
     pub fn set_access(&self, id: SlotId, access: Access) -> Result<Progress, Error> {
-        let mut layout = self.exclusive();
-        let found = layout.slots.iter_mut().find(|slot| slot.id == id);
-        let slot = found.ok_or(Error::NoSuchSlot(id))?;
+        let control = self.control.lock();
+        let slot = self.slot(id)?;
         if slot.life != Life::Usable {
             return Err(Error::SlotDying(id));
         }
-        if slot.access != access {
-            slot.access = access;
-            slot.outdated = Some(slot.start());
+        if !control.claims.are_idle() {
+            // A harvest that has passed a leaf would miss what is noted when the leaf goes.
+            return Ok(self.somebody_else_steps());
         }
-        let Some(from) = slot.outdated else {
+        if slot.access != access {
+            slot.set_unmapped(slot.start());
+            self.layouts.change(|layout| {
+                layout.change_slot(id, |slot| {
+                    slot.access = access;
+                    slot.leaves = LeavesOf::Older;
+                });
+            });
+        } else if slot.leaves == LeavesOf::ItsAccess {
             return Ok(Progress::Done);
-        };
+        }
         // Leaves mapped meanwhile are of the new kind already; those in front of the cursor go once
         // more, which costs a fault.
-        let reached = self.unmap_step(slot, from);
-        if reached >= slot.end() {
-            slot.outdated = None;
-            return Ok(Progress::Done);
+        let progress = self.unmap_step(&slot);
+        if progress == Progress::Done {
+            self.layouts.change(|layout| {
+                layout.change_slot(id, |slot| slot.leaves = LeavesOf::ItsAccess);
+            });
         }
-        slot.outdated = Some(reached);
-        Ok(Progress::More {
-            done: slot.page(reached),
-            total: slot.pages,
-        })
+        Ok(progress)
+    }
+
+    /// Returns a copy of the slot of that name.
+    fn slot(&self, id: SlotId) -> Result<Slot, Error> {
+        let found = self.layout().slot(id).cloned();
+        found.ok_or(Error::NoSuchSlot(id))
     }
 
     /// Returns the slots, by address.
     pub fn slots(&self) -> Vec<SlotInfo> {
-        self.layout.read().slots.iter().map(Slot::info).collect()
+        self.layout().slots.iter().map(Slot::info).collect()
     }
 
     /// Returns what is mapped, by size.
@@ -299,7 +289,7 @@ impl<H: Hardware> Stage2<H> {
             mode: control.mode,
             outstanding: control.taking.map(|taking| taking.epoch),
             last_committed: control.last_committed,
-            live_pages: self.layout.read().live_pages(carried),
+            live_pages: self.layout().live_pages(carried),
         }
     }
 
@@ -312,10 +302,10 @@ impl<H: Hardware> Stage2<H> {
         }
     }
 
-    /// Takes the table lock exclusively. By way of an upgradeable guard, which keeps new readers out:
-    /// a plain writer would starve behind CPUs that fault all the time.
-    pub(crate) fn exclusive(&self) -> RwLockWriteGuard<'_, Layout> {
-        self.layout.upgradeable_read().upgrade()
+    /// Reads the slots and the log, and keeps the tables from being freed.
+    #[inline]
+    pub(crate) fn layout(&self) -> RwLockReadGuard<'_, Layout> {
+        self.layouts.read(self.hw.cpu())
     }
 
     /// What a step answers when another CPU is in one.

@@ -35,8 +35,5 @@ pub(crate) mod rwlock {
     use crate::fake::traced::Relax;
 
     pub(crate) type RwLock<T> = spin::rwlock::RwLock<T, Relax>;
-    #[allow(dead_code)]
     pub(crate) type RwLockReadGuard<'a, T> = spin::rwlock::RwLockReadGuard<'a, T, Relax>;
-    #[allow(dead_code)]
-    pub(crate) type RwLockWriteGuard<'a, T> = spin::rwlock::RwLockWriteGuard<'a, T, Relax>;
 }

@@ -3,6 +3,7 @@
 mod descriptors;
 mod epochs;
 mod invariants;
+mod parallel;
 mod races;
 mod random;
 mod review2014;

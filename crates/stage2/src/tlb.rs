@@ -170,10 +170,29 @@ impl Pending {
     }
 
     pub(crate) fn push(&mut self, ipa: u64, level: Level) {
+        self.push_run(ipa, 1, level);
+    }
+
+    /// Adds level-3 leaves: bit n of `pages` is the nth from `ipa` on.
+    pub(crate) fn push_pages(&mut self, ipa: u64, mut pages: u64) {
+        while pages != 0 && self.everything == Everything::No {
+            let first = pages.trailing_zeros();
+            let run = (pages >> first).trailing_ones();
+            self.push_run(
+                ipa + (u64::from(first) << PAGE_SHIFT),
+                run.into(),
+                Level::L3,
+            );
+            // The carry runs through the lowest run of ones.
+            pages &= pages.wrapping_add(1 << first);
+        }
+    }
+
+    fn push_run(&mut self, ipa: u64, leaves: u64, level: Level) {
         if self.everything == Everything::Yes {
             return;
         }
-        self.leaves += 1;
+        self.leaves += leaves;
         if let Some(last) = self
             .len
             .checked_sub(1)
@@ -181,7 +200,7 @@ impl Pending {
             && last.level == level
             && last.start + last.leaves * level.size() == ipa
         {
-            last.leaves += 1;
+            last.leaves += leaves;
             if last.leaves * level.pages() > Self::PAGES {
                 self.everything = Everything::Yes;
             }
@@ -191,13 +210,31 @@ impl Pending {
             Some(run) => {
                 *run = Run {
                     start: ipa,
-                    leaves: 1,
+                    leaves,
                     level,
                 };
                 self.len += 1;
             }
             None => self.everything = Everything::Yes,
         }
+    }
+
+    /// Adds what another list holds.
+    pub(crate) fn append(&mut self, other: &Self) {
+        if other.everything == Everything::Yes {
+            self.everything = Everything::Yes;
+            return;
+        }
+        for run in other.runs() {
+            for leaf in 0..run.leaves {
+                self.push(run.start + leaf * run.level.size(), run.level);
+            }
+        }
+    }
+
+    /// Is there nothing to invalidate?
+    pub(crate) fn is_empty(&self) -> bool {
+        self.everything == Everything::No && self.len == 0
     }
 
     pub(crate) fn push_everything(&mut self) {

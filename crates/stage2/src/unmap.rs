@@ -1,11 +1,13 @@
 //! Taking a slot's leaves and tables out, for good or to be mapped anew.
 //!
-//! Runs under the exclusive lock in bounded steps. A step unlinks, invalidates once, and only then
-//! frees: tables go back when no TLB and no walker can reach them (invariant 5). The guest may run
-//! meanwhile and waits, if it faults, for the lock.
+//! Bounded steps under the control mutex, while other CPUs fault, walk and harvest. A step takes leaves
+//! out and invalidates; then the tables it emptied are broken (busy marker), every walker that may have
+//! found one is waited for, and those that are empty still are freed: by then no TLB and no walker,
+//! software or hardware, can reach them (invariant 5). One that got a new leaf meanwhile, of a slot
+//! beside this one, goes back in its place.
 //!
 //! The value that the exchange with "empty" returns says whether a leaf was dirty, and it is noted
-//! before the lock is released: no harvest can complete in between. A CPU that cached the leaf as clean
+//! before the mutex is released, which a harvest needs to complete. A CPU that cached the leaf as clean
 //! cannot make it dirty any more, since its update compares with memory; one that cached it as dirty
 //! writes on until the invalidation, to a page that is noted.
 
@@ -14,122 +16,139 @@ use crate::pte::{Kind, Pte};
 use crate::slot::Slot;
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::types::{Level, Pa};
+use crate::types::{Level, Pa, Progress};
 
 /// Entries visited in a step, at most one table more.
 const BUDGET: usize = 2048;
-/// Tables unlinked in a step. One address can empty three.
-const BATCH: usize = 16;
+/// Level-3 tables taken out in a step.
+const BATCH: usize = 8;
 
-/// A walk that remembers the way, so that emptied tables can be unlinked.
-struct Path<'a> {
-    /// (entry that points to the table, the table, its address), from below the root down.
-    steps: [Option<(&'a AtomicU64, &'a Table, Pa)>; 3],
-    depth: usize,
-    table: &'a Table,
-    level: Level,
-}
-
-struct Unlinked {
-    tables: [Option<Pa>; BATCH],
+/// Addresses whose tables may have become empty.
+struct Emptied {
+    at: [u64; BATCH],
     len: usize,
 }
 
-impl Unlinked {
-    fn push(&mut self, pa: Pa) {
-        if let Some(slot) = self.tables.get_mut(self.len) {
-            *slot = Some(pa);
+impl Emptied {
+    fn push(&mut self, ipa: u64) {
+        if let Some(place) = self.at.get_mut(self.len) {
+            *place = ipa;
             self.len += 1;
         }
     }
 
-    fn has_room(&self) -> bool {
-        self.len + 3 <= BATCH
+    fn is_full(&self) -> bool {
+        self.len == BATCH
+    }
+
+    fn addresses(&self) -> &[u64] {
+        self.at.get(..self.len).unwrap_or(&[])
     }
 }
 
+/// A table that is broken off: nobody finds it any more, but some may have.
+struct Broken<'a> {
+    entry: &'a AtomicU64,
+    table: &'a Table,
+    pa: Pa,
+}
+
 impl<H: Hardware> Stage2<H> {
-    /// Unmaps a bounded part of `slot` from address `from` on. Returns the address it reached.
-    pub(crate) fn unmap_step(&self, slot: &Slot, from: u64) -> u64 {
-        let end = slot.end();
-        let mut at = from.max(slot.start());
+    /// Unmaps a bounded part of `slot`, from where the last step ended.
+    pub(crate) fn unmap_step(&self, slot: &Slot) -> Progress {
+        let mut at = slot.unmapped().max(slot.start());
         let mut visits = 0;
-        let mut unlinked = Unlinked {
-            tables: [None; BATCH],
+        let mut emptied = Emptied {
+            at: [0; BATCH],
             len: 0,
         };
-        while at < end && visits < BUDGET && unlinked.has_room() {
-            let path = self.path(at);
-            let region = path.level.size() * 512;
-            let first = path.level.index(at);
-            let table_end = (at & !(region - 1)).saturating_add(region);
-            let mut reached = at;
-            for entry in path.table.0.iter().skip(first) {
-                let pte = Pte(entry.load(Ordering::Relaxed));
-                if reached >= end || matches!(pte.kind(path.level), Kind::Table(_)) {
-                    break;
-                }
-                if pte.kind(path.level) == Kind::Leaf {
-                    let old = Pte(entry.swap(Pte::EMPTY.0, Ordering::AcqRel));
-                    self.count_leaves(path.level, -1);
-                    if old.is_dirty() {
-                        slot.dirty.mark_run(slot.page(reached), path.level.pages());
-                    }
-                }
-                visits += 1;
-                reached = (reached & !(path.level.size() - 1)) + path.level.size();
-            }
-            at = reached;
-            if at >= table_end || at >= end {
-                visits += self.prune(&path, &mut unlinked);
-            }
-        }
-        self.tlb().everything();
-        for pa in unlinked.tables.iter().flatten() {
-            self.hw.free_tables(*pa, 1);
-        }
-        self.count_tables(-(unlinked.len as i64));
-        at.min(end)
-    }
-
-    fn path(&self, ipa: u64) -> Path<'_> {
-        let mut path = Path {
-            steps: [None; 3],
-            depth: 0,
-            table: self.root(ipa),
-            level: self.shape.start,
-        };
-        loop {
-            let entry = path.table.entry(path.level.index(ipa));
-            let pte = Pte(entry.load(Ordering::Relaxed));
-            match (
-                pte.kind(path.level),
-                path.level.below(),
-                path.steps.get_mut(path.depth),
-            ) {
-                (Kind::Table(pa), Some(below), Some(step)) => {
-                    path.table = self.hw.table(pa);
-                    *step = Some((entry, path.table, pa));
-                    path.depth += 1;
-                    path.level = below;
-                }
-                _ => return path,
-            }
-        }
-    }
-
-    /// Unlinks the tables on the path that became empty, deepest first. Returns entries looked at.
-    fn prune(&self, path: &Path<'_>, unlinked: &mut Unlinked) -> usize {
-        let mut visits = 0;
-        for (entry, table, pa) in path.steps.iter().take(path.depth).rev().flatten() {
-            visits += 512;
-            if !table.is_empty() {
+        while at < slot.end() && visits < BUDGET && !emptied.is_full() {
+            let place = self.descend(at);
+            if place.kind == Kind::Busy {
+                // A harvest is splitting it, and does not need the mutex for that.
                 break;
             }
-            entry.swap(Pte::EMPTY.0, Ordering::AcqRel);
-            unlinked.push(*pa);
+            let first = at;
+            for entry in place.table.0.iter().skip(place.index) {
+                // Only while it is a leaf: a split may put a table there between a look and an exchange.
+                let taken = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
+                    (Pte(seen).kind(place.level) == Kind::Leaf).then_some(Pte::EMPTY.0)
+                });
+                let old = Pte(taken.unwrap_or_else(|seen| seen));
+                match old.kind(place.level) {
+                    Kind::Table(_) | Kind::Busy => break,
+                    Kind::Leaf => {
+                        self.count_leaves(place.level, -1);
+                        if old.is_dirty() {
+                            slot.dirty.mark_run(slot.page(at), place.level.pages());
+                        }
+                    }
+                    Kind::Empty => {}
+                }
+                visits += 1;
+                at = (at & !(place.level.size() - 1)) + place.level.size();
+                if at >= slot.end() {
+                    break;
+                }
+            }
+            emptied.push(first);
         }
-        visits
+        let at = at.min(slot.end());
+        slot.set_unmapped(at);
+        for level in [Level::L2, Level::L1, Level::L0] {
+            let broken = self.break_empty(level, emptied.addresses());
+            // The first time round also for the leaves.
+            if level == Level::L2 || broken.iter().any(Option::is_some) {
+                self.tlb().everything();
+                self.free_broken(broken);
+            }
+        }
+        if at == slot.end() {
+            return Progress::Done;
+        }
+        Progress::More {
+            done: slot.page(at),
+            total: slot.pages,
+        }
+    }
+
+    /// Breaks the entries of `level` for these addresses that point to empty tables.
+    fn break_empty(&self, level: Level, addresses: &[u64]) -> [Option<Broken<'_>>; BATCH] {
+        let mut broken = [const { None }; BATCH];
+        for (&ipa, place_for) in addresses.iter().zip(&mut broken) {
+            let place = self.descend_to(ipa, level);
+            if let Kind::Table(pa) = place.kind
+                && place.level == level
+                && self.hw.table(pa).is_empty()
+            {
+                let entry = place.entry();
+                // Only the holder of the control mutex changes an entry that points to a table.
+                entry.swap(Pte::BUSY.0, Ordering::AcqRel);
+                let table = self.hw.table(pa);
+                *place_for = Some(Broken { entry, table, pa });
+            }
+        }
+        broken
+    }
+
+    /// Frees the tables that are still empty when nobody is left who found them before they were
+    /// broken off and invalidated.
+    fn free_broken(&self, broken: [Option<Broken<'_>>; BATCH]) {
+        if broken.iter().all(Option::is_none) {
+            return;
+        }
+        self.layouts.wait_for_readers();
+        for Broken { entry, table, pa } in broken.into_iter().flatten() {
+            if table.is_empty() {
+                entry.swap(Pte::EMPTY.0, Ordering::AcqRel);
+                self.hw.free_tables(pa, 1);
+                self.count_tables(-1);
+            } else {
+                // A slot beside this one got a leaf there.
+                entry.swap(Pte::table(pa).0, Ordering::AcqRel);
+            }
+        }
+        self.hw.dsb_ishst();
     }
 
     /// Frees every table but the roots. Only for the end of a VM that no CPU runs.

@@ -1,8 +1,8 @@
 //! Finding the descriptor that decides about an address.
 //!
-//! Walks run under the table lock, shared or exclusive. Under the shared lock entries change beneath
-//! them by compare-and-swap, but no table that was ever reachable is freed, so a reference found here
-//! stays good for as long as the caller holds the lock.
+//! A walk holds its CPU's copy of the layout, or the control mutex. Entries change beneath it by
+//! compare-and-swap, but no table that was ever reachable is freed while somebody holds a copy who may
+//! have found it, or by anyone but the holder of the mutex. So a reference found here stays good.
 
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};

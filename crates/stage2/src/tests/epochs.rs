@@ -349,3 +349,27 @@ fn steps_are_bounded() {
     assert!(delete >= 64, "{delete}");
     assert_eq!(world.machine.tables_in_use(), 1);
 }
+
+#[test]
+fn a_step_finds_fewer_dirty_pages_than_it_passes_clean_ones() {
+    for (engine, features) in engines() {
+        let pages = 8 * P2M;
+        let world = logging(engine, features, pages);
+        let steps = || {
+            let epoch = world.new_epoch();
+            let mut steps = 0;
+            finish(|| {
+                steps += 1;
+                world.stage2.take(epoch)
+            })
+            .unwrap();
+            world.stage2.commit(epoch).unwrap();
+            steps
+        };
+        let clean = steps();
+        for number in 0..pages {
+            world.write(0, page(number));
+        }
+        assert!(steps() >= clean + 4, "{engine:?}");
+    }
+}

@@ -370,6 +370,27 @@ fn slots_come_and_go_while_a_log_is_on() {
 }
 
 #[test]
+fn inv15_clean_blocks_are_not_passed_beyond_their_slot() {
+    for (engine, features) in engines() {
+        let world = World::new(features);
+        for id in 0..3u16 {
+            let (ipa, pa) = (IPA + u64::from(id) * 4 * MIB, RAM + u64::from(id) * GIB);
+            add(&world, id, ipa, 2 * P2M, &[(pa, 2 * P2M)]).unwrap();
+            world.map_all(id);
+        }
+        world.start(engine, Granularity::Adaptive);
+        // Only EL2 writes, so all six blocks stay clean, side by side in one table.
+        for block in 0..6 {
+            for ipa in [block * 2 * MIB, (block + 1) * 2 * MIB - PAGE_SIZE] {
+                world.el2_write(IPA + ipa);
+                assert_eq!(world.harvest(), set([IPA + ipa]), "{engine:?}");
+            }
+        }
+        assert_eq!(world.stage2.mappings().blocks_2m, 6);
+    }
+}
+
+#[test]
 fn translate_says_where_and_how_far() {
     let world = World::new(Features::BASELINE);
     add(&world, 0, IPA, 5, &[(RAM, 2), (RAM + GIB, 3)]).unwrap();

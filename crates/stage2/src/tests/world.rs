@@ -103,7 +103,7 @@ impl World {
     /// was not to be had.
     pub fn access(&self, pe: usize, ipa: u64, access: FaultAccess) -> Result<usize, Outcome> {
         self.machine.become_pe(pe);
-        for aborts in 0..1000 {
+        for aborts in 0..100_000 {
             let then = |pa: Pa| {
                 let expected = self
                     .stage2
@@ -117,9 +117,30 @@ impl World {
             match self.machine.access(pe, self.guest, ipa, access, then) {
                 Ok(()) => return Ok(aborts),
                 Err(abort) => match self.stage2.handle_fault(abort) {
-                    Outcome::Resume | Outcome::Retry => {}
+                    Outcome::Resume => {}
+                    // Whoever is changing the entry may be a thread that waits for this core.
+                    Outcome::Retry => std::thread::yield_now(),
                     other => return Err(other),
                 },
+            }
+        }
+        panic!("the guest faults for ever at {ipa:#x}");
+    }
+
+    /// A write by the guest that does `then` when it happens.
+    pub fn access_then(&self, pe: usize, ipa: u64, then: impl Fn()) {
+        for _ in 0..100_000 {
+            let store = |_| then();
+            match self
+                .machine
+                .access(pe, self.guest, ipa, FaultAccess::Write, store)
+            {
+                Ok(()) => return,
+                Err(abort) => {
+                    let outcome = self.stage2.handle_fault(abort);
+                    assert!(matches!(outcome, Outcome::Resume | Outcome::Retry));
+                    std::thread::yield_now();
+                }
             }
         }
         panic!("the guest faults for ever at {ipa:#x}");
@@ -204,7 +225,7 @@ impl World {
 
     /// The bitmaps of a slot.
     pub fn dirty(&self, id: u16) -> Arc<Dirty> {
-        let layout = self.stage2.layout.read();
+        let layout = self.stage2.layout();
         Arc::clone(&layout.slot(SlotId(id)).unwrap().dirty)
     }
 
