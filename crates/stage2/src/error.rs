@@ -74,6 +74,13 @@ pub enum Error {
     },
     /// The epoch's harvest has not finished; go on calling take.
     TakeUnfinished(Epoch),
+    /// The CPUs could hold too many of the VMIDs at once.
+    TooManyCpus {
+        /// What was asked for.
+        asked: usize,
+        /// The most that VMIDs of this width are enough for.
+        most: usize,
+    },
 }
 
 impl fmt::Display for Error {
@@ -161,6 +168,10 @@ impl fmt::Display for Error {
             Error::TakeUnfinished(epoch) => write!(
                 f,
                 "the harvest of epoch {epoch} has not finished; repeat the take"
+            ),
+            Error::TooManyCpus { asked, most } => write!(
+                f,
+                "this machine's VMIDs are enough for {most} CPUs, not for {asked}; leave the others off"
             ),
         }
     }

@@ -45,7 +45,9 @@
 //! | `slot`, `dirty`, `readers` | slots, their two bitmaps, each CPU's copy of the list |
 //! | `fault` | the fault path |
 //! | `control`, `protect`, `harvest` | a log: where it is, starting and stopping it, taking from it |
+//! | `quota` | the throttle: limits, and what each vCPU spent |
 //! | `stage2` | the VM: all of the above |
+//! | `vmid` | the machine: which number tags which VM's translations |
 //!
 //! Architecture: Arm ARM DDI 0487, D8.2 (walks), D8.3 (descriptors), D8.5 (hardware dirty state), D8.14
 //! (TLB maintenance, break-before-make).
@@ -110,6 +112,7 @@ mod harvest;
 mod map;
 mod protect;
 mod pte;
+mod quota;
 mod readers;
 mod slot;
 mod split;
@@ -120,6 +123,7 @@ mod tests;
 mod tlb;
 mod types;
 mod unmap;
+mod vmid;
 mod walk;
 
 pub use config::vtcr_el2 as vtcr;
@@ -129,6 +133,7 @@ pub use fault::{Fault, FaultAccess, FaultKind, Outcome};
 pub use hardware::{Features, Hardware, Support, Table};
 pub use harvest::{SlotDirty, Words};
 pub use map::Translation;
+pub use quota::{Count, Duty, Limit, Meter, Quota, Stalls, Ticks, Turn, Verdict};
 pub use slot::{LogMode, SlotInfo};
 pub use stage2::{Counters, Mappings, Stage2};
 pub use tlb::{IpaOperand, RangeOperand};
@@ -136,3 +141,4 @@ pub use types::{
     Access, Engine, Epoch, Extent, Gfn, Granularity, GuestVa, Ipa, Level, PAGE_SIZE, Pa, Progress,
     SlotId, Vmid, VmidWidth,
 };
+pub use vmid::{Flush, Loaded, VmVmid, Vmids};

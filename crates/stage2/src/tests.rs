@@ -4,6 +4,7 @@ mod descriptors;
 mod epochs;
 mod invariants;
 mod parallel;
+mod quota;
 mod races;
 mod random;
 mod review2014;
