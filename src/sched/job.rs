@@ -14,6 +14,8 @@ use spin::Mutex;
 pub enum Step {
     /// There is more to do.
     Again,
+    /// There is more to do, but not for this CPU at the moment.
+    Later,
     /// The job is over.
     Done,
 }
@@ -37,6 +39,12 @@ static WAITING: AtomicUsize = AtomicUsize::new(0);
 /// Gives the CPUs a job.
 pub fn submit(job: Job) {
     enqueue(job);
+    super::call_for_work();
+}
+
+/// Gives each CPU a job, for work that is divided among them.
+pub fn submit_to_all(job: impl Fn() -> Job) {
+    (0..super::cpus()).for_each(|_| enqueue(job()));
     super::call_for_work();
 }
 
@@ -64,14 +72,12 @@ pub fn run_for(ticks: u64) -> Found {
     };
     let end = timer::now() + ticks;
     loop {
-        match job() {
-            Step::Done => {
-                WAITING.fetch_sub(1, Relaxed);
-                return Found::Work;
-            }
-            Step::Again => {}
+        let step = job();
+        if step == Step::Done {
+            WAITING.fetch_sub(1, Relaxed);
+            return Found::Work;
         }
-        if timer::now() >= end || gic::interrupt_pending() {
+        if step == Step::Later || timer::now() >= end || gic::interrupt_pending() {
             JOBS.lock().push_back(job);
             return Found::Work;
         }

@@ -7,10 +7,7 @@
 
 use super::Vm;
 use crate::board::options::DirtyEngine;
-use crate::sched::{
-    self,
-    job::{self, Step},
-};
+use crate::sched::job::{self, Step};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
@@ -158,6 +155,10 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
 /// A step of a harvest, on any number of CPUs at once: stage 2 gives each its part. So the lock
 /// is held before and after, not meanwhile.
 fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
+    if vm.memory.stage2().is_given_out() {
+        // Those who are at the last stretches need the lock, and this CPU nothing of it.
+        return Step::Later;
+    }
     let operation = Operation::Take(epoch);
     if vm.work.lock().operation != Some(operation) {
         return Step::Done;
@@ -212,9 +213,7 @@ fn drive(
     drop(work);
     match wanted {
         Operation::Take(epoch) => {
-            for _ in 0..sched::cpus() {
-                job::submit(Box::new(move || harvest_step(vm, epoch)));
-            }
+            job::submit_to_all(|| Box::new(move || harvest_step(vm, epoch)));
         }
         _ => job::submit(Box::new(move || step(vm, &mut vm.work.lock()))),
     }

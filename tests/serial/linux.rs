@@ -1,16 +1,22 @@
-//! Programs nobody here wrote: Debian's kernel to a shell, reset and off; U-Boot.
+//! Programs nobody here wrote: Debian's kernel to a shell, reset and off, and under a hundred logs; U-Boot.
 
 use anyhow::{Context, Result, ensure};
 use tidemark_tests::guests::{self, LINUX_PROMPT, Mib};
+use tidemark_tests::host::Host;
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
+use tidemark_wire::message::{EngineChoice, Granularity, VmId};
 
 use crate::case::Case;
+
+/// Logs that are started and stopped one after the other.
+const LOGS: u64 = 100;
 
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("linux_two_vcpus_to_shell", 90, two_vcpus_to_shell),
         Case::new("linux_reset_and_off", 120, reset_and_off),
+        Case::new("linux_logs_come_and_go", 240, logs_come_and_go),
         Case::new("more_vcpus_than_cpus", 150, more_vcpus_than_cpus),
         Case::new("uboot_to_prompt", 60, uboot_to_prompt),
     ]
@@ -80,6 +86,76 @@ fn reset_and_off(script: &mut Script) -> Result<()> {
     );
     target.type_line("poweroff -f")?;
     target.powered_off()
+}
+
+/// Linux under load while logs of every kind come and go: what it wrote is found each time, and it does
+/// not notice. Whether all of it is found is for the oracle and the copies to say.
+fn logs_come_and_go(script: &mut Script) -> Result<()> {
+    let bundle = guests::pack([guests::linux("linux", 2, Mib(256))?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("linux")?;
+    host.attach(vm)?;
+    host.expect(vm, LINUX_PROMPT).context("no shell")?;
+    said(&mut host, vm, "load 32 random 16 >/tmp/load &")?;
+    let until_ready = "until grep -q ready /tmp/load; do sleep 0.1; done";
+    said(&mut host, vm, until_ready).context("the load does not run")?;
+    // Memory that nothing writes while the logs split and join the blocks around it.
+    let sum = "dd if=/dev/urandom of=/tmp/file bs=1M count=8 2>/dev/null; md5sum /tmp/file";
+    let before = said(&mut host, vm, sum)?;
+    ensure!(before.contains("/tmp/file"), "no sum: {before:?}");
+    for number in 1..=LOGS {
+        let (engine, granularity) = match number % 5 {
+            0 => (EngineChoice::Dbm, Granularity::Page),
+            1 => (EngineChoice::WriteProtect, Granularity::Adaptive),
+            2 => (EngineChoice::Dbm, Granularity::Adaptive),
+            3 => (EngineChoice::WriteProtect, Granularity::Page),
+            _ => (EngineChoice::Auto, Granularity::Block),
+        };
+        one_log(&mut host, vm, engine, granularity).with_context(|| format!("log {number}"))?;
+    }
+    let after = said(&mut host, vm, "md5sum /tmp/file")?;
+    ensure!(after == before, "the file was {before:?} and is {after:?}");
+    let lines = said(
+        &mut host,
+        vm,
+        "pidof load >/dev/null && echo runs $((40 + 2))",
+    )?;
+    ensure!(lines.contains("runs 42"), "the load is gone: {lines:?}");
+    let complaints = said(&mut host, vm, "dmesg | grep -ciE 'bug:|oops|stall|corrupt'")?;
+    ensure!(complaints.trim() == "0", "Linux complains: {complaints:?}");
+    host.finish();
+    target.still_on()
+}
+
+/// A log in which the guest was seen to write.
+fn one_log(
+    host: &mut Host,
+    vm: VmId,
+    engine: EngineChoice,
+    granularity: Granularity,
+) -> Result<()> {
+    const TRIES: usize = 100;
+    host.dirty_start(vm, engine, granularity)?;
+    for _ in 0..TRIES {
+        let harvest = host.take(vm)?;
+        host.commit(vm, &harvest)?;
+        if !harvest.pages.is_empty() {
+            return host.dirty_stop(vm);
+        }
+    }
+    anyhow::bail!("{TRIES} harvests found nothing")
+}
+
+/// Types a command into Linux over the channel and returns what it printed.
+fn said(host: &mut Host, vm: VmId, command: &str) -> Result<String> {
+    host.type_line(vm, command)?;
+    let said = host
+        .expect(vm, LINUX_PROMPT)
+        .with_context(|| format!("no answer to `{command}`"))?;
+    let said = said.split_once('\n').map_or("", |(_, said)| said);
+    Ok(said.replace('\r', ""))
 }
 
 fn more_vcpus_than_cpus(script: &mut Script) -> Result<()> {

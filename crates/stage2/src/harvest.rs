@@ -105,7 +105,7 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::NotLogging`], [`Error::Busy`] while a start or stop is under way,
     /// [`Error::EpochOutstanding`] if another epoch is, [`Error::StaleEpoch`] if the number is used up.
     pub fn take(&self, epoch: Epoch) -> Result<Progress, Error> {
-        if self.drained.load(Ordering::Relaxed) {
+        if self.is_given_out() {
             // Those who are at the last stretches need the mutex to hand them in.
             return Ok(self.somebody_else_steps());
         }
@@ -189,6 +189,12 @@ impl<H: Hardware> Stage2<H> {
                 return Ok(self.conclude(&mut guard, &self.layout()));
             }
         }
+    }
+
+    /// Is all of a harvest given out to CPUs that are still at it? Then [`take`](Self::take) has nothing
+    /// for another one, unless they leave something. Costs one load.
+    pub fn is_given_out(&self) -> bool {
+        self.drained.load(Ordering::Relaxed)
     }
 
     /// Ends the harvest if nothing of it is left to do, and says how far it is.
