@@ -14,9 +14,9 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
 
 /// Tables looked at in a step.
-const BATCH: usize = 8;
+const BATCH: usize = 4;
 /// Entries passed over in a step.
-const VISITS: usize = 512;
+const VISITS: usize = 128;
 
 struct Candidate<'a> {
     entry: &'a AtomicU64,

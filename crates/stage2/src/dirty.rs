@@ -63,14 +63,14 @@ impl Dirty {
 
     /// Notes `count` written pages from `first`; what is past the end of the slot is dropped.
     pub(crate) fn mark_run(&self, first: u64, count: u64) {
+        let mut new = 0;
         for (index, mask) in words(first, count, self.pages) {
             if let Some(word) = self.live.get(index) {
                 let before = word.fetch_or(mask, Ordering::Release);
-                let new = mask & !before;
-                self.live_pages
-                    .fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
+                new += u64::from((mask & !before).count_ones());
             }
         }
+        self.live_pages.fetch_add(new, Ordering::Relaxed);
     }
 
     /// Returns how many pages from `first` on, of `count`, have no live bit; perhaps too few, by a cache
@@ -124,6 +124,19 @@ impl Dirty {
 
     /// Adds `count` pages from `first` to the epoch.
     pub(crate) fn add_run(&self, first: u64, count: u64) {
+        // A block of 1 GiB is 4096 words, and all of them whole.
+        let end = first.saturating_add(count).min(self.pages);
+        let whole = first.div_ceil(64)..end / 64;
+        if let Some(words) = self.in_flight.get(whole.start as usize..whole.end as usize) {
+            self.add_partly(first, whole.start * 64 - first);
+            self.count(words.iter().map(fill).sum());
+            self.add_partly(whole.end * 64, end - whole.end * 64);
+        } else {
+            self.add_partly(first, count);
+        }
+    }
+
+    fn add_partly(&self, first: u64, count: u64) {
         let add = |(index, mask)| self.add_word(index, mask);
         self.count(words(first, count, self.pages).map(add).sum());
     }
@@ -168,6 +181,14 @@ impl Dirty {
     }
 }
 
+/// Sets all bits of a word and returns how many were not set.
+fn fill(word: &AtomicU64) -> u64 {
+    match word.fetch_or(u64::MAX, Ordering::AcqRel) {
+        0 => 64,
+        before => u64::from(before.count_zeros()),
+    }
+}
+
 /// Clears words `first..first + count`. What is clear already costs no store: a bitmap of a large VM
 /// is hardly ever more than a few lines of pages.
 fn clear(bitmap: &[AtomicU64], first: usize, count: usize) {
@@ -201,7 +222,7 @@ fn zeroed(words: usize) -> Result<Vec<AtomicU64>, Error> {
     Ok(bitmap)
 }
 
-const fn low_bits(count: u64) -> u64 {
+pub(crate) const fn low_bits(count: u64) -> u64 {
     if count >= 64 {
         u64::MAX
     } else {

@@ -16,7 +16,7 @@
 //! entry. Those pages are in this epoch already, and the host reads them after it.
 
 use crate::control::{Control, Fate, Leaves, Phase, Stretch, TakePass, Taking};
-use crate::dirty::{Bits, Dirty};
+use crate::dirty::{Bits, Dirty, low_bits};
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::protect::clear_step;
@@ -186,7 +186,13 @@ impl<H: Hardware> Stage2<H> {
                 .taking
                 .is_some_and(|taking| taking.epoch == epoch && taking.pass == TakePass::Scan);
             if left.is_some() || cost >= BUDGET || !scanning {
-                return Ok(self.conclude(&mut guard, &self.layout()));
+                let progress = self.conclude(&mut guard, &self.layout());
+                // What is concluded may be the harvest after the one that was asked for.
+                return Ok(if scanning {
+                    progress
+                } else {
+                    self.somebody_else_steps()
+                });
             }
         }
     }
@@ -303,15 +309,29 @@ impl<H: Hardware> Stage2<H> {
         end: u64,
         cost: &mut u64,
     ) {
-        harvest.take_live(slot, here, end, cost, |pending, ipa, pages| {
-            for page in Bits(pages) {
-                let ipa = ipa + u64::from(page) * PAGE_SIZE;
-                let place = self.descend(ipa);
-                if place.kind == Kind::Busy {
-                    // A table that may be put back, with the page in it: look again next time.
-                    slot.dirty.mark(slot.page(ipa));
-                } else if place.level == Level::L3 && protect_page(place.entry()) {
-                    pending.push(ipa, Level::L3);
+        harvest.take_live(slot, here, end, cost, |pending, ipa, mut pages| {
+            while pages != 0 {
+                let first = pages.trailing_zeros();
+                let at = ipa + u64::from(first) * PAGE_SIZE;
+                // Where one walk ends, those of its neighbours in the same table or entry do.
+                let place = self.descend(at);
+                let reach = match place.level {
+                    Level::L3 => Level::L2.size(),
+                    above => above.size(),
+                };
+                let left = (reach - (at & (reach - 1))) >> PAGE_SHIFT;
+                let group = pages & low_bits(u64::from(first) + left);
+                pages &= !group;
+                for page in Bits(group) {
+                    let ipa = ipa + u64::from(page) * PAGE_SIZE;
+                    if place.kind == Kind::Busy {
+                        // A table that may be put back, with the page in it: look again next time.
+                        slot.dirty.mark(slot.page(ipa));
+                    } else if place.level == Level::L3
+                        && protect_page(place.table.entry(Level::L3.index(ipa)))
+                    {
+                        pending.push(ipa, Level::L3);
+                    }
                 }
             }
         });
@@ -330,6 +350,10 @@ impl<H: Hardware> Stage2<H> {
         }
         let engine = harvest.mode.engine;
         let level = place.level;
+        if level != Level::L2 && place.pte.is_dirty() && *cost > BUDGET / 8 {
+            // Its bits are a step of their own.
+            return Err(Stall);
+        }
         let mut old = None;
         if place.pte.is_dirty() && harvest.mode.granularity != Granularity::Block {
             *cost += SPLIT;
@@ -354,6 +378,7 @@ impl<H: Hardware> Stage2<H> {
             // From its beginning: a block may have been mapped around the cursor, over a hole of which
             // the harvest had passed a part.
             let base = here & !(level.size() - 1);
+            *cost += level.pages() / 4;
             slot.dirty.add_run(slot.page(base), level.pages());
             if stale == Stale::Yes {
                 harvest.pending.push(base, level);
@@ -425,10 +450,7 @@ impl<H: Hardware> Stage2<H> {
         let mut control = self.control.lock();
         match control.taking {
             Some(taking) if taking.epoch == epoch => {
-                control.taking = None;
-                control.last = Some((epoch, Fate::Aborted));
-                self.drained.store(false, Ordering::Relaxed);
-                // The bits stay where they are and the pending invalidations too.
+                self.abort_taking(&mut control);
                 Ok(())
             }
             None if control.last == Some((epoch, Fate::Aborted)) => Ok(()),
@@ -439,25 +461,33 @@ impl<H: Hardware> Stage2<H> {
         }
     }
 
+    /// The bits stay where they are, and so do the pending invalidations.
+    fn abort_taking(&self, control: &mut Control) -> Option<Epoch> {
+        let epoch = control.taking.take()?.epoch;
+        control.last = Some((epoch, Fate::Aborted));
+        self.drained.store(false, Ordering::Relaxed);
+        Some(epoch)
+    }
+
     /// Aborts an epoch whether or not it has begun. One that had not never does: no CPU that is on its
     /// way to a step of it can begin it any more.
     pub fn give_up(&self, epoch: Epoch) {
-        if self.abort(epoch).is_ok() {
-            return;
-        }
+        // Under one lock: between a look and the note the epoch could begin.
         let mut control = self.control.lock();
-        if control.taking.is_none() && control.last.is_none_or(|(last, _)| last < epoch) {
-            control.last = Some((epoch, Fate::Aborted));
+        match control.taking {
+            Some(taking) if taking.epoch == epoch => {
+                self.abort_taking(&mut control);
+            }
+            None if control.last.is_none_or(|(last, _)| last < epoch) => {
+                control.last = Some((epoch, Fate::Aborted));
+            }
+            _ => {}
         }
     }
 
     /// Aborts whatever epoch is outstanding, as when the host went away, and returns it.
     pub fn abort_outstanding(&self) -> Option<Epoch> {
-        let mut control = self.control.lock();
-        let taking = control.taking.take()?;
-        control.last = Some((taking.epoch, Fate::Aborted));
-        self.drained.store(false, Ordering::Relaxed);
-        Some(taking.epoch)
+        self.abort_taking(&mut self.control.lock())
     }
 
     /// Notes that EL2 wrote to guest memory: emulation, the loader, the host. **Write first, then

@@ -45,6 +45,8 @@ enum Reach {
 
 /// What a call may at most put in, in leaves.
 const BUDGET: u64 = 512;
+/// What a leaf or a filled table counts for: a table is 512 stores.
+const FILLED: u64 = 128;
 
 impl<H: Hardware> Stage2<H> {
     /// Maps a bounded part of a slot, from page `from` on, with the largest leaves that fit. Call it
@@ -67,7 +69,8 @@ impl<H: Hardware> Stage2<H> {
             let next = match place.kind {
                 Kind::Empty => match self.map(&layout, slot, at, Touch::Other) {
                     Mapped::UpTo(next) => {
-                        budget = budget.saturating_sub(if next - at > PAGE_SIZE { 8 } else { 1 });
+                        budget =
+                            budget.saturating_sub(if next - at > PAGE_SIZE { FILLED } else { 1 });
                         next
                     }
                     Mapped::Raced => break,

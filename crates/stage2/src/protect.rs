@@ -20,10 +20,12 @@ use crate::walk::Place;
 
 /// Entries visited in a step.
 const BUDGET: usize = 1024;
+/// What an entry counts for that took a walk.
+const WALK: usize = 10;
 /// What a split counts for.
 const SPLIT: usize = 512;
 /// Bitmap words cleared in a step.
-const WORDS: usize = 8192;
+const WORDS: usize = 2048;
 
 impl<H: Hardware> Stage2<H> {
     /// Returns the engine this machine does best with.
@@ -88,6 +90,8 @@ impl<H: Hardware> Stage2<H> {
                     phase: Phase::Starting(StartPass::Clear(0)),
                     mode: Some(mode),
                     scope,
+                    // Epochs grow for as long as the VM lives: one that was given up stays so.
+                    last: control.last,
                     ..Control::new()
                 };
             }
@@ -175,7 +179,7 @@ impl<H: Hardware> Stage2<H> {
                 (Kind::Leaf, level) => arm(place.entry(), level, mode.engine),
                 (Kind::Empty | Kind::Table(_), _) => {}
             }
-            visits += 1;
+            visits += WALK;
             at = past;
         }
         Some(at)
@@ -229,7 +233,10 @@ impl<H: Hardware> Stage2<H> {
                     (Some(next), level) => StopPass::Collapse(level, next),
                     (None, Level::L2) => StopPass::Collapse(Level::L1, 0),
                     (None, _) => {
-                        *control = Control::new();
+                        *control = Control {
+                            last: control.last,
+                            ..Control::new()
+                        };
                         return Ok(Progress::Done);
                     }
                 };
@@ -269,7 +276,7 @@ impl<H: Hardware> Stage2<H> {
                 (Kind::Leaf, level) => release(place.entry(), level),
                 (Kind::Empty | Kind::Table(_), _) => {}
             }
-            visits += 1;
+            visits += WALK;
             at = (here & !(place.level.size() - 1)) + place.level.size();
         }
         Some(at)

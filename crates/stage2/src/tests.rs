@@ -12,5 +12,6 @@ mod sequences;
 mod sim;
 mod simulated;
 mod slots;
+mod steps;
 mod stress;
 mod world;

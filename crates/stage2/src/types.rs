@@ -205,7 +205,7 @@ impl fmt::Display for SlotId {
     }
 }
 
-/// The number of one harvest, chosen by the host and only ever growing.
+/// The number of one harvest, chosen by the host and only ever growing as long as the VM lives.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Epoch(pub u64);
 

@@ -6,22 +6,28 @@
 //! software or hardware, can reach them (invariant 5). One that got a new leaf meanwhile, of a slot
 //! beside this one, goes back in its place.
 //!
-//! The value that the exchange with "empty" returns says whether a leaf was dirty, and it is noted
+//! A block of a slot that stays, because only its access changes, is broken (busy marker) until the
+//! invalidation is through: a fault could map it anew at once, and in another size (break-before-make).
+//! A page or a slot that goes needs no marker: the one comes back as it was, the other not at all.
+//!
+//! The value that the exchange returns says whether a leaf was dirty, and it is noted
 //! before the mutex is released, which a harvest needs to complete. A CPU that cached the leaf as clean
 //! cannot make it dirty any more, since its update compares with memory; one that cached it as dirty
 //! writes on until the invalidation, to a page that is noted.
 
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
-use crate::slot::Slot;
+use crate::slot::{Life, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa, Progress};
 
 /// Entries visited in a step, at most one table more.
-const BUDGET: usize = 2048;
+const BUDGET: usize = 1024;
+/// What a dirty leaf counts for, for each word of its pages' bits.
+const A_WORD: usize = 16;
 /// Level-3 tables taken out in a step.
-const BATCH: usize = 8;
+const BATCH: usize = 2;
 
 /// Addresses whose tables may have become empty.
 struct Emptied {
@@ -56,8 +62,10 @@ struct Broken<'a> {
 impl<H: Hardware> Stage2<H> {
     /// Unmaps a bounded part of `slot`, from where the last step ended.
     pub(crate) fn unmap_step(&self, slot: &Slot) -> Progress {
-        let mut at = slot.unmapped().max(slot.start());
+        let from = slot.unmapped().max(slot.start());
+        let mut at = from;
         let mut visits = 0;
+        let mut blocks = 0;
         let mut emptied = Emptied {
             at: [0; BATCH],
             len: 0,
@@ -69,25 +77,32 @@ impl<H: Hardware> Stage2<H> {
                 break;
             }
             let first = at;
+            let gone = match (slot.life, place.level) {
+                (Life::Dying, _) | (_, Level::L3) => Pte::EMPTY,
+                (Life::Usable, _) => Pte::BUSY,
+            };
             for entry in place.table.0.iter().skip(place.index) {
                 // Only while it is a leaf: a split may put a table there between a look and an exchange.
                 let taken = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
-                    (Pte(seen).kind(place.level) == Kind::Leaf).then_some(Pte::EMPTY.0)
+                    (Pte(seen).kind(place.level) == Kind::Leaf).then_some(gone.0)
                 });
                 let old = Pte(taken.unwrap_or_else(|seen| seen));
                 match old.kind(place.level) {
                     Kind::Table(_) | Kind::Busy => break,
                     Kind::Leaf => {
                         self.count_leaves(place.level, -1);
+                        blocks += usize::from(gone == Pte::BUSY);
                         if old.is_dirty() {
-                            slot.dirty.mark_run(slot.page(at), place.level.pages());
+                            let pages = place.level.pages();
+                            slot.dirty.mark_run(slot.page(at), pages);
+                            visits += A_WORD * pages.div_ceil(64) as usize;
                         }
                     }
                     Kind::Empty => {}
                 }
                 visits += 1;
                 at = (at & !(place.level.size() - 1)) + place.level.size();
-                if at >= slot.end() {
+                if at >= slot.end() || visits >= BUDGET {
                     break;
                 }
             }
@@ -95,6 +110,10 @@ impl<H: Hardware> Stage2<H> {
         }
         let at = at.min(slot.end());
         slot.set_unmapped(at);
+        if blocks != 0 {
+            self.tlb().everything();
+            self.clear_busy(from, at);
+        }
         for level in [Level::L2, Level::L1, Level::L0] {
             let broken = self.break_empty(level, emptied.addresses());
             // The first time round also for the leaves.
@@ -110,6 +129,29 @@ impl<H: Hardware> Stage2<H> {
             done: slot.page(at),
             total: slot.pages,
         }
+    }
+
+    /// Ends the break of the blocks between two addresses. No harvest, split or collapse is under way, so
+    /// every marker there is one of this step.
+    fn clear_busy(&self, from: u64, end: u64) {
+        let mut at = from;
+        while at < end {
+            let place = self.descend(at);
+            for entry in place.table.0.iter().skip(place.index) {
+                match Pte(entry.load(Ordering::Relaxed)).kind(place.level) {
+                    Kind::Busy => {
+                        entry.swap(Pte::EMPTY.0, Ordering::AcqRel);
+                    }
+                    Kind::Table(_) => break,
+                    Kind::Leaf | Kind::Empty => {}
+                }
+                at = (at & !(place.level.size() - 1)) + place.level.size();
+                if at >= end {
+                    break;
+                }
+            }
+        }
+        self.hw.dsb_ishst();
     }
 
     /// Breaks the entries of `level` for these addresses that point to empty tables.

@@ -1,9 +1,11 @@
 //! Slots: what is accepted, what is mapped where, and with which leaves.
 
+use super::sim::{Place, Setup, Sim};
 use super::world::*;
-use crate::fake::Machine;
+use crate::fake::{Event, Machine};
 use crate::types::*;
 use crate::{Error, FaultAccess, FaultKind, Features, Mappings, Outcome, Stage2, Translation};
+use std::sync::Arc;
 use std::vec::Vec;
 
 const IPA: u64 = 0x4000_0000;
@@ -540,4 +542,43 @@ fn marking_nothing_marks_nothing() {
         assert_eq!(world.stage2.mark_dirty(Ipa::new(at), 0), Ok(()));
     }
     assert!(world.harvest().is_empty());
+}
+
+/// Without FEAT_BBM a block that another CPU has cached may not be mapped anew as pages before the
+/// invalidation: the simulated machine ends the run if it is.
+#[test]
+fn a_change_of_access_is_a_break_before_the_make() {
+    let sim = Sim::new(Setup::new(dbm(), 1).calm());
+    let read_on = |sim: &Sim, cpu| {
+        sim.world.machine.become_pe(cpu);
+        sim.read(GIB);
+        sim.world.machine.become_pe(0);
+    };
+    sim.alone(|sim| {
+        sim.add(Place {
+            id: 0,
+            ipa: GIB,
+            pages: P2M,
+            access: Access::ReadOnly,
+            pa: RAM,
+        });
+        read_on(sim, 1);
+        sim.start(Engine::Dbm, Granularity::Page);
+        read_on(sim, 1);
+        assert_eq!(sim.world.stage2.mappings().blocks_2m, 1);
+    });
+    let there = Arc::downgrade(&sim);
+    sim.world.machine.interrupt(Event::DsbIshst, move || {
+        let sim = there.upgrade().unwrap();
+        sim.world.machine.become_pe(2);
+        let fault = fault(GIB, FaultAccess::Read, FaultKind::Translation);
+        assert_eq!(sim.world.stage2.handle_fault(fault), Outcome::Retry);
+        sim.world.machine.become_pe(0);
+    });
+    sim.alone(|sim| {
+        sim.set_access(0, Access::ReadWrite);
+        assert_eq!(sim.world.stage2.mappings().blocks_2m, 0);
+        read_on(sim, 2);
+        assert_eq!(sim.world.stage2.mappings().pages_4k, P2M);
+    });
 }
