@@ -2,6 +2,7 @@
 
 mod descriptors;
 mod epochs;
+mod interleavings;
 mod invariants;
 mod parallel;
 mod quota;
@@ -15,3 +16,14 @@ mod slots;
 mod steps;
 mod stress;
 mod world;
+
+/// A number from the environment, decimal or with 0x.
+fn from_env(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    let value = value.trim();
+    let parsed = match value.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => value.parse(),
+    };
+    Some(parsed.unwrap_or_else(|_| panic!("{name}={value} is no number")))
+}

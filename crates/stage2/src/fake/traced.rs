@@ -39,8 +39,8 @@ pub struct Write {
 
 /// Whoever watches a thread's accesses.
 pub trait Observer {
-    /// Before an access, or wherever else another CPU may come first, as often as [`skip`] lets it.
-    fn point(&self);
+    /// Before an access to an address, as often as [`skip`] lets it: another CPU may come first.
+    fn point(&self, address: usize);
     /// Where others come first more often than elsewhere: a barrier, an invalidation.
     fn milestone(&self);
     /// A CPU waits for another one.
@@ -70,7 +70,7 @@ fn observer() -> Option<Arc<dyn Observer>> {
 
 /// A place where another CPU may come first.
 #[inline]
-pub fn point() {
+fn point(address: usize) {
     if !ON.with(Cell::get) {
         return;
     }
@@ -78,7 +78,7 @@ pub fn point() {
     if left > 0 {
         UNTIL.with(|until| until.set(left - 1));
     } else if let Some(observer) = observer() {
-        observer.point();
+        observer.point(address);
     }
 }
 
@@ -174,7 +174,7 @@ impl AtomicU64 {
         let Some(observer) = observer() else {
             return write(&self.0).0;
         };
-        point();
+        point(self.address());
         observer.settle(self.address());
         let (old, new) = write(&self.0);
         if let Some(new) = new {
@@ -191,7 +191,7 @@ impl AtomicU64 {
 
     /// As the original.
     pub fn load(&self, order: Ordering) -> u64 {
-        point();
+        point(self.address());
         self.0.load(order)
     }
 

@@ -11,6 +11,7 @@
 //!
 //! `TIDEMARK_SEQUENCES` says how many histories (10,000 without it), `TIDEMARK_SEED` repeats a run.
 
+use super::from_env;
 use super::sim::*;
 use super::world::*;
 use crate::fake::{Machine, Speculation};
@@ -24,7 +25,7 @@ use std::string::{String, ToString};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::vec::Vec;
-use std::{boxed::Box, env, vec};
+use std::{boxed::Box, vec};
 
 /// Slots that begin and end inside blocks, lie on unaligned memory, share tables, are read-only, change
 /// their access, or hold a block of 1 GiB.
@@ -681,16 +682,6 @@ fn play(history: &History) {
     let [one, two] = history.cpus.clone();
     play.sim.run(vec![manager, guest(one), guest(two)]);
     play.finish();
-}
-
-fn from_env(name: &str) -> Option<u64> {
-    let value = env::var(name).ok()?;
-    let value = value.trim();
-    let parsed = match value.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => value.parse(),
-    };
-    Some(parsed.unwrap_or_else(|_| panic!("{name}={value} is no number")))
 }
 
 /// The message of a panic.

@@ -9,7 +9,7 @@ pub mod ghost;
 pub mod rules;
 
 use super::world::*;
-use crate::fake::scheduler::{Program, Scheduler};
+use crate::fake::scheduler::{Path, Program, Scheduler};
 use crate::fake::traced::{self, Observer, Write};
 use crate::fake::{Event, Machine, Rng, Speculation, Stage1, Whims};
 use crate::types::*;
@@ -22,7 +22,7 @@ use std::fmt;
 use std::format;
 use std::panic::{self, AssertUnwindSafe};
 use std::string::String;
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::vec::Vec;
 
 /// A slot: where the guest has it, and where the machine.
@@ -176,6 +176,24 @@ pub struct Sim {
     clock: Mutex<u64>,
     pub written: Mutex<Written>,
     rng: Mutex<Rng>,
+    /// Where CPUs may be interrupted, if not everywhere.
+    meets: OnceLock<Meets>,
+}
+
+/// The words that a scenario is about.
+struct Meets {
+    /// By index, of descriptors in any table: a table that is not linked yet counts too.
+    entries: BTreeSet<usize>,
+    bitmaps: BTreeSet<usize>,
+}
+
+impl Meets {
+    fn at(&self, machine: &Machine, address: usize) -> bool {
+        match machine.locate(address) {
+            Some(place) => self.entries.contains(&place.index),
+            None => self.bitmaps.contains(&address),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -186,8 +204,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Watch(Arc<Sim>);
 
 impl Observer for Watch {
-    fn point(&self) {
-        self.0.scheduler.hand_over();
+    fn point(&self, address: usize) {
+        if self
+            .0
+            .meets
+            .get()
+            .is_none_or(|meets| meets.at(&self.0.world.machine, address))
+        {
+            self.0.scheduler.point();
+        }
     }
 
     fn milestone(&self) {
@@ -221,6 +246,15 @@ impl Observer for Watch {
 
 impl Sim {
     pub fn new(setup: Setup) -> Arc<Self> {
+        Self::with(setup, Scheduler::new(setup.seed, setup.every))
+    }
+
+    /// One whose CPUs take turns as `path` says.
+    pub fn on(setup: Setup, path: Path) -> Arc<Self> {
+        Self::with(setup, Scheduler::of(path))
+    }
+
+    fn with(setup: Setup, scheduler: Scheduler) -> Arc<Self> {
         let world = World::sized(setup.features, setup.ipa_bits, setup.tables, setup.cpus);
         if let Some(speculation) = setup.whims {
             world
@@ -236,7 +270,7 @@ impl Sim {
         Arc::new(Self {
             world,
             setup,
-            scheduler: Scheduler::new(setup.seed, setup.every),
+            scheduler,
             rules: Mutex::new(rules),
             ghost: Mutex::default(),
             trace: Mutex::default(),
@@ -244,7 +278,34 @@ impl Sim {
             clock: Mutex::default(),
             written: Mutex::default(),
             rng: Mutex::new(Rng::new(setup.seed.rotate_left(32))),
+            meets: OnceLock::new(),
         })
+    }
+
+    /// From now on CPUs are interrupted only where they may meet over these addresses: in front of an
+    /// access to their descriptors and bits, and at barriers, invalidations and allocations.
+    pub fn meet_at(&self, addresses: &[u64]) {
+        let mut meets = Meets {
+            entries: BTreeSet::new(),
+            bitmaps: BTreeSet::new(),
+        };
+        for &ipa in addresses {
+            meets.entries.extend(LEVELS.map(|level| level.index(ipa)));
+            let place = self.slot_of(ipa).unwrap().place;
+            let word = ((ipa - place.ipa) / PAGE_SIZE / 64) as usize;
+            let dirty = self.world.dirty(place.id);
+            for bitmap in [dirty.live(), dirty.in_flight()] {
+                meets
+                    .bitmaps
+                    .insert(std::ptr::from_ref(&bitmap[word]).addr());
+            }
+        }
+        assert!(self.meets.set(meets).is_ok(), "said twice");
+    }
+
+    /// Returns the path that was gone.
+    pub fn path(&self) -> Option<Path> {
+        self.scheduler.path()
     }
 
     /// Runs one program a CPU to the end, CPU 0 first in the list.
@@ -360,7 +421,7 @@ impl Sim {
 
     /// A place for others to go on, between two things.
     pub fn breathe(&self) {
-        self.scheduler.hand_over();
+        self.scheduler.breathe();
     }
 
     pub fn roll(&self, bound: u64) -> u64 {
@@ -646,10 +707,7 @@ impl Sim {
                     let page = index as u64 * 64 + u64::from(bit);
                     assert!(page < slot.pages, "past the end of slot {}", slot.slot);
                     let ipa = slot.base.ipa().raw() + page * PAGE_SIZE;
-                    let still = self.slot_of(ipa);
-                    if still.is_some_and(|slot| slot.presence == Presence::There) {
-                        lock(&self.ghost).copy(ipa);
-                    }
+                    lock(&self.ghost).copy(ipa);
                     pages.insert(ipa);
                 }
             }

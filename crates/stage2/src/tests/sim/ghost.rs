@@ -149,8 +149,11 @@ impl Ghost {
         self.page(ipa).content = content;
     }
 
-    /// The host copies a page of the epoch it has.
+    /// The host copies a page of the epoch it has. One whose slot goes or went is no concern of it.
     pub fn copy(&mut self, ipa: u64) {
+        if self.slot_of(ipa).is_none() {
+            return;
+        }
         let page = self.page(ipa);
         page.copied = Some(page.content);
     }

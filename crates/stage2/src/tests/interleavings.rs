@@ -1,0 +1,423 @@
+//! Every order, of small scenarios: two CPUs at the same page, interrupted at most twice wherever they
+//! may meet (in front of an access to its descriptors and bits, at barriers, invalidations and
+//! allocations), and handing over for free where they wait. The watchers of [`sim`](super::sim) look on.
+//!
+//! Unlike a random run this one cannot miss an order by chance, and unlike loom it has TLBs. What it has
+//! not is a weak memory model: for that there is `loom`.
+//!
+//! `TIDEMARK_INTERRUPTIONS` says how many interruptions (2 without it).
+
+use super::sim::*;
+use super::world::*;
+use crate::fake::Speculation;
+use crate::fake::scheduler::{Path, Program};
+use crate::pte::Kind;
+use crate::types::*;
+use crate::{Features, Support};
+use std::boxed::Box;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::vec;
+use std::vec::Vec;
+
+const IPA: u64 = 0x4000_0000;
+
+/// A slot of two pages, which lie in one word of the bitmaps and in one table.
+const SMALL: Place = Place {
+    id: 0,
+    ipa: IPA,
+    pages: 2,
+    access: Access::ReadWrite,
+    pa: RAM,
+};
+
+/// One of a block.
+const BLOCK: Place = Place {
+    pages: P2M,
+    ..SMALL
+};
+
+fn setup(features: Features) -> Setup {
+    Setup {
+        ipa_bits: 39,
+        tables: 8,
+        cpus: 2,
+        ..Setup::new(features, 0).calm()
+    }
+}
+
+/// Runs the programs that `programs` makes in every order, each time in a VM that `prepare` made, and
+/// says how many there were. CPUs meet at `pages`.
+fn in_every_order(
+    setup: Setup,
+    pages: &[u64],
+    prepare: impl Fn(&Sim),
+    programs: impl for<'a> Fn(&'a Sim) -> Vec<Program<'a>>,
+    conclude: impl Fn(&Sim),
+) {
+    let bound = super::from_env("TIDEMARK_INTERRUPTIONS").unwrap_or(2);
+    let mut path = Some(Path::first(bound as u32));
+    let mut orders = 0;
+    while let Some(this) = path {
+        let sim = Sim::on(setup, this);
+        sim.alone(&prepare);
+        sim.meet_at(pages);
+        sim.run(programs(&sim));
+        let gone = sim.path().unwrap();
+        sim.alone(&conclude);
+        sim.end();
+        path = gone.next();
+        orders += 1;
+    }
+    std::eprintln!("{orders} orders");
+    assert!(orders > 20, "they do not meet: {orders}");
+}
+
+/// The guest writes these, with time between them.
+fn writes(sim: &Sim, addresses: &[u64]) {
+    for &ipa in addresses {
+        sim.breathe();
+        sim.write(ipa);
+    }
+}
+
+/// The guests stop: nothing was lost, nothing is leaked.
+fn nothing_is_lost(sim: &Sim) {
+    sim.last_round();
+    sim.check_counts();
+    sim.stop();
+    sim.check_counts();
+}
+
+fn machines() -> Vec<(Engine, Features)> {
+    let bbm2 = Features {
+        bbm2: Support::Present,
+        ..dbm()
+    };
+    vec![
+        (Engine::WriteProtect, Features::BASELINE),
+        (Engine::Dbm, dbm()),
+        (Engine::Dbm, bbm2),
+    ]
+}
+
+/// A harvest and the hardware, which makes a page dirty once, and once more when it was cleaned. Under
+/// write protection it is the fault handler.
+#[test]
+fn a_harvest_and_a_write() {
+    for (engine, features) in machines() {
+        for late in [None, Some(Speculation::Never)] {
+            let setup = Setup {
+                whims: late,
+                ..setup(features)
+            };
+            in_every_order(
+                setup,
+                &[IPA],
+                |sim| {
+                    sim.add(SMALL);
+                    sim.map_ahead(0).unwrap();
+                    sim.start(engine, Granularity::Page);
+                    sim.write(IPA);
+                },
+                move |sim| {
+                    vec![
+                        Box::new(move || drop(sim.harvest())),
+                        Box::new(move || writes(sim, &[IPA, IPA])),
+                    ]
+                },
+                nothing_is_lost,
+            );
+        }
+    }
+}
+
+/// A harvest and the fault that maps the page it looks at.
+#[test]
+fn a_harvest_and_a_first_touch() {
+    for (engine, features) in machines() {
+        for granularity in [Granularity::Page, Granularity::Adaptive] {
+            in_every_order(
+                setup(features),
+                &[IPA],
+                |sim| {
+                    sim.add(SMALL);
+                    sim.start(engine, granularity);
+                },
+                move |sim| {
+                    vec![
+                        Box::new(move || drop(sim.harvest())),
+                        Box::new(move || writes(sim, &[IPA])),
+                    ]
+                },
+                nothing_is_lost,
+            );
+        }
+    }
+}
+
+/// A dirty block that is split while the guest writes to it.
+#[test]
+fn a_split_and_a_write() {
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA],
+            |sim| {
+                sim.add(BLOCK);
+                sim.start(engine, Granularity::Adaptive);
+                sim.write(IPA + PAGE_SIZE);
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || drop(sim.harvest())),
+                    Box::new(move || writes(sim, &[IPA])),
+                ]
+            },
+            nothing_is_lost,
+        );
+    }
+}
+
+/// The same split, and nobody reports the block: the value that the exchange returned decides.
+#[test]
+fn a_split_alone_and_a_write() {
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA],
+            |sim| {
+                sim.add(BLOCK);
+                sim.map_ahead(0).unwrap();
+                sim.start(engine, Granularity::Block);
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || {
+                        sim.breathe();
+                        sim.op("split", |stage2| {
+                            let entry = sim.world.entry(IPA);
+                            let old = stage2.split(entry, Level::L2, IPA, engine).unwrap();
+                            if old.is_dirty() {
+                                stage2.mark_dirty(Ipa::new(IPA), 2 * MIB).unwrap();
+                            }
+                        });
+                    }),
+                    Box::new(move || writes(sim, &[IPA])),
+                ]
+            },
+            nothing_is_lost,
+        );
+    }
+}
+
+/// A slot becomes read-only while a harvest is under way: its leaves go, and what they knew stays.
+#[test]
+fn a_harvest_and_a_change_of_access() {
+    for (engine, features) in machines() {
+        for (place, granularity) in [(SMALL, Granularity::Page), (BLOCK, Granularity::Adaptive)] {
+            in_every_order(
+                setup(features),
+                &[IPA],
+                |sim| {
+                    sim.add(place);
+                    sim.map_ahead(0).unwrap();
+                    sim.start(engine, granularity);
+                    sim.write(IPA);
+                },
+                move |sim| {
+                    vec![
+                        Box::new(move || {
+                            sim.harvest();
+                            // The harvest had it, or the next one has: both together are the last ones.
+                            sim.stop_guests();
+                        }),
+                        Box::new(move || {
+                            sim.breathe();
+                            sim.set_access(0, Access::ReadOnly);
+                        }),
+                    ]
+                },
+                |sim| {
+                    nothing_is_lost(sim);
+                    let leaves = sim.world.leaves();
+                    assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
+                },
+            );
+        }
+    }
+}
+
+/// A block is taken out while another CPU splits it: one of them finds what the other left.
+#[test]
+fn a_change_of_access_and_a_split() {
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA],
+            |sim| {
+                sim.add(BLOCK);
+                sim.map_ahead(0).unwrap();
+                sim.start(engine, Granularity::Block);
+                sim.write(IPA);
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || sim.set_access(0, Access::ReadOnly)),
+                    Box::new(move || {
+                        sim.breathe();
+                        sim.op("split", |stage2| {
+                            // As a harvest does it.
+                            let reading = stage2.layout();
+                            let place = stage2.descend(IPA);
+                            if place.kind != Kind::Leaf || place.level != Level::L2 {
+                                return;
+                            }
+                            if let Ok(old) = stage2.split(place.entry(), Level::L2, IPA, engine) {
+                                drop(reading);
+                                if old.is_dirty() {
+                                    stage2.mark_dirty(Ipa::new(IPA), 2 * MIB).unwrap();
+                                }
+                            }
+                        });
+                    }),
+                ]
+            },
+            |sim| {
+                nothing_is_lost(sim);
+                let leaves = sim.world.leaves();
+                assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
+            },
+        );
+    }
+}
+
+/// EL2 marks a page while it is taken.
+#[test]
+fn a_harvest_and_a_mark() {
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA],
+            |sim| {
+                sim.add(SMALL);
+                sim.map_ahead(0).unwrap();
+                sim.start(engine, Granularity::Page);
+                sim.el2_write(IPA);
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || drop(sim.harvest())),
+                    Box::new(move || {
+                        sim.breathe();
+                        sim.el2_write(IPA);
+                    }),
+                ]
+            },
+            nothing_is_lost,
+        );
+    }
+}
+
+/// Two CPUs take one epoch, and the host copies the moment either says it is done.
+#[test]
+fn two_harvests_and_the_host() {
+    for (engine, features) in machines() {
+        for (place, granularity) in [(SMALL, Granularity::Page), (BLOCK, Granularity::Adaptive)] {
+            let copied: Arc<Mutex<BTreeSet<u64>>> = Arc::default();
+            let copies = Arc::clone(&copied);
+            let expected = if place.pages == P2M {
+                span(IPA, 2 * MIB)
+            } else {
+                set([IPA])
+            };
+            in_every_order(
+                setup(features),
+                &[IPA],
+                |sim| {
+                    sim.add(place);
+                    sim.map_ahead(0).unwrap();
+                    sim.start(engine, granularity);
+                    sim.write(IPA);
+                    copied.lock().unwrap().clear();
+                },
+                move |sim| {
+                    let copied = Arc::clone(&copies);
+                    let take = move || {
+                        while sim.op("take", |stage2| stage2.take(Epoch(1))) != Ok(Progress::Done) {
+                            sim.pause();
+                        }
+                        let pages = sim.copy(Epoch(1));
+                        copied.lock().unwrap().extend(&pages);
+                        assert_eq!(pages, *copied.lock().unwrap(), "it was not whole");
+                    };
+                    vec![Box::new(take.clone()), Box::new(take)]
+                },
+                |sim| {
+                    assert_eq!(*copied.lock().unwrap(), expected, "{engine:?}");
+                    sim.commit(Epoch(1));
+                    sim.world.new_epoch();
+                    nothing_is_lost(sim);
+                },
+            );
+        }
+    }
+}
+
+/// A log is stopped, and its table becomes a block, under a guest that writes.
+#[test]
+fn a_stop_and_a_write() {
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA],
+            |sim| {
+                sim.add(BLOCK);
+                sim.map_ahead(0).unwrap();
+                sim.start(engine, Granularity::Page);
+                sim.write(IPA);
+                sim.harvest();
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || sim.stop()),
+                    Box::new(move || writes(sim, &[IPA, IPA])),
+                ]
+            },
+            |sim| {
+                assert_eq!(sim.world.stage2.mappings().blocks_2m, 1);
+                sim.check_counts();
+            },
+        );
+    }
+}
+
+/// A slot is deleted while the guest touches its neighbour in the same table.
+#[test]
+fn a_deletion_and_a_touch_next_door() {
+    const DOOR: u64 = IPA + 2 * PAGE_SIZE;
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA, DOOR],
+            |sim| {
+                sim.add(SMALL);
+                sim.add(Place {
+                    id: 1,
+                    ipa: DOOR,
+                    pa: RAM + GIB,
+                    ..SMALL
+                });
+                sim.start(engine, Granularity::Page);
+                sim.write(IPA);
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || sim.delete(0)),
+                    Box::new(move || writes(sim, &[DOOR])),
+                ]
+            },
+            nothing_is_lost,
+        );
+    }
+}
