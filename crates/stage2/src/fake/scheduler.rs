@@ -258,7 +258,8 @@ impl Scheduler {
                 traced::skip(0);
                 match (last, interrupts) {
                     (Some(last), Some(other)) => but(last, other),
-                    (Some(last), None) => but(last, path.choose(cpus - 1)),
+                    // In turn, so that two that wait for a third do not wait for ever.
+                    (Some(last), None) => (last + 1) % cpus,
                     (None, _) => path.choose(cpus),
                 }
             }

@@ -9,7 +9,8 @@
 //! then the pages of each epoch, and only when it commits. The watchers of [`sim`](super::sim) look at
 //! every write; at the end the copy is the memory.
 //!
-//! `TIDEMARK_SEQUENCES` says how many histories (10,000 without it), `TIDEMARK_SEED` repeats a run.
+//! `TIDEMARK_SEQUENCES` says how many histories (10,000 without it), `TIDEMARK_SEED` repeats a run, and
+//! `TIDEMARK_SHRINK` says how often a failing one may be tried smaller (4,000).
 
 use super::from_env;
 use super::sim::*;
@@ -695,10 +696,11 @@ fn message(cause: &(dyn std::any::Any + Send)) -> String {
 fn search(seed: u64, sequences: u32) {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let shrink = from_env("TIDEMARK_SHRINK").unwrap_or(4000);
     let config = Config {
         cases: sequences,
         failure_persistence: None,
-        max_shrink_iters: 4000,
+        max_shrink_iters: shrink.min(u64::from(u32::MAX)) as u32,
         ..Config::default()
     };
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
