@@ -192,6 +192,7 @@ fn carry_out<'a>(
             engine,
             granularity,
         } => progress(work::start_log(find(vm)?, engine, granularity)?),
+        Request::DirtyEngine { vm, engine } => progress(work::set_engine(find(vm)?, engine)?),
         Request::DirtyStop { vm } => progress(work::stop_log(find(vm)?)?),
         Request::DirtyStatus { vm } => Response::DirtyStatus(work::status(find(vm)?)),
         Request::DirtyTake { vm, epoch } => match work::take(find(vm)?, epoch)? {

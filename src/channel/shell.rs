@@ -160,13 +160,14 @@ fn dirty(vm: &'static Vm) {
     match status.logging {
         None => print(format_args!("{}: no dirty log\n", vm.name())),
         Some(logging) => print(format_args!(
-            "{}: dirty log by {}, granularity {}; {} write faults, {} splits, {} harvests; committed epoch {}\n",
+            "{}: dirty log by {}, granularity {}; {} write faults, {} splits, {} harvests, {} entries read; committed epoch {}\n",
             vm.name(),
             logging.engine,
             logging.granularity,
             status.write_faults,
             status.splits,
             status.harvests,
+            status.entries_read,
             status.last_committed
         )),
     }

@@ -1,5 +1,5 @@
-//! Long work on a VM that a host asks for: starting and stopping its dirty log, harvests,
-//! hashes. Each is a job; asking again tells how far it is, and then how it ended.
+//! Long work on a VM that a host asks for: starting and stopping its dirty log, changing its
+//! engine, harvests, hashes. Each is a job; asking again tells how far it is, and then how it ended.
 //!
 //! A VM's `work` lock is held from the look at the log's state to what follows from it, so
 //! that an operation which ends in between is not begun again. Lock order: `work`, then what
@@ -33,10 +33,44 @@ pub enum Work<T> {
     Done(T),
 }
 
+/// Who says how writes are noticed.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Policy {
+    /// Stage 2, after each harvest.
+    #[default]
+    Adaptive,
+    /// The host, or the command line.
+    Fixed(s2::Engine),
+}
+
+impl Policy {
+    /// What `Auto` means is the command line's `dirty=`.
+    fn of(choice: EngineChoice) -> Self {
+        match choice {
+            EngineChoice::WriteProtect => Self::Fixed(s2::Engine::WriteProtect),
+            EngineChoice::Dbm => Self::Fixed(s2::Engine::Dbm),
+            EngineChoice::Auto => match DEFAULT_ENGINE.load(Relaxed) {
+                1 => Self::Fixed(s2::Engine::WriteProtect),
+                2 => Self::Fixed(s2::Engine::Dbm),
+                _ => Self::Adaptive,
+            },
+        }
+    }
+
+    /// What a log begins with.
+    fn first(self, vm: &Vm) -> s2::Engine {
+        match self {
+            Self::Adaptive => vm.memory.stage2().best_engine(),
+            Self::Fixed(engine) => engine,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Operation {
-    Start(s2::Engine, s2::Granularity),
+    Start(Policy, s2::Granularity),
     Stop,
+    Engine(s2::Engine),
     Take(s2::Epoch),
 }
 
@@ -46,6 +80,7 @@ pub struct VmWork {
     operation: Option<Operation>,
     progress: (u64, u64),
     failure: Option<(Operation, ErrorReply)>,
+    policy: Policy,
     /// The counters when the log was started.
     since: s2::Counters,
     last_taken: u64,
@@ -54,7 +89,7 @@ pub struct VmWork {
 
 impl VmWork {
     /// Notes how far the operation is.
-    fn advance(&mut self, progress: Progress) -> Step {
+    fn advance(&mut self, vm: &'static Vm, operation: Operation, progress: Progress) -> Step {
         match progress {
             Progress::More { done, total } => {
                 // A total of nothing is another CPU's step.
@@ -65,6 +100,12 @@ impl VmWork {
             }
             Progress::Done => {
                 self.operation = None;
+                match operation {
+                    Operation::Start(policy, _) => self.policy = policy,
+                    Operation::Engine(engine) => self.policy = Policy::Fixed(engine),
+                    Operation::Take(_) if self.policy == Policy::Adaptive => adapt(vm),
+                    Operation::Take(_) | Operation::Stop => {}
+                }
                 Step::Done
             }
         }
@@ -90,15 +131,16 @@ pub fn set_default_engine(engine: DirtyEngine) {
     DEFAULT_ENGINE.store(engine as u8, Relaxed);
 }
 
-fn engine(vm: &Vm, choice: EngineChoice) -> s2::Engine {
-    match choice {
-        EngineChoice::WriteProtect => s2::Engine::WriteProtect,
-        EngineChoice::Dbm => s2::Engine::Dbm,
-        EngineChoice::Auto => match DEFAULT_ENGINE.load(Relaxed) {
-            1 => s2::Engine::WriteProtect,
-            2 => s2::Engine::Dbm,
-            _ => vm.memory.stage2().best_engine(),
-        },
+/// Has stage 2 choose the engine by the harvest that has just ended, and brings the leaves over while
+/// the host reads the bitmap. If the next harvest comes first, it does that.
+fn adapt(vm: &'static Vm) {
+    let stage2 = vm.memory.stage2();
+    let step = || match stage2.bring_over() {
+        Ok(Progress::More { .. }) => Step::Again,
+        Ok(Progress::Done) | Err(_) => Step::Done,
+    };
+    if stage2.adapt_engine().is_ok() && step() == Step::Again {
+        job::submit(Box::new(step));
     }
 }
 
@@ -138,12 +180,18 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
         return Step::Done;
     };
     let result = match operation {
-        Operation::Start(engine, granularity) => stage2.start_log(engine, granularity),
+        Operation::Start(policy, granularity) => stage2.start_log(policy.first(vm), granularity),
         Operation::Stop => stage2.stop_log(),
+        Operation::Engine(engine) => match stage2.set_engine(engine) {
+            Ok(()) => stage2.bring_over(),
+            // A CPU is still at a harvest that was given up.
+            Err(Error::Busy) => Ok(Progress::More { done: 0, total: 0 }),
+            Err(error) => Err(error),
+        },
         Operation::Take(epoch) => stage2.take(epoch),
     };
     match result {
-        Ok(progress) => work.advance(progress),
+        Ok(progress) => work.advance(vm, operation, progress),
         Err(error) => {
             work.operation = None;
             work.failure = Some((operation, refusal(error)));
@@ -170,7 +218,7 @@ fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
         return Step::Done;
     }
     match result {
-        Ok(progress) => work.advance(progress),
+        Ok(progress) => work.advance(vm, operation, progress),
         Err(error) => {
             work.operation = None;
             work.failure = Some((operation, refusal(error)));
@@ -231,7 +279,7 @@ pub fn start_log(
     granularity: Granularity,
 ) -> Result<Work<()>, ErrorReply> {
     require_cleared(vm)?;
-    let engine = engine(vm, choice);
+    let policy = Policy::of(choice);
     let granularity = match granularity {
         Granularity::Page => s2::Granularity::Page,
         Granularity::Adaptive => s2::Granularity::Adaptive,
@@ -243,8 +291,8 @@ pub fn start_log(
     if status.stage == LogStage::On && work.operation.is_none() {
         let same = status
             .mode
-            .is_some_and(|mode| mode.engine == engine && mode.granularity == granularity);
-        return if same {
+            .is_some_and(|mode| mode.granularity == granularity);
+        return if same && work.policy == policy {
             Ok(Work::Done(()))
         } else {
             Err(ErrorReply::AlreadyLogging)
@@ -253,8 +301,25 @@ pub fn start_log(
     if status.stage == LogStage::Off {
         work.since = stage2.counters();
     }
-    let progress = drive(vm, work, Operation::Start(engine, granularity))?;
+    let progress = drive(vm, work, Operation::Start(policy, granularity))?;
     Ok(progress.map_or(Work::Done(()), going))
+}
+
+/// Changes how a log that runs notices writes.
+pub fn set_engine(vm: &'static Vm, choice: EngineChoice) -> Result<Work<()>, ErrorReply> {
+    let mut work = vm.work.lock();
+    if let Policy::Fixed(engine) = Policy::of(choice) {
+        let progress = drive(vm, work, Operation::Engine(engine))?;
+        return Ok(progress.map_or(Work::Done(()), going));
+    }
+    match (vm.memory.stage2().log_status().stage, work.operation) {
+        (LogStage::On, None | Some(Operation::Take(_))) => {
+            work.policy = Policy::Adaptive;
+            Ok(Work::Done(()))
+        }
+        (LogStage::Off, _) => Err(ErrorReply::NotLogging),
+        _ => Err(ErrorReply::Busy),
+    }
 }
 
 /// Stops a VM's log. Refused while the host has an epoch.
@@ -371,6 +436,7 @@ pub fn status(vm: &Vm) -> DirtyStatus {
         write_faults: now.write_faults - work.since.write_faults,
         splits: now.splits - work.since.splits,
         harvests: now.harvests - work.since.harvests,
+        entries_read: now.leaves_read - work.since.leaves_read,
     }
 }
 

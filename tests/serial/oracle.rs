@@ -84,6 +84,8 @@ pub fn cases() -> Vec<Case> {
         .collect();
     cases.push(Case::new("oracle_a72_dbm_refused", 60, a72_dbm_refused));
     cases.push(Case::new("oracle_logs_come_and_go", 90, logs_come_and_go));
+    cases.push(Case::new("oracle_engine_switched", 150, engine_switched));
+    cases.push(Case::new("oracle_engine_follows", 90, engine_follows));
     let boards: [(&str, crate::case::Body); 4] = [
         ("oracle_wp_page", |s| {
             judge(s, "", Engine::WriteProtect, Granularity::Page)
@@ -111,6 +113,23 @@ struct Judge {
     copy: Copy,
     /// Harvests that found something while the guest was writing.
     raced: u64,
+    /// What the engine is changed to in the middle of the next harvests of a burst, for ever.
+    engines: &'static [EngineChoice],
+    /// How often it was.
+    switches: usize,
+}
+
+impl Judge {
+    fn new(guest: &OracleGuest, granularity: Granularity) -> Self {
+        Self {
+            granularity,
+            accounted: guest.ledger.done(),
+            copy: Copy::default(),
+            raced: 0,
+            engines: &[],
+            switches: 0,
+        }
+    }
 }
 
 fn judge(
@@ -157,12 +176,7 @@ fn judge(
         "what runs is {logging:?}"
     );
 
-    let mut judge = Judge {
-        granularity,
-        accounted: guest.ledger.done(),
-        copy: Copy::default(),
-        raced: 0,
-    };
+    let mut judge = Judge::new(&guest, granularity);
     for round in 1..=STEPS {
         judge
             .step(&mut guest, round)
@@ -234,6 +248,103 @@ fn logs_come_and_go(script: &mut Script) -> Result<()> {
     );
     guest.host.finish();
     target.still_on()
+}
+
+/// The engine is changed from write protection to the dirty bit and back, again and again, while both
+/// vCPUs write and harvests go on.
+fn engine_switched(script: &mut Script) -> Result<()> {
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 2,
+        pages: BURST_PAGES,
+        blocks: 8,
+    };
+    let bundle = guests::pack([guests::oracle(2, MEMORY)?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
+    for granularity in [Granularity::Page, Granularity::Adaptive] {
+        guest
+            .host
+            .dirty_start(guest.vm, EngineChoice::WriteProtect, granularity)?;
+        let mut judge = Judge {
+            engines: &[EngineChoice::Dbm, EngineChoice::WriteProtect],
+            ..Judge::new(&guest, granularity)
+        };
+        for number in 1..=BURSTS {
+            judge
+                .burst(&mut guest)
+                .with_context(|| format!("{granularity}, burst {number}"))?;
+        }
+        ensure!(
+            judge.raced >= BURSTS / 2 && judge.switches as u64 >= BURSTS,
+            "only {} harvests met a guest that was writing, and {} changes of engine",
+            judge.raced,
+            judge.switches
+        );
+        judge.at_rest(&mut guest).context("at rest")?;
+        let faults = guest.host.dirty_status(guest.vm)?.write_faults;
+        ensure!(faults > 0, "write protection without a fault");
+        guest.host.dirty_stop(guest.vm)?;
+    }
+    guest.host.finish();
+    target.still_on()
+}
+
+/// Left to itself, the image goes over to write protection when few pages are left, so that the last
+/// harvests look at no table, and back when the guest writes many again.
+fn engine_follows(script: &mut Script) -> Result<()> {
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 2,
+        pages: PAGES,
+        blocks: 1,
+    };
+    let bundle = guests::pack([guests::oracle(2, MEMORY)?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
+    let (vm, page) = (guest.vm, Granularity::Page);
+    guest.host.dirty_start(vm, EngineChoice::Auto, page)?;
+    let mut judge = Judge::new(&guest, page);
+    for round in 1..=3 {
+        judge.step(&mut guest, 2 * round)?;
+        engine_is(&mut guest, Engine::Dbm).context("many pages")?;
+
+        judge.at_rest(&mut guest)?;
+        engine_is(&mut guest, Engine::WriteProtect).context("few pages")?;
+        // This one brings the leaves over, unless that is done already.
+        judge.at_rest(&mut guest)?;
+        let before = guest.host.dirty_status(vm)?.entries_read;
+        ensure!(before > 0, "the dirty bit's harvests read nothing");
+        judge.at_rest(&mut guest)?;
+        judge.step(&mut guest, 2 * round + 1)?;
+        let after = guest.host.dirty_status(vm)?.entries_read;
+        ensure!(
+            after == before,
+            "late harvests read {} entries",
+            after - before
+        );
+    }
+    // Asked for again, it is still the log that runs; told an engine, it keeps to it.
+    guest.host.dirty_start(vm, EngineChoice::Auto, page)?;
+    guest.host.dirty_engine(vm, EngineChoice::Dbm)?;
+    judge.at_rest(&mut guest)?;
+    judge.at_rest(&mut guest)?;
+    engine_is(&mut guest, Engine::Dbm).context("told so")?;
+    guest.host.dirty_engine(vm, EngineChoice::Auto)?;
+    judge.at_rest(&mut guest)?;
+    engine_is(&mut guest, Engine::WriteProtect).context("left to itself again")?;
+    guest.host.dirty_stop(vm)?;
+    guest.host.finish();
+    target.still_on()
+}
+
+fn engine_is(guest: &mut OracleGuest, wanted: Engine) -> Result<()> {
+    let logging = guest.host.dirty_status(guest.vm)?.logging;
+    let engine = logging.map(|logging| logging.engine);
+    ensure!(engine == Some(wanted), "the engine is {engine:?}");
+    Ok(())
 }
 
 fn one_log(guest: &mut OracleGuest, engine: EngineChoice, granularity: Granularity) -> Result<()> {
@@ -313,6 +424,7 @@ impl Judge {
             // Seen before the take begins, so the take must have everything.
             let over = guest.ledger.done() >= last;
             let harvest = guest.host.take(guest.vm)?;
+            self.switch(guest)?;
             self.copy.update(&mut guest.host, guest.vm, &harvest)?;
             guest.host.commit(guest.vm, &harvest)?;
             self.raced += u64::from(!over && !harvest.pages.is_empty());
@@ -325,6 +437,17 @@ impl Judge {
         self.accounted = last;
         check_superset(&guest.ledger.written_between(first, last), &told)?;
         self.copy.check(&guest.ledger.contents(last))
+    }
+
+    /// Changes the engine while the guest writes and the host has an epoch.
+    fn switch(&mut self, guest: &mut OracleGuest) -> Result<()> {
+        let mut engines = self.engines.iter().cycle().skip(self.switches);
+        let Some(engine) = engines.next() else {
+            return Ok(());
+        };
+        guest.host.dirty_engine(guest.vm, *engine)?;
+        self.switches += 1;
+        Ok(())
     }
 
     /// The guest waits for a command: nothing but its own pages may be dirty.

@@ -151,6 +151,11 @@ impl Host {
         }
     }
 
+    /// Changes the engine of the log that runs.
+    pub fn dirty_engine(&mut self, vm: VmId, engine: EngineChoice) -> Result<()> {
+        Ok(self.client.set_engine(vm, engine, &mut |_, _| {})?)
+    }
+
     /// Stops the dirty log.
     pub fn dirty_stop(&mut self, vm: VmId) -> Result<()> {
         Ok(self.client.stop_log(vm, &mut |_, _| {})?)

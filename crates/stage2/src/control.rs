@@ -7,6 +7,7 @@
 //!
 //! Lock order: this mutex, then a copy of the layout. The fault path takes only the latter.
 
+use crate::engine::Round;
 use crate::slot::{Layout, LogMode, Scope};
 use crate::tlb::Pending;
 use crate::types::{Epoch, Level, PAGE_SIZE};
@@ -65,8 +66,9 @@ pub(crate) enum Fate {
 pub(crate) enum Leaves {
     /// All are of the log's engine.
     OfTheEngine,
-    /// The engine was changed: the next harvest looks at every leaf and brings it over.
-    Mixed,
+    /// The engine was changed: the next harvest looks at every leaf and brings it over. Those below
+    /// `from` were brought over already.
+    Mixed { from: u64 },
 }
 
 /// A stretch of guest memory within one slot, from an address to before another.
@@ -173,6 +175,10 @@ pub(crate) struct Control {
     /// simply not forgotten: what it held counts for the next one.
     pub(crate) stale: Option<u64>,
     pub(crate) leaves: Leaves,
+    /// What the harvest under way has met so far.
+    pub(crate) round: Round,
+    /// What the last one met that was done, until an engine was chosen by it.
+    pub(crate) judged: Option<Round>,
     pub(crate) pending: Pending,
 }
 
@@ -188,6 +194,12 @@ impl Control {
             last_committed: None,
             stale: None,
             leaves: Leaves::OfTheEngine,
+            round: Round {
+                dirty: 0,
+                leaves: 0,
+                read: 0,
+            },
+            judged: None,
             pending: Pending::new(),
         }
     }

@@ -17,6 +17,7 @@
 
 use crate::control::{Control, Fate, Leaves, Phase, Stretch, TakePass, Taking};
 use crate::dirty::{Bits, Dirty, low_bits};
+use crate::engine::Round;
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::protect::clear_step;
@@ -59,6 +60,7 @@ struct Harvest<'a> {
     mode: LogMode,
     search: Search,
     pending: &'a mut Pending,
+    round: Round,
 }
 
 /// An entry is being changed by another CPU: come back to it.
@@ -146,6 +148,7 @@ impl<H: Hardware> Stage2<H> {
                 let total = layout.progress(scope, u64::MAX).1;
                 if control.stale.is_none() {
                     taking.pass = TakePass::Scan;
+                    control.round = Round::default();
                     control.claims.begin(total, self.hw.cpus());
                 }
                 return Ok(Progress::More { done: 0, total });
@@ -153,7 +156,7 @@ impl<H: Hardware> Stage2<H> {
             TakePass::Scan => {}
         }
         let search = match (control.leaves, mode.engine) {
-            (Leaves::Mixed, _) => Search::Convert,
+            (Leaves::Mixed { .. }, _) => Search::Convert,
             (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
             (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
         };
@@ -170,8 +173,10 @@ impl<H: Hardware> Stage2<H> {
                 mode,
                 search,
                 pending: &mut pending,
+                round: Round::default(),
             };
             let left = self.harvest_stretch(&mut harvest, &layout, scope, stretch, &mut cost);
+            let round = harvest.round;
             if !pending.is_empty() || search == Search::Convert {
                 // The invalidation is another CPU's, perhaps, and its barrier is not for our writes.
                 self.hw.dsb_ishst();
@@ -180,6 +185,7 @@ impl<H: Hardware> Stage2<H> {
             drop(layout);
             guard = self.control.lock();
             guard.pending.append(&pending);
+            guard.round.add(round);
             guard.claims.hand_in(left);
             // Given up meanwhile, perhaps, and the next harvest need not look for the same.
             let scanning = guard
@@ -218,13 +224,17 @@ impl<H: Hardware> Stage2<H> {
         if taking.pass != TakePass::Scan || !drained || !idle {
             return more;
         }
-        if control.leaves == Leaves::Mixed {
+        if control.leaves != Leaves::OfTheEngine {
             control.leaves = Leaves::OfTheEngine;
             control.pending.push_everything();
         }
         self.tlb().pending(&mut control.pending);
         taking.pass = TakePass::Taken;
+        control.judged = Some(control.round);
         self.counters.harvests.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .leaves_read
+            .fetch_add(control.round.read, Ordering::Relaxed);
         Progress::Done
     }
 
@@ -375,6 +385,7 @@ impl<H: Hardware> Stage2<H> {
             ),
         };
         if block.is_dirty() {
+            harvest.round.dirty += 1;
             // From its beginning: a block may have been mapped around the cursor, over a hole of which
             // the harvest had passed a part.
             let base = here & !(level.size() - 1);
@@ -573,9 +584,10 @@ fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
 impl Harvest<'_> {
     /// Harvests the level-3 table at `place` from `here` to `end`.
     fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
+        self.round.leaves += (end - here) >> PAGE_SHIFT;
         match self.search {
             Search::Live => {
-                self.take_live(slot, here, end, cost, |pending, ipa, pages| {
+                self.round.dirty += self.take_live(slot, here, end, cost, |pending, ipa, pages| {
                     let mut stale = 0;
                     for page in Bits(pages) {
                         let index = Level::L3.index(ipa) + page as usize;
@@ -661,11 +673,13 @@ impl Harvest<'_> {
             base = next;
         }
         slot.dirty.count(added);
+        self.round.dirty += dirty;
+        self.round.read += (end - here) >> PAGE_SHIFT;
         dirty
     }
 
-    /// Moves the live bits of `here..end` to the epoch. Hands them to `each`, 64 at a time: an address
-    /// and, as bits, the pages from there on.
+    /// Moves the live bits of `here..end` to the epoch and returns how many. Hands them to `each`, 64 at
+    /// a time: an address and, as bits, the pages from there on.
     fn take_live(
         &mut self,
         slot: &Slot,
@@ -673,7 +687,7 @@ impl Harvest<'_> {
         end: u64,
         cost: &mut u64,
         mut each: impl FnMut(&mut Pending, u64, u64),
-    ) {
+    ) -> u64 {
         let pages = (end - here) >> PAGE_SHIFT;
         let pending = &mut *self.pending;
         let mut taken = 0;
@@ -683,6 +697,7 @@ impl Harvest<'_> {
                 each(pending, slot.start() + (first << PAGE_SHIFT), pages);
             });
         *cost += 4 + pages / 64 + DIRTY * taken;
+        taken
     }
 }
 

@@ -45,6 +45,7 @@
 //! | `slot`, `dirty`, `readers` | slots, their two bitmaps, each CPU's copy of the list |
 //! | `fault` | the fault path |
 //! | `control`, `protect`, `harvest` | a log: where it is, starting and stopping it, taking from it |
+//! | `engine` | which engine is best for the next round, and the change |
 //! | `quota` | the throttle: limits, and what each vCPU spent |
 //! | `stage2` | the VM: all of the above |
 //! | `vmid` | the machine: which number tags which VM's translations |
@@ -103,6 +104,7 @@ mod collapse;
 mod config;
 mod control;
 mod dirty;
+mod engine;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;

@@ -8,7 +8,7 @@
 //! What a guest wrote counts from the moment a start says `Done`. Its last act is to invalidate the
 //! VM's translations, so no CPU can write through an entry older than that.
 
-use crate::control::{Control, Leaves, Phase, StartPass, StopPass};
+use crate::control::{Control, Phase, StartPass, StopPass};
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::pte::{Kind, Permission, Pte};
@@ -280,48 +280,6 @@ impl<H: Hardware> Stage2<H> {
             at = (here & !(place.level.size() - 1)) + place.level.size();
         }
         Some(at)
-    }
-
-    /// Changes the engine of a running log. Both engines log the same pages; the next harvest brings
-    /// the leaves over one by one, so there is nothing to wait for.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotLogging`], [`Error::EngineUnavailable`], [`Error::Busy`] while a start or stop or
-    /// another CPU's step is under way, [`Error::TakeUnfinished`] in the middle of a harvest.
-    pub fn set_engine(&self, engine: Engine) -> Result<(), Error> {
-        if engine == Engine::Dbm && !self.features.dbm.is_present() {
-            return Err(Error::EngineUnavailable);
-        }
-        let Some(mut control) = self.control.try_lock() else {
-            return Err(Error::Busy);
-        };
-        match control.phase {
-            Phase::Off => return Err(Error::NotLogging),
-            Phase::Starting(_) | Phase::Stopping(_) => return Err(Error::Busy),
-            Phase::On => {}
-        }
-        if let Some(taking) = control.taking
-            && taking.pass != crate::control::TakePass::Taken
-        {
-            return Err(Error::TakeUnfinished(taking.epoch));
-        }
-        if !control.claims.are_idle() {
-            return Err(Error::Busy);
-        }
-        if let Some(mode) = &mut control.mode
-            && mode.engine != engine
-        {
-            mode.engine = engine;
-            // When this is through, no fault that saw the old engine is still on its way to a leaf.
-            self.layouts.change(|layout| {
-                if let Some(log) = &mut layout.log {
-                    log.mode.engine = engine;
-                }
-            });
-            control.leaves = Leaves::Mixed;
-        }
-        Ok(())
     }
 }
 

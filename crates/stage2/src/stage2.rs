@@ -46,6 +46,7 @@ pub(crate) struct Counts {
     pub(crate) collapses: AtomicU64,
     pub(crate) tlbis: AtomicU64,
     pub(crate) harvests: AtomicU64,
+    pub(crate) leaves_read: AtomicU64,
 }
 
 /// What happened since the VM was made.
@@ -65,6 +66,9 @@ pub struct Counters {
     pub tlbis: u64,
     /// Epochs taken.
     pub harvests: u64,
+    /// Level-3 leaves that harvests looked at one by one. Under write protection they look at none: the
+    /// live bits name the pages.
+    pub leaves_read: u64,
 }
 
 /// What is mapped, by size.
@@ -268,6 +272,7 @@ impl<H: Hardware> Stage2<H> {
             collapses: read(&counts.collapses),
             tlbis: read(&counts.tlbis),
             harvests: read(&counts.harvests),
+            leaves_read: read(&counts.leaves_read),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Tests on the build machine. Names begin with the invariant they check, where there is one.
 
 mod descriptors;
+mod engine;
 mod epochs;
 mod interleavings;
 mod invariants;

@@ -123,6 +123,8 @@ pub enum DirtyCommand {
     /// Show the log's state.
     #[command(after_help = "Example:\n  tidectl dirty status debian --json")]
     Status(VmArg),
+    /// Change how writes are noticed while the log runs; nothing is lost by it.
+    Engine(dirty::EngineArgs),
     /// Fetch the bitmap of what was written since the last one.
     Get(get::GetArgs),
     /// Measure how fast a VM dirties pages.
@@ -141,7 +143,7 @@ pub struct VmArg {
 /// How writes are noticed, on the command line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum EngineArg {
-    /// What the image finds best on this machine.
+    /// What the image finds best, after each harvest anew.
     Auto,
     /// Write protection.
     Wp,
@@ -272,6 +274,7 @@ pub fn run(cli: &Cli, interrupt: Arc<AtomicBool>) -> Result<()> {
         Command::Dirty(DirtyCommand::Start(args)) => dirty::start(context, args),
         Command::Dirty(DirtyCommand::Stop(vm)) => dirty::stop(context, vm),
         Command::Dirty(DirtyCommand::Status(vm)) => dirty::status(context, vm),
+        Command::Dirty(DirtyCommand::Engine(args)) => dirty::engine(context, args),
         Command::Dirty(DirtyCommand::Get(args)) => get::run(context, args),
         Command::Dirty(DirtyCommand::Rate(args)) => rate::run(context, args),
         Command::Dirty(DirtyCommand::Copy(args)) => copy::run(context, args),

@@ -29,7 +29,7 @@ pub mod message;
 pub mod pages;
 
 /// Version of the messages, exchanged in `Hello`.
-pub const PROTOCOL: u16 = 1;
+pub const PROTOCOL: u16 = 2;
 
 /// Bytes in a page, the unit of every bitmap.
 pub const PAGE_SIZE: u64 = 4096;

@@ -85,7 +85,8 @@ pub enum Request<'a> {
         slot: SlotId,
     },
     /// Starts the dirty log: [`Response::Progress`] until [`Response::Ok`]. A log that runs
-    /// with what is asked for is `Ok`, any other is [`ErrorReply::AlreadyLogging`].
+    /// with what is asked for is `Ok`, any other is [`ErrorReply::AlreadyLogging`]. With `Auto` the
+    /// image chooses, and again after each harvest.
     DirtyStart {
         /// Which.
         vm: VmId,
@@ -184,6 +185,14 @@ pub enum Request<'a> {
         /// At most [`crate::CONSOLE_WRITE_MAX`] bytes.
         #[serde(borrow)]
         data: &'a [u8],
+    },
+    /// Changes how writes are noticed while the log runs: [`Response::Progress`] until
+    /// [`Response::Ok`]. Nothing is lost by it, and `Auto` leaves it to the image from now on.
+    DirtyEngine {
+        /// Which.
+        vm: VmId,
+        /// How writes are noticed.
+        engine: EngineChoice,
     },
 }
 

@@ -123,6 +123,13 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
             },
             "150205036c730a",
         ),
+        (
+            Request::DirtyEngine {
+                vm: VM,
+                engine: EngineChoice::WriteProtect,
+            },
+            "160201",
+        ),
     ]
 }
 
@@ -206,6 +213,7 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
         write_faults: 2,
         splits: 3,
         harvests: 4,
+        entries_read: 5,
     };
     let off = DirtyStatus {
         logging: None,
@@ -266,15 +274,15 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
         ),
         (
             Response::DirtyStatus(status),
-            "0801010101ac02ac02ab0201020304",
+            "0801010101ac02ac02ab020102030405",
         ),
-        (Response::DirtyStatus(off), "080000ac02ab0201020304"),
+        (Response::DirtyStatus(off), "080000ac02ab020102030405"),
         (
             Response::DirtyStatus(DirtyStatus {
                 logging: Some(wp),
                 ..off
             }),
-            "0801000200ac02ab0201020304",
+            "0801000200ac02ab020102030405",
         ),
         (Response::TakeDone(take), "09ac020701018080808004802007"),
         (

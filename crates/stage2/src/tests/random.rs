@@ -91,6 +91,8 @@ enum Manage {
     StartStep,
     StopStep,
     SetEngine(Engine),
+    AdaptEngine,
+    BringOver,
     TakeStep,
     Take,
     Copy,
@@ -134,6 +136,8 @@ fn manage() -> impl Strategy<Value = Manage> {
         2 => Just(Manage::StartStep),
         1 => Just(Manage::StopStep),
         2 => engine().prop_map(Manage::SetEngine),
+        1 => Just(Manage::AdaptEngine),
+        2 => Just(Manage::BringOver),
         5 => Just(Manage::TakeStep),
         4 => Just(Manage::Take),
         2 => Just(Manage::Copy),
@@ -388,6 +392,15 @@ impl Play {
                 if changed.is_ok() {
                     assert_eq!(state.stage, Stage::On);
                 }
+            }
+            Manage::AdaptEngine => {
+                let now = self.sim.op("adapt_engine", |stage2| stage2.adapt_engine());
+                let usable = self.sim.world.stage2.features().dbm == Support::Present;
+                assert!(usable || now != Ok(Engine::Dbm));
+            }
+            Manage::BringOver => {
+                let step = self.sim.op("bring_over", |stage2| stage2.bring_over());
+                assert!(step.is_ok() || self.stage() != Stage::On, "{step:?}");
             }
             Manage::TakeStep => self.take(1),
             Manage::Take => self.take(usize::MAX),

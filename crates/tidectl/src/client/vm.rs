@@ -243,6 +243,20 @@ impl Client {
         self.ask_until_done("starting the dirty log", &request, progress, ok)
     }
 
+    /// Changes the engine of a VM's dirty log while it runs.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn set_engine(
+        &mut self,
+        vm: VmId,
+        engine: EngineChoice,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        let request = Request::DirtyEngine { vm, engine };
+        self.ask_until_done("changing the dirty engine", &request, progress, ok)
+    }
+
     /// Stops a VM's dirty log and waits until its blocks are back.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
-//! `dirty start`, `dirty stop`, `dirty status`.
+//! `dirty start`, `dirty stop`, `dirty status`, `dirty engine`.
 
-use super::{Context, LogArgs, VmArg};
+use super::{Context, EngineArg, LogArgs, VmArg};
 use crate::Result;
 use crate::client::Client;
 use clap::Args;
@@ -20,12 +20,37 @@ pub struct StartArgs {
     log: LogArgs,
 }
 
+/// How to change the engine.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tidectl dirty engine debian wp
+  tidectl dirty engine debian auto")]
+pub struct EngineArgs {
+    #[command(flatten)]
+    vm: VmArg,
+    /// How writes are noticed from now on.
+    #[arg(value_enum)]
+    engine: EngineArg,
+}
+
 pub(super) fn start(context: &mut Context, args: &StartArgs) -> Result<()> {
     let mut client = context.connect()?;
     let vm = client.find(&args.vm.vm)?;
     let bar = context.ui.bar("starting the dirty log");
     let (engine, granularity) = (args.log.engine.into(), args.log.granularity.into());
     client.start_log(vm.id, engine, granularity, &mut |done, total| {
+        bar.set(done, total)
+    })?;
+    drop(bar);
+    print_status(context, client, &vm)
+}
+
+pub(super) fn engine(context: &mut Context, args: &EngineArgs) -> Result<()> {
+    let mut client = context.connect()?;
+    let vm = client.find(&args.vm.vm)?;
+    let bar = context.ui.bar("changing the dirty engine");
+    client.set_engine(vm.id, args.engine.into(), &mut |done, total| {
         bar.set(done, total)
     })?;
     drop(bar);
@@ -61,6 +86,7 @@ fn status_json(vm: &VmSummary, status: &DirtyStatus) -> Value {
         "write_faults": status.write_faults,
         "splits": status.splits,
         "harvests": status.harvests,
+        "entries_read": status.entries_read,
     })
 }
 
@@ -74,14 +100,16 @@ fn status_text(vm: &VmSummary, status: &DirtyStatus) -> String {
     };
     format!(
         "{}: dirty log on, engine {}, granularity {}{outstanding}\n\
-         at least {} pages dirty; {} write faults, {} splits, {} harvests since the start",
+         at least {} pages dirty; {} write faults, {} splits, {} harvests since the start, \
+         which read {} entries",
         vm.name,
         log.engine,
         log.granularity,
         status.live_pages_hint,
         status.write_faults,
         status.splits,
-        status.harvests
+        status.harvests,
+        status.entries_read
     )
 }
 

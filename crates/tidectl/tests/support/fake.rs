@@ -663,6 +663,18 @@ impl Target {
                 vm.logging = Some(wanted);
                 Ok(Response::Ok)
             }
+            Request::DirtyEngine { vm, engine } => {
+                let vm = self.vm(vm)?;
+                let Some(logging) = &mut vm.logging else {
+                    return Err(ErrorReply::NotLogging);
+                };
+                match engine {
+                    EngineChoice::WriteProtect => logging.engine = Engine::WriteProtect,
+                    EngineChoice::Dbm => logging.engine = Engine::Dbm,
+                    EngineChoice::Auto => {}
+                }
+                Ok(Response::Ok)
+            }
             Request::DirtyStop { vm } => {
                 let vm = self.vm(vm)?;
                 if let Some(epoch) = vm.outstanding {
@@ -689,6 +701,7 @@ impl Target {
                     write_faults: vm.written,
                     splits: 0,
                     harvests: vm.last_taken.0,
+                    entries_read: 0,
                 }))
             }
             Request::DirtyTake { vm, epoch } => {

@@ -199,7 +199,7 @@ pub struct Counters {
 /// How writes are noticed, as asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum EngineChoice {
-    /// What the image finds best on this machine.
+    /// What the image finds best, after each harvest anew.
     Auto,
     /// By permission faults.
     WriteProtect,
@@ -249,7 +249,7 @@ impl fmt::Display for Granularity {
 /// A running log.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Logging {
-    /// How writes are noticed.
+    /// How writes are noticed at the moment.
     pub engine: Engine,
     /// How finely.
     pub granularity: Granularity,
@@ -274,6 +274,8 @@ pub struct DirtyStatus {
     pub splits: u64,
     /// Harvests completed since then.
     pub harvests: u64,
+    /// Table entries of pages that these harvests looked at.
+    pub entries_read: u64,
 }
 
 /// A harvest.
