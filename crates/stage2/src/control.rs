@@ -8,9 +8,9 @@
 //! Lock order: this mutex, then a copy of the layout. The fault path takes only the latter.
 
 use crate::engine::Round;
-use crate::slot::{Layout, LogMode, Scope};
+use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::tlb::Pending;
-use crate::types::{Epoch, Level, PAGE_SIZE};
+use crate::types::{Epoch, Level, PAGE_SIZE, SlotId};
 
 /// The life of a log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,6 +27,8 @@ pub(crate) enum StartPass {
     Clear(u64),
     /// Taking the write permission away, or splitting.
     Arm(u64),
+    /// Noting every page, where nothing is armed before it is taken.
+    Fill(u64),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,17 +43,38 @@ pub(crate) enum StopPass {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Taking {
     pub(crate) epoch: Epoch,
+    /// What it is of, if not of all that is logged.
+    pub(crate) part: Option<Part>,
     pub(crate) pass: TakePass,
+}
+
+/// Some pages of a slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Part {
+    pub(crate) slot: SlotId,
+    pub(crate) first: u64,
+    pub(crate) pages: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum TakePass {
     /// Forgetting the committed epoch before.
     Clear,
+    /// Giving the aborted epoch before back to the live bits, from an address on.
+    GiveBack(u64),
     /// Collecting, as [`Claims`] says.
     Scan,
     /// With the host.
     Taken,
+}
+
+/// What a log takes a page for when it starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Initially {
+    /// For clean: every leaf is armed before the log is on.
+    Clean,
+    /// For dirty: nothing is armed before it was taken once.
+    Dirty,
 }
 
 /// How the last epoch ended, kept so that a repeated request gets the same answer.
@@ -69,6 +92,9 @@ pub(crate) enum Leaves {
     /// The engine was changed: the next harvest looks at every leaf and brings it over. Those below
     /// `from` were brought over already.
     Mixed { from: u64 },
+    /// Nothing was armed when the log started, and leaves that no harvest came to are not yet: whoever
+    /// takes a page's bit arms its leaf. Those below `from` are armed, and of the engine.
+    Unarmed { from: u64 },
 }
 
 /// A stretch of guest memory within one slot, from an address to before another.
@@ -78,12 +104,21 @@ pub(crate) struct Stretch {
     pub(crate) end: u64,
 }
 
+impl Stretch {
+    pub(crate) const ALL: Self = Self {
+        from: 0,
+        end: u64::MAX,
+    };
+}
+
 /// What of a harvest is given out, and what is still to be.
 ///
 /// Whoever asks gets what another one left before anything new, so there are never more stretches
 /// about than CPUs that harvest.
 pub(crate) struct Claims {
     next: u64,
+    /// Where the harvest ends.
+    limit: u64,
     /// How long a stretch is, a power of two.
     stretch: u64,
     left: [Option<Stretch>; Self::MOST],
@@ -103,17 +138,19 @@ impl Claims {
     const fn new() -> Self {
         Self {
             next: 0,
+            limit: u64::MAX,
             stretch: Self::SHORTEST,
             left: [None; Self::MOST],
             working: 0,
         }
     }
 
-    /// Begins from the first address, with `pages` to give out to `cpus`. Stretches of an aborted
+    /// Begins, with the `pages` there are `within` to give out to `cpus`. Stretches of an aborted
     /// harvest that are still worked at are handed in to this one.
-    pub(crate) fn begin(&mut self, pages: u64, cpus: usize) {
+    pub(crate) fn begin(&mut self, within: Stretch, pages: u64, cpus: usize) {
         let share = pages.saturating_mul(PAGE_SIZE) / (Self::SHARES * cpus.max(1) as u64);
-        self.next = 0;
+        self.next = within.from;
+        self.limit = within.end;
         self.stretch = share
             .clamp(Self::SHORTEST, Self::LONGEST)
             .next_power_of_two();
@@ -125,14 +162,21 @@ impl Claims {
         let stretch = match self.left.iter_mut().find_map(Option::take) {
             Some(left) => left,
             None => {
-                let (slot, from) = layout.next(scope, self.next)?;
-                let end = ((from & !(self.stretch - 1)) + self.stretch).min(slot.end());
+                let (slot, from) = self.next(layout, scope)?;
+                let end = ((from & !(self.stretch - 1)) + self.stretch)
+                    .min(slot.end())
+                    .min(self.limit);
                 self.next = end;
                 Stretch { from, end }
             }
         };
         self.working += 1;
         Some(stretch)
+    }
+
+    fn next<'a>(&self, layout: &'a Layout, scope: Scope) -> Option<(&'a Slot, u64)> {
+        let next = layout.next(scope, self.next);
+        next.filter(|(_, from)| *from < self.limit)
     }
 
     /// Takes back what is left of a stretch.
@@ -153,7 +197,7 @@ impl Claims {
 
     /// Was everything given out?
     pub(crate) fn are_given_out(&self, layout: &Layout, scope: Scope) -> bool {
-        self.left.iter().all(Option::is_none) && layout.next(scope, self.next).is_none()
+        self.left.iter().all(Option::is_none) && self.next(layout, scope).is_none()
     }
 
     /// Returns the address up to which everything was given out.
@@ -166,6 +210,7 @@ pub(crate) struct Control {
     pub(crate) phase: Phase,
     pub(crate) mode: Option<LogMode>,
     pub(crate) scope: Scope,
+    pub(crate) initially: Initially,
     pub(crate) taking: Option<Taking>,
     pub(crate) claims: Claims,
     pub(crate) last: Option<(Epoch, Fate)>,
@@ -188,6 +233,7 @@ impl Control {
             phase: Phase::Off,
             mode: None,
             scope: Scope::All,
+            initially: Initially::Clean,
             taking: None,
             claims: Claims::new(),
             last: None,

@@ -164,6 +164,25 @@ impl Dirty {
         low_bits(self.pages.saturating_sub(index as u64 * 64))
     }
 
+    /// Gives an aborted epoch's words `first..first + count` back to the live ones, which are set first:
+    /// no page is in neither.
+    pub(crate) fn give_back(&self, first: usize, count: usize) {
+        let rest = self.in_flight.get(first..).unwrap_or(&[]);
+        for (index, word) in (first..).zip(rest.iter().take(count)) {
+            let pages = word.load(Ordering::Relaxed);
+            if let Some(live) = self.live.get(index)
+                && pages != 0
+            {
+                let new = pages & !live.fetch_or(pages, Ordering::AcqRel);
+                self.live_pages
+                    .fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
+                word.store(0, Ordering::Relaxed);
+                self.in_flight_pages
+                    .fetch_sub(u64::from(pages.count_ones()), Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Forgets a settled epoch in words `first..first + count`.
     pub(crate) fn clear_in_flight(&self, first: usize, count: usize) {
         if first == 0 {

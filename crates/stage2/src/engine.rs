@@ -137,7 +137,10 @@ impl<H: Hardware> Stage2<H> {
                     log.mode.engine = engine;
                 }
             });
-            control.leaves = Leaves::Mixed { from: 0 };
+            control.leaves = match control.leaves {
+                Leaves::Unarmed { .. } => Leaves::Unarmed { from: 0 },
+                Leaves::OfTheEngine | Leaves::Mixed { .. } => Leaves::Mixed { from: 0 },
+            };
         }
         Ok(engine)
     }

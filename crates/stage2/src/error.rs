@@ -46,6 +46,15 @@ pub enum Error {
     },
     /// The slot is being deleted.
     SlotDying(SlotId),
+    /// Pages are asked for by 64, as a word of a bitmap holds them, within the slot.
+    PageRange {
+        /// The slot.
+        slot: SlotId,
+        /// The first page asked for.
+        first: u64,
+        /// How many.
+        pages: u64,
+    },
     /// The address range touches something that is no slot. What is in slots was marked.
     NotMemory(Ipa),
     /// No log is running.
@@ -130,6 +139,11 @@ impl fmt::Display for Error {
             Error::SlotDying(slot) => {
                 write!(f, "memory slot {slot} is being deleted; finish that first")
             }
+            Error::PageRange { slot, first, pages } => write!(
+                f,
+                "{pages} pages from page {first} of slot {slot} cannot be asked for: begin at a multiple of 64 and \
+                 ask for a multiple of 64, or to the end of the slot"
+            ),
             Error::NotMemory(ipa) => write!(f, "{ipa} is in no memory slot"),
             Error::NotLogging => f.write_str("dirty logging is off; start it first"),
             Error::AlreadyLogging => {

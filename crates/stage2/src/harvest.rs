@@ -15,12 +15,12 @@
 //! Between clearing a permission and the invalidation the guest may go on writing through a stale TLB
 //! entry. Those pages are in this epoch already, and the host reads them after it.
 
-use crate::control::{Control, Fate, Leaves, Phase, Stretch, TakePass, Taking};
+use crate::control::{Control, Fate, Leaves, Part, Phase, Stretch, TakePass, Taking};
 use crate::dirty::{Bits, Dirty, low_bits};
 use crate::engine::Round;
 use crate::error::Error;
 use crate::hardware::Hardware;
-use crate::protect::clear_step;
+use crate::protect::{FILL, WORDS, arm, clear_step};
 use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
 use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::stage2::Stage2;
@@ -59,6 +59,8 @@ enum Search {
 struct Harvest<'a> {
     mode: LogMode,
     search: Search,
+    /// What the epoch is of.
+    within: Stretch,
     pending: &'a mut Pending,
     round: Round,
 }
@@ -107,6 +109,11 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::NotLogging`], [`Error::Busy`] while a start or stop is under way,
     /// [`Error::EpochOutstanding`] if another epoch is, [`Error::StaleEpoch`] if the number is used up.
     pub fn take(&self, epoch: Epoch) -> Result<Progress, Error> {
+        self.take_of(epoch, None)
+    }
+
+    /// Takes an epoch of `part`, or of all that is logged.
+    pub(crate) fn take_of(&self, epoch: Epoch, part: Option<Part>) -> Result<Progress, Error> {
         if self.is_given_out() {
             // Those who are at the last stretches need the mutex to hand them in.
             return Ok(self.somebody_else_steps());
@@ -121,7 +128,7 @@ impl<H: Hardware> Stage2<H> {
             _ => return Err(Error::Busy),
         };
         let taking = match &mut control.taking {
-            Some(taking) if taking.epoch == epoch => taking,
+            Some(taking) if (taking.epoch, taking.part) == (epoch, part) => taking,
             Some(taking) => return Err(Error::EpochOutstanding(taking.epoch)),
             none => {
                 if let Some((last, _)) = control.last
@@ -131,17 +138,30 @@ impl<H: Hardware> Stage2<H> {
                 }
                 none.insert(Taking {
                     epoch,
-                    pass: TakePass::Clear,
+                    part,
+                    // What was committed is forgotten. What was aborted counts for this one, but not for
+                    // one of some pages, which is to hold no others.
+                    pass: match (control.stale, part) {
+                        (None, Some(_)) => TakePass::GiveBack(0),
+                        _ => TakePass::Clear,
+                    },
                 })
             }
         };
-        let scope = control.scope;
         let layout = self.layout();
+        let (scope, within) = layout.extent(control.scope, part);
+        if part.is_some() && taking.pass != TakePass::Scan && !control.claims.are_idle() {
+            // Who is still at a stretch of a harvest that was given up adds pages of that.
+            return Ok(match taking.pass {
+                TakePass::Taken => Progress::Done,
+                _ => self.somebody_else_steps(),
+            });
+        }
         match taking.pass {
             TakePass::Taken => return Ok(Progress::Done),
             TakePass::Clear => {
                 control.stale = control.stale.and_then(|from| {
-                    clear_step(&layout, from, |slot, first, count| {
+                    clear_step(&layout, from, WORDS, |slot, first, count| {
                         slot.dirty.clear_in_flight(first, count)
                     })
                 });
@@ -149,14 +169,21 @@ impl<H: Hardware> Stage2<H> {
                 if control.stale.is_none() {
                     taking.pass = TakePass::Scan;
                     control.round = Round::default();
-                    control.claims.begin(total, self.hw.cpus());
+                    control.claims.begin(within, total, self.hw.cpus());
                 }
                 return Ok(Progress::More { done: 0, total });
+            }
+            TakePass::GiveBack(from) => {
+                let next = clear_step(&layout, from, FILL, |slot, first, count| {
+                    slot.dirty.give_back(first, count)
+                });
+                taking.pass = next.map_or(TakePass::Clear, TakePass::GiveBack);
+                return Ok(self.somebody_else_steps());
             }
             TakePass::Scan => {}
         }
         let search = match (control.leaves, mode.engine) {
-            (Leaves::Mixed { .. }, _) => Search::Convert,
+            (Leaves::Mixed { .. } | Leaves::Unarmed { .. }, _) => Search::Convert,
             (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
             (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
         };
@@ -172,6 +199,7 @@ impl<H: Hardware> Stage2<H> {
             let mut harvest = Harvest {
                 mode,
                 search,
+                within,
                 pending: &mut pending,
                 round: Round::default(),
             };
@@ -211,13 +239,14 @@ impl<H: Hardware> Stage2<H> {
 
     /// Ends the harvest if nothing of it is left to do, and says how far it is.
     fn conclude(&self, control: &mut Control, layout: &Layout) -> Progress {
-        let scope = control.scope;
+        // Of the harvest that is under way now: the caller's may have been given up meanwhile.
+        let part = control.taking.and_then(|taking| taking.part);
+        let (scope, within) = layout.extent(control.scope, part);
         let (done, total) = layout.progress(scope, control.claims.reached());
         let more = Progress::More { done, total };
         let drained = control.claims.are_given_out(layout, scope);
         let idle = control.claims.are_idle();
         self.drained.store(drained && !idle, Ordering::Relaxed);
-        // It may have been given up meanwhile.
         let Some(taking) = &mut control.taking else {
             return more;
         };
@@ -225,7 +254,7 @@ impl<H: Hardware> Stage2<H> {
             return more;
         }
         if control.leaves != Leaves::OfTheEngine {
-            control.leaves = Leaves::OfTheEngine;
+            control.leaves = control.leaves.after(within, layout, control.scope);
             control.pending.push_everything();
         }
         self.tlb().pending(&mut control.pending);
@@ -355,11 +384,14 @@ impl<H: Hardware> Stage2<H> {
         here: u64,
         cost: &mut u64,
     ) -> Result<(), Stall> {
+        let engine = harvest.mode.engine;
+        let level = place.level;
+        if harvest.search == Search::Convert && place.pte.is_untracked_writable() {
+            return self.arm_block(harvest, place, here);
+        }
         if !place.pte.is_tracked() {
             return Ok(());
         }
-        let engine = harvest.mode.engine;
-        let level = place.level;
         if level != Level::L2 && place.pte.is_dirty() && *cost > BUDGET / 8 {
             // Its bits are a step of their own.
             return Err(Stall);
@@ -389,8 +421,17 @@ impl<H: Hardware> Stage2<H> {
             // From its beginning: a block may have been mapped around the cursor, over a hole of which
             // the harvest had passed a part.
             let base = here & !(level.size() - 1);
+            let (end, within) = (base + level.size(), harvest.within);
+            let (from, to) = (base.max(within.from), end.min(within.end));
             *cost += level.pages() / 4;
-            slot.dirty.add_run(slot.page(base), level.pages());
+            slot.dirty
+                .add_run(slot.page(from), (to - from) >> PAGE_SHIFT);
+            // Of the rest of it a later epoch tells, and no leaf will.
+            slot.dirty
+                .mark_run(slot.page(base), (from - base) >> PAGE_SHIFT);
+            if to < end {
+                slot.dirty.mark_run(slot.page(to), (end - to) >> PAGE_SHIFT);
+            }
             if stale == Stale::Yes {
                 harvest.pending.push(base, level);
             }
@@ -398,7 +439,29 @@ impl<H: Hardware> Stage2<H> {
         Ok(())
     }
 
-    /// Returns how many pages of each slot the epoch holds.
+    /// Arms a block that no harvest came to since the log started. Its pages were all noted then, and
+    /// those that were not taken yet are still.
+    fn arm_block(
+        &self,
+        harvest: &mut Harvest<'_>,
+        place: &Place<'_>,
+        here: u64,
+    ) -> Result<(), Stall> {
+        let (level, engine) = (place.level, harvest.mode.engine);
+        if harvest.mode.granularity == Granularity::Page {
+            match self.split(place.entry(), level, here, engine) {
+                Ok(_) => return Ok(()),
+                Err(crate::split::Unsplit::Raced) => return Err(Stall),
+                Err(crate::split::Unsplit::NoTables) => {}
+            }
+        }
+        arm(place.entry(), level, engine);
+        harvest.pending.push(here & !(level.size() - 1), level);
+        Ok(())
+    }
+
+    /// Returns how many pages of each slot the epoch holds; of one slot only, if the epoch is of a part
+    /// of it.
     ///
     /// # Errors
     ///
@@ -406,11 +469,11 @@ impl<H: Hardware> Stage2<H> {
     pub fn taken(&self, epoch: Epoch) -> Result<Vec<SlotDirty>, Error> {
         let control = self.control.lock();
         let layout = self.layout();
-        require_taken(control.taking, epoch)?;
-        let covered = layout
-            .slots
-            .iter()
-            .filter(|slot| control.scope.covers(slot));
+        let scope = match require_taken(control.taking, epoch)?.part {
+            None => control.scope,
+            Some(part) => Scope::One(part.slot),
+        };
+        let covered = layout.slots.iter().filter(|slot| scope.covers(slot));
         let dirty = |slot: &Slot| SlotDirty {
             slot: slot.id,
             base: slot.base,
@@ -545,13 +608,10 @@ enum Stale {
     Invalidated,
 }
 
-fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<(), Error> {
+fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> {
     match taking {
-        Some(Taking {
-            epoch: outstanding,
-            pass,
-        }) if outstanding == epoch => match pass {
-            TakePass::Taken => Ok(()),
+        Some(taking) if taking.epoch == epoch => match taking.pass {
+            TakePass::Taken => Ok(taking),
             _ => Err(Error::TakeUnfinished(epoch)),
         },
         other => Err(Error::NoSuchEpoch {
@@ -571,12 +631,13 @@ fn clean(place: &Place<'_>, search: Search, engine: Engine) -> Option<Pte> {
 }
 
 /// Makes one tracked leaf a clean one of `engine` and returns what it was; `None` if it is no such
-/// leaf. Never gives up, like the change of a leaf when a log starts, and for the same reasons.
+/// leaf. One that nobody armed yet is such a leaf too, and counts as dirty. Never gives up, like the
+/// change of a leaf when a log starts, and for the same reasons.
 fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
     let old = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
         let seen = Pte(seen);
-        let tracked = seen.kind(level) == Kind::Leaf && seen.is_tracked();
-        tracked.then(|| seen.with(Permission::Clean(engine)).0)
+        let logged = seen.is_tracked() || seen.is_untracked_writable();
+        (seen.kind(level) == Kind::Leaf && logged).then(|| seen.with(Permission::Clean(engine)).0)
     });
     old.ok().map(Pte)
 }
@@ -749,13 +810,42 @@ fn collect_converting(group: &[AtomicU64; 64], wanted: u64, engine: Engine) -> u
         if let Some(entry) = group.get(bit as usize)
             && let Some(old) = convert(entry, Level::L3, engine)
         {
-            found |= u64::from(old.is_dirty()) << bit;
+            found |= u64::from(old.is_writable()) << bit;
         }
     }
     found
 }
 
+impl Leaves {
+    /// Returns what is left to be looked at leaf by leaf after a harvest that looked at all `within`.
+    fn after(self, within: Stretch, layout: &Layout, scope: Scope) -> Self {
+        let next = |from| layout.next(scope, from).map(|(_, at)| at);
+        match self {
+            Leaves::Unarmed { from } => match next(from) {
+                Some(at) if at < within.from => self,
+                _ if next(within.end).is_none() => Leaves::OfTheEngine,
+                _ => Leaves::Unarmed {
+                    from: from.max(within.end),
+                },
+            },
+            _ if within == Stretch::ALL => Leaves::OfTheEngine,
+            same => same,
+        }
+    }
+}
+
 impl Layout {
+    /// Returns which slots and addresses an epoch of `part` is of, or one of all that is logged.
+    fn extent(&self, logged: Scope, part: Option<Part>) -> (Scope, Stretch) {
+        let Some(part) = part else {
+            return (logged, Stretch::ALL);
+        };
+        let start = self.slot(part.slot).map_or(0, Slot::start);
+        let from = start + (part.first << PAGE_SHIFT);
+        let end = from + (part.pages << PAGE_SHIFT);
+        (Scope::One(part.slot), Stretch { from, end })
+    }
+
     pub(crate) fn live_pages(&self, carried: Carried) -> u64 {
         let of = |slot: &Slot| {
             slot.dirty.live_pages()

@@ -8,7 +8,7 @@
 //! What a guest wrote counts from the moment a start says `Done`. Its last act is to invalidate the
 //! VM's translations, so no CPU can write through an entry older than that.
 
-use crate::control::{Control, Phase, StartPass, StopPass};
+use crate::control::{Control, Initially, Leaves, Phase, StartPass, StopPass};
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::pte::{Kind, Permission, Pte};
@@ -25,7 +25,9 @@ const WALK: usize = 10;
 /// What a split counts for.
 const SPLIT: usize = 512;
 /// Bitmap words cleared in a step.
-const WORDS: usize = 2048;
+pub(crate) const WORDS: usize = 2048;
+/// Bitmap words filled in a step.
+pub(crate) const FILL: usize = 1024;
 
 impl<H: Hardware> Stage2<H> {
     /// Returns the engine this machine does best with.
@@ -45,13 +47,11 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::AlreadyLogging`] if a log is on or being started differently,
     /// [`Error::EngineUnavailable`] if the engine needs what the machine lacks.
     pub fn start_log(&self, engine: Engine, granularity: Granularity) -> Result<Progress, Error> {
-        self.start(
-            Scope::All,
-            LogMode {
-                engine,
-                granularity,
-            },
-        )
+        let mode = LogMode {
+            engine,
+            granularity,
+        };
+        self.start(Scope::All, mode, Initially::Clean)
     }
 
     /// Starts logging writes to one slot. Otherwise as [`start_log`](Self::start_log).
@@ -68,16 +68,19 @@ impl<H: Hardware> Stage2<H> {
         if self.layout().slot(slot).is_none() {
             return Err(Error::NoSuchSlot(slot));
         }
-        self.start(
-            Scope::One(slot),
-            LogMode {
-                engine,
-                granularity,
-            },
-        )
+        let mode = LogMode {
+            engine,
+            granularity,
+        };
+        self.start(Scope::One(slot), mode, Initially::Clean)
     }
 
-    fn start(&self, scope: Scope, mode: LogMode) -> Result<Progress, Error> {
+    pub(crate) fn start(
+        &self,
+        scope: Scope,
+        mode: LogMode,
+        initially: Initially,
+    ) -> Result<Progress, Error> {
         if mode.engine == Engine::Dbm && !self.features.dbm.is_present() {
             return Err(Error::EngineUnavailable);
         }
@@ -92,10 +95,13 @@ impl<H: Hardware> Stage2<H> {
                     scope,
                     // Epochs grow for as long as the VM lives: one that was given up stays so.
                     last: control.last,
+                    initially,
                     ..Control::new()
                 };
             }
-            Phase::Starting(_) if control.mode == Some(mode) && control.scope == scope => {}
+            Phase::Starting(_)
+                if (control.mode, control.scope, control.initially)
+                    == (Some(mode), scope, initially) => {}
             Phase::Starting(_) | Phase::On => return Err(Error::AlreadyLogging),
             Phase::Stopping(_) => return Err(Error::Busy),
         }
@@ -106,7 +112,7 @@ impl<H: Hardware> Stage2<H> {
                     slot.dirty.clear_live(first, count);
                     slot.dirty.clear_in_flight(first, count);
                 };
-                let next = clear_step(&layout, from, clear);
+                let next = clear_step(&layout, from, WORDS, clear);
                 let total = layout.progress(scope, u64::MAX).1;
                 drop(layout);
                 if let Some(next) = next {
@@ -114,9 +120,30 @@ impl<H: Hardware> Stage2<H> {
                 } else {
                     self.layouts
                         .change(|layout| layout.log = Some(Log { mode, scope }));
-                    control.phase = Phase::Starting(StartPass::Arm(0));
+                    control.phase = Phase::Starting(match initially {
+                        Initially::Clean => StartPass::Arm(0),
+                        Initially::Dirty => StartPass::Fill(0),
+                    });
                 }
                 Ok(Progress::More { done: 0, total })
+            }
+            Phase::Starting(StartPass::Fill(from)) => {
+                // The log is there for everyone: what is mapped from now on is armed, what was before is
+                // not and is noted here.
+                let layout = self.layout();
+                let fill = |slot: &Slot, first: usize, count: usize| {
+                    if scope.covers(slot) {
+                        slot.dirty.mark_run(first as u64 * 64, count as u64 * 64);
+                    }
+                };
+                let Some(next) = clear_step(&layout, from, FILL, fill) else {
+                    control.leaves = Leaves::Unarmed { from: 0 };
+                    control.phase = Phase::On;
+                    return Ok(Progress::Done);
+                };
+                control.phase = Phase::Starting(StartPass::Fill(next));
+                let (done, total) = layout.progress(scope, next);
+                Ok(Progress::More { done, total })
             }
             Phase::Starting(StartPass::Arm(from)) => {
                 let layout = self.layout();
@@ -300,7 +327,7 @@ fn arm_table(slot: &Slot, place: &Place<'_>, here: u64, engine: Engine) -> (u64,
 }
 
 /// RW to WC. Leaves that are tracked already were born so; read-only ones stay.
-fn arm(entry: &AtomicU64, level: Level, engine: Engine) {
+pub(crate) fn arm(entry: &AtomicU64, level: Level, engine: Engine) {
     change(entry, level, |pte| {
         pte.is_untracked_writable()
             .then(|| pte.with(Permission::Clean(engine)))
@@ -327,17 +354,18 @@ fn change(entry: &AtomicU64, level: Level, wanted: impl Fn(Pte) -> Option<Pte>) 
     });
 }
 
-/// Calls `clear(slot, first word, words)` for a bounded part of all bitmaps, from address `from` on.
+/// Calls `clear(slot, first word, words)` for a part of `words` of the bitmaps, from address `from` on.
 /// Returns where to go on, or `None` at the end.
 pub(crate) fn clear_step(
     layout: &Layout,
     from: u64,
+    words: usize,
     clear: impl Fn(&Slot, usize, usize),
 ) -> Option<u64> {
-    const PAGES: u64 = WORDS as u64 * 64;
+    let pages = words as u64 * 64;
     let (slot, here) = layout.next(Scope::All, from)?;
     // Steps begin on the word that holds the address, so an odd start only clears a word twice.
     let first = slot.page(here) / 64;
-    clear(slot, first as usize, WORDS);
-    Some((slot.start() + (first * 64 + PAGES) * PAGE_SIZE).min(slot.end()))
+    clear(slot, first as usize, words);
+    Some((slot.start() + (first * 64 + pages) * PAGE_SIZE).min(slot.end()))
 }

@@ -8,7 +8,7 @@
 //! first. Nothing is held while a guest runs.
 
 use crate::config::{Shape, vttbr};
-use crate::control::{Control, LogStage, LogStatus, Phase};
+use crate::control::{Control, Initially, LogStage, LogStatus, Phase};
 use crate::error::Error;
 use crate::hardware::{Features, Hardware};
 use crate::harvest::Carried;
@@ -139,7 +139,8 @@ impl<H: Hardware> Stage2<H> {
     }
 
     /// Adds a memory slot. Nothing is mapped yet; that happens on first touch or by
-    /// [`map_ahead`](Self::map_ahead). While a log of the whole VM is on, the slot belongs to it.
+    /// [`map_ahead`](Self::map_ahead). While a log of the whole VM is on, the slot belongs to it; in one
+    /// that began with every page dirty, so does the slot.
     ///
     /// # Errors
     ///
@@ -163,8 +164,11 @@ impl<H: Hardware> Stage2<H> {
             self.features.pa_bits,
         )?;
         // Holding it keeps the copies alike.
-        let _control = self.control.lock();
+        let control = self.control.lock();
         let index = self.layout().place_for(&slot)?;
+        if control.phase != Phase::Off && control.initially == Initially::Dirty {
+            slot.dirty.mark_run(0, pages);
+        }
         self.layouts
             .try_change(
                 |layout| layout.slots.try_reserve(1),

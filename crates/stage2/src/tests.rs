@@ -1,5 +1,6 @@
 //! Tests on the build machine. Names begin with the invariant they check, where there is one.
 
+mod clear;
 mod descriptors;
 mod engine;
 mod epochs;

@@ -15,6 +15,7 @@
 use super::from_env;
 use super::sim::*;
 use super::world::*;
+use crate::control::{Initially, Part};
 use crate::fake::{Machine, Speculation};
 use crate::types::*;
 use crate::{Error, FaultAccess, Features, LogStage, Outcome, Support};
@@ -87,7 +88,7 @@ fn pages(places: &[Place]) -> Vec<u64> {
 /// Something the manager does.
 #[derive(Clone, Debug)]
 enum Manage {
-    Start(Engine, Granularity),
+    Start(Engine, Granularity, Initially),
     StartStep,
     StopStep,
     SetEngine(Engine),
@@ -95,6 +96,7 @@ enum Manage {
     BringOver,
     TakeStep,
     Take,
+    TakeRange(usize, prop::sample::Index, prop::sample::Index),
     Copy,
     Commit,
     Abort,
@@ -122,6 +124,10 @@ fn engine() -> impl Strategy<Value = Engine> {
     prop_oneof![Just(Engine::WriteProtect), Just(Engine::Dbm)]
 }
 
+fn initially() -> impl Strategy<Value = Initially> {
+    prop_oneof![3 => Just(Initially::Clean), 1 => Just(Initially::Dirty)]
+}
+
 fn granularity() -> impl Strategy<Value = Granularity> {
     prop_oneof![
         Just(Granularity::Page),
@@ -132,7 +138,9 @@ fn granularity() -> impl Strategy<Value = Granularity> {
 
 fn manage() -> impl Strategy<Value = Manage> {
     prop_oneof![
-        4 => (engine(), granularity()).prop_map(|(engine, granularity)| Manage::Start(engine, granularity)),
+        4 => (engine(), granularity(), initially()).prop_map(|(engine, granularity, initially)| {
+            Manage::Start(engine, granularity, initially)
+        }),
         2 => Just(Manage::StartStep),
         1 => Just(Manage::StopStep),
         2 => engine().prop_map(Manage::SetEngine),
@@ -140,6 +148,8 @@ fn manage() -> impl Strategy<Value = Manage> {
         2 => Just(Manage::BringOver),
         5 => Just(Manage::TakeStep),
         4 => Just(Manage::Take),
+        3 => (0..5usize, any::<prop::sample::Index>(), any::<prop::sample::Index>())
+            .prop_map(|(slot, from, to)| Manage::TakeRange(slot, from, to)),
         2 => Just(Manage::Copy),
         4 => Just(Manage::Commit),
         2 => Just(Manage::Abort),
@@ -240,8 +250,10 @@ enum Taken {
 
 struct State {
     stage: Stage,
-    mode: Option<(Engine, Granularity)>,
+    mode: Option<(Engine, Granularity, Initially)>,
     epoch: Option<(Epoch, Taken)>,
+    /// What the epoch is of, if not of all.
+    part: Option<Part>,
     /// CPUs in a step that they help with.
     helping: usize,
     /// Nobody is to begin helping.
@@ -249,6 +261,8 @@ struct State {
     aborted: BTreeSet<u64>,
     /// Table memory was short at some time, so a block may have stayed where pages were asked for.
     starved: bool,
+    /// The log began with every page dirty.
+    all_dirty: bool,
 }
 
 struct Play {
@@ -288,10 +302,12 @@ impl Play {
                 stage: Stage::Off,
                 mode: None,
                 epoch: None,
+                part: None,
                 helping: 0,
                 alone: false,
                 aborted: BTreeSet::new(),
                 starved: false,
+                all_dirty: false,
             }),
         }
     }
@@ -377,7 +393,9 @@ impl Play {
 
     fn manage(&self, manage: &Manage) {
         match manage {
-            Manage::Start(engine, granularity) => self.start(*engine, *granularity),
+            Manage::Start(engine, granularity, initially) => {
+                self.start(*engine, *granularity, *initially);
+            }
             Manage::StartStep => {
                 if self.stage() == Stage::Starting {
                     self.start_step();
@@ -402,8 +420,20 @@ impl Play {
                 let step = self.sim.op("bring_over", |stage2| stage2.bring_over());
                 assert!(step.is_ok() || self.stage() != Stage::On, "{step:?}");
             }
-            Manage::TakeStep => self.take(1),
-            Manage::Take => self.take(usize::MAX),
+            Manage::TakeStep => self.take(1, None),
+            Manage::Take => self.take(usize::MAX, None),
+            Manage::TakeRange(slot, from, to) => {
+                let Place { id, pages, .. } = self.places[*slot];
+                let words = pages.div_ceil(64) as usize;
+                let first = from.index(words) as u64 * 64;
+                let end = pages.min(first + (1 + to.index(words) as u64) * 64);
+                let part = Part {
+                    slot: SlotId(id),
+                    first,
+                    pages: end - first,
+                };
+                self.take(usize::MAX, Some(part));
+            }
             Manage::Copy => self.copy(),
             Manage::Commit => self.commit(),
             Manage::Abort => self.abort(),
@@ -439,7 +469,7 @@ impl Play {
         }
     }
 
-    fn start(&self, engine: Engine, granularity: Granularity) {
+    fn start(&self, engine: Engine, granularity: Granularity, initially: Initially) {
         let usable = self.sim.world.stage2.features().dbm == Support::Present;
         if self.stage() == Stage::Off {
             if engine == Engine::Dbm && !usable {
@@ -452,7 +482,8 @@ impl Play {
             self.wait_for_helpers();
             self.sim.written.lock().unwrap().forget();
             let mut state = self.state();
-            state.mode = Some((engine, granularity));
+            state.mode = Some((engine, granularity, initially));
+            state.all_dirty = initially == Initially::Dirty;
             state.aborted.clear();
             state.stage = Stage::Starting;
         }
@@ -466,18 +497,22 @@ impl Play {
     }
 
     fn start_step(&self) {
-        let Some((engine, granularity)) = self.state().mode else {
+        let Some((engine, granularity, initially)) = self.state().mode else {
             return;
         };
-        let step = self
-            .sim
-            .op("start_log", |stage2| stage2.start_log(engine, granularity));
+        let step = self.sim.op("start_log", |stage2| match initially {
+            Initially::Clean => stage2.start_log(engine, granularity),
+            Initially::Dirty => stage2.start_log_all_dirty(engine, granularity),
+        });
         let mut state = self.state();
         match step {
             Ok(Progress::Done) => {
                 assert_eq!(state.stage, Stage::Starting);
                 state.stage = Stage::On;
-                self.sim.started();
+                match initially {
+                    Initially::Clean => self.sim.started(),
+                    Initially::Dirty => self.sim.ghost.lock().unwrap().start_all_dirty(),
+                }
             }
             Ok(Progress::More { .. }) => {}
             // Somebody who helps was faster.
@@ -486,7 +521,7 @@ impl Play {
         }
     }
 
-    fn take(&self, steps: usize) {
+    fn take(&self, steps: usize, part: Option<Part>) {
         if self.stage() != Stage::On {
             return;
         }
@@ -494,10 +529,19 @@ impl Play {
         let epoch = match known {
             Some((epoch, _)) => epoch,
             None => {
+                let gone = |part: Part| {
+                    let place = self.places.iter().find(|place| place.id == part.slot.0);
+                    !self.present(place.unwrap().ipa)
+                };
+                if part.is_some_and(gone) {
+                    return;
+                }
                 self.wait_for_helpers();
                 let epoch = self.sim.world.new_epoch();
                 self.sim.written.lock().unwrap().during.clear();
-                self.state().epoch = Some((epoch, Taken::Partly));
+                let mut state = self.state();
+                state.epoch = Some((epoch, Taken::Partly));
+                state.part = part;
                 epoch
             }
         };
@@ -512,7 +556,14 @@ impl Play {
     }
 
     fn take_step(&self, epoch: Epoch) {
-        match self.sim.op("take", |stage2| stage2.take(epoch)) {
+        let part = self.state().part;
+        let step = self.sim.op("take", |stage2| match part {
+            None => stage2.take(epoch),
+            Some(part) => stage2.take_range(epoch, part.slot, part.first, part.pages),
+        });
+        match step {
+            // The slot goes, or is gone: no epoch of it can be finished.
+            Err(Error::NoSuchSlot(_) | Error::NotLogging) if part.is_some() => {}
             Ok(Progress::Done) => {
                 let mut state = self.state();
                 if state.epoch == Some((epoch, Taken::Partly)) {
@@ -549,7 +600,8 @@ impl Play {
         let mut state = self.state();
         if taken == Taken::Whole {
             let written = &mut *self.sim.written.lock().unwrap();
-            if matches!(state.mode, Some((_, Granularity::Page))) && !state.starved {
+            let exact = !state.starved && !state.all_dirty;
+            if matches!(state.mode, Some((_, Granularity::Page, _))) && exact {
                 let mut allowed: BTreeSet<u64> = if self.calm {
                     written.unreported.union(&state.aborted).copied().collect()
                 } else {
@@ -562,8 +614,18 @@ impl Play {
                     "never written: {extra:x?}"
                 );
             }
-            written.unreported = written.during.clone();
-            state.aborted.clear();
+            let part = state.part;
+            let told = |ipa: &u64| match part {
+                None => true,
+                Some(part) => {
+                    let place = self.places.iter().find(|place| place.id == part.slot.0);
+                    let page = (ipa.wrapping_sub(place.unwrap().ipa)) / PAGE_SIZE;
+                    (part.first..part.first + part.pages).contains(&page)
+                }
+            };
+            written.unreported.retain(|ipa| !told(ipa));
+            written.unreported.extend(&written.during);
+            state.aborted.retain(|ipa| !told(ipa));
         }
         state.epoch = Some((epoch, Taken::Copied));
     }
@@ -591,10 +653,6 @@ impl Play {
         } else {
             let pages = self.sim.copy(epoch);
             self.state().aborted.extend(pages);
-            if taken == Taken::Whole {
-                let written = &mut *self.sim.written.lock().unwrap();
-                written.unreported = written.during.clone();
-            }
         }
         self.sim.abort(epoch);
         self.state().epoch = None;

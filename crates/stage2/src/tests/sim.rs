@@ -682,6 +682,25 @@ impl Sim {
         lock(&self.ghost).start();
     }
 
+    pub fn start_all_dirty(&self, engine: Engine, granularity: Granularity) {
+        self.finish("start_log_all_dirty", |stage2| {
+            stage2.start_log_all_dirty(engine, granularity)
+        })
+        .unwrap();
+        self.note(|| "has nothing".into());
+        lock(&self.ghost).start_all_dirty();
+    }
+
+    /// Takes an epoch of a range.
+    pub fn take_range(&self, slot: u16, first: u64, pages: u64) -> Epoch {
+        let epoch = self.world.new_epoch();
+        self.finish("take_range", |stage2| {
+            stage2.take_range(epoch, SlotId(slot), first, pages)
+        })
+        .unwrap();
+        epoch
+    }
+
     pub fn stop(&self) {
         lock(&self.ghost).stop();
         self.finish("stop_log", |stage2| stage2.stop_log()).unwrap();

@@ -124,6 +124,14 @@ impl Ghost {
         }
     }
 
+    /// The log has said that it is on, and that the host has nothing.
+    pub fn start_all_dirty(&mut self) {
+        self.start();
+        for page in self.pages.values_mut() {
+            page.committed = page.committed.map(|_| u64::MAX);
+        }
+    }
+
     /// Nothing is promised any more.
     pub fn stop(&mut self) {
         self.on = false;
