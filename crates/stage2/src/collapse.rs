@@ -119,12 +119,14 @@ fn whole_block(table: &Table, target: Level, below: Level) -> Option<Pte> {
     {
         return None;
     }
-    let mut expected = first.0;
+    // Who was accessed when is not worth a table. Until the table is broken off the hardware may set
+    // a flag, and nothing else.
+    let mut expected = first.accessed().0;
     for entry in &table.0 {
-        if entry.load(Ordering::Relaxed) != expected {
+        if Pte(entry.load(Ordering::Relaxed)).accessed().0 != expected {
             return None;
         }
         expected += below.size();
     }
-    Some(first.parent())
+    Some(first.accessed().parent())
 }

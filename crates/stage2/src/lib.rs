@@ -45,6 +45,7 @@
 //! | `slot`, `dirty`, `readers` | slots, their two bitmaps, each CPU's copy of the list |
 //! | `fault` | the fault path |
 //! | `control`, `protect`, `harvest` | a log: where it is, starting and stopping it, taking from it |
+//! | `age` | the access flags |
 //! | `clear` | epochs of a range, and a log that begins with every page dirty |
 //! | `engine` | which engine is best for the next round, and the change |
 //! | `quota` | the throttle: limits, and what each vCPU spent |
@@ -101,6 +102,7 @@ extern crate alloc;
 #[cfg(any(test, feature = "fake"))]
 extern crate std;
 
+mod age;
 mod clear;
 mod collapse;
 mod config;

@@ -199,6 +199,16 @@ impl Pte {
         Pte(self.0 | ACCESSED)
     }
 
+    /// Was it accessed since its flag was taken away?
+    pub(crate) const fn is_accessed(self) -> bool {
+        self.0 & (ACCESSED | VALID) == ACCESSED | VALID
+    }
+
+    /// Returns the leaf without the access flag: not for WD.
+    pub(crate) const fn unaccessed(self) -> Pte {
+        Pte(self.0 & !ACCESSED)
+    }
+
     /// Returns the leaf in another state, every other bit as it was.
     pub(crate) const fn with(self, permission: Permission) -> Pte {
         Pte(self.0 & !Permission::MASK | permission.bits())

@@ -1,5 +1,6 @@
 //! Tests on the build machine. Names begin with the invariant they check, where there is one.
 
+mod age;
 mod clear;
 mod descriptors;
 mod engine;

@@ -114,6 +114,7 @@ enum Run {
     Read(prop::sample::Index),
     El2Write(prop::sample::Index),
     MapAhead(usize),
+    Age(usize),
     /// One step of whatever the manager is about.
     Help,
     /// The vCPU exits, with its barrier.
@@ -168,6 +169,7 @@ fn run() -> impl Strategy<Value = Run> {
         5 => page().prop_map(Run::Read),
         1 => page().prop_map(Run::El2Write),
         1 => (0..5usize).prop_map(Run::MapAhead),
+        1 => (0..5usize).prop_map(Run::Age),
         2 => Just(Run::Help),
         1 => Just(Run::Exit),
     ]
@@ -354,6 +356,7 @@ impl Play {
                 );
                 assert!(mapped.is_ok() || refused, "{mapped:?}");
             }
+            Run::Age(slot) => drop(self.sim.young(self.places[*slot].id)),
             Run::Help => self.help(),
             Run::Exit => {
                 let machine = &self.sim.world.machine;

@@ -691,6 +691,33 @@ impl Sim {
         lock(&self.ghost).start_all_dirty();
     }
 
+    /// The pages of a slot that were accessed since they were asked for last.
+    pub fn young(&self, slot: u16) -> BTreeSet<u64> {
+        let Some(place) = lock(&self.slots).get(&slot).map(|known| known.place) else {
+            return BTreeSet::new();
+        };
+        let (mut young, mut first) = (BTreeSet::new(), 0);
+        while first < place.pages {
+            let mut words = [0; 7];
+            let left = place.pages - first;
+            let Ok(asked) = self.op("test_and_clear_young", |stage2| {
+                stage2.test_and_clear_young(SlotId(slot), first, left, &mut words)
+            }) else {
+                break;
+            };
+            assert!(asked > 0 && asked <= left);
+            for (index, word) in words.into_iter().enumerate() {
+                for bit in crate::dirty::Bits(word) {
+                    let page = first + index as u64 * 64 + u64::from(bit);
+                    assert!(page < first + asked);
+                    young.insert(place.ipa + page * PAGE_SIZE);
+                }
+            }
+            first += asked;
+        }
+        young
+    }
+
     /// Takes an epoch of a range.
     pub fn take_range(&self, slot: u16, first: u64, pages: u64) -> Epoch {
         let epoch = self.world.new_epoch();
