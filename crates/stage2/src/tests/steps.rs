@@ -16,7 +16,7 @@ const MOST: u64 = 4096 + 768;
 struct Count(AtomicU64);
 
 impl Observer for Count {
-    fn point(&self) {
+    fn point(&self, _: usize) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
     fn milestone(&self) {}
