@@ -15,6 +15,7 @@ use crate::arch::timer;
 use crate::board::options::Terminal;
 use crate::console;
 use crate::sched::job::{self, Step};
+use crate::sched::meter::metered;
 use crate::vm::{self, Vm, exits};
 use alloc::boxed::Box;
 use core::fmt::{self, Write};
@@ -22,7 +23,7 @@ use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
 use log::warn;
 use spin::Mutex;
 use tidemark_wire::frame::{self, BadReason, Decoder, Header, Item, Kind, Seq, Session};
-use tidemark_wire::message::{CONSOLE_OVERHEAD, Event, VmId};
+use tidemark_wire::message::{CONSOLE_OVERHEAD, Event, Task, VmId};
 
 /// The longest payload that a host may send.
 const REQUEST_PAYLOAD: usize = 256;
@@ -137,7 +138,7 @@ fn receive(byte: u8) {
         Some(Item::Text(_)) if *text == Text::Wreckage => return,
         Some(Item::Text(byte)) => {
             drop(receiver);
-            return typed(byte);
+            return metered(Task::Typed, || typed(byte));
         }
         Some(Item::Frame(frame)) => {
             let len = frame.payload.len().min(REQUEST_PAYLOAD);
@@ -153,7 +154,7 @@ fn receive(byte: u8) {
     };
     drop(receiver);
     if header.kind == Kind::Request {
-        commands::request(header, &payload[..len]);
+        metered(Task::Request, || commands::request(header, &payload[..len]));
     }
 }
 
@@ -219,7 +220,7 @@ impl fmt::Display for Lossy<'_> {
 /// Sends what waits, a little later: bytes come singly.
 fn send_text_soon() {
     if !TEXT_WAITS.swap(true, AcqRel) {
-        job::submit_here(Box::new(send_text_step));
+        job::submit_here(Box::new(|| metered(Task::Text, send_text_step)));
     }
 }
 

@@ -13,6 +13,7 @@
 //! Locks: a queue's lock is a leaf, taken inside a vCPU's `run`.
 
 pub mod job;
+pub mod meter;
 
 use crate::arch::context::Context;
 use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
@@ -264,7 +265,7 @@ pub fn pick_next() -> &'static Context {
         }
         SLICE_END.set(NEVER);
         arm_timer();
-        if job::run_for(timer::ticks(JOB_BUDGET)) == job::Found::Nothing
+        if job::run_for(timer::now(), timer::ticks(JOB_BUDGET)) == job::Found::Nothing
             && !gic::interrupt_pending()
         {
             barrier::wfi();
@@ -371,7 +372,7 @@ pub fn tick() {
     }
     JOB_DUE.set(NEVER);
     if job::waiting() {
-        job::run_for(timer::ticks(JOB_BUDGET));
+        job::run_for(now, timer::ticks(JOB_BUDGET));
     }
 }
 

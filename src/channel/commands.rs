@@ -2,8 +2,9 @@
 //! again tells how far they are.
 
 use super::{Open, SESSION, send};
+use crate::arch::timer;
 use crate::console;
-use crate::sched;
+use crate::sched::{self, meter};
 use crate::vm::work::{self, Work};
 use crate::vm::{self, Vm, Wish, lifecycle, stage2};
 use alloc::string::String;
@@ -207,7 +208,9 @@ fn carry_out<'a>(
             pages,
         } => {
             let room = room_in(piece, max_payload);
-            bitmap_piece(find(vm)?, slot, epoch, first_page, pages, room)?
+            meter::metered(Task::BitmapRead, || {
+                bitmap_piece(find(vm)?, slot, epoch, first_page, pages, room)
+            })?
         }
         Request::DirtyCommit { vm, epoch } => {
             work::commit(find(vm)?, epoch)?;
@@ -219,7 +222,7 @@ fn carry_out<'a>(
         }
         Request::ReadMemory { vm, ipa, len } => {
             let room = room_in(piece, max_payload);
-            memory_piece(find(vm)?, ipa, len, room)?
+            meter::metered(Task::MemoryRead, || memory_piece(find(vm)?, ipa, len, room))?
         }
         Request::ConsoleAttach { vm, from } => {
             let vm = find(vm)?;
@@ -260,6 +263,10 @@ fn carry_out<'a>(
             vm::exits::device::input_arrived(vm);
             Response::ConsoleAccepted { next_offset }
         }
+        Request::Costs => Response::Costs {
+            frequency: timer::frequency(),
+            costs: meter::costs().collect(),
+        },
     })
 }
 

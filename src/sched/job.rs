@@ -3,11 +3,13 @@
 //! A job is a step function that says whether it wants another turn. Any CPU may take the
 //! next step of any job; one job is never stepped by two CPUs at once.
 
+use super::meter;
 use crate::arch::{gic, timer};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use core::sync::atomic::{AtomicUsize, Ordering::*};
 use spin::Mutex;
+use tidemark_wire::message::Task;
 
 /// What a step says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,21 +67,26 @@ pub fn waiting() -> bool {
     WAITING.load(Relaxed) != 0
 }
 
-/// Takes steps until the time is up, an interrupt waits, or nothing is left to do.
-pub fn run_for(ticks: u64) -> Found {
+/// Takes steps until the time is up, an interrupt waits, or nothing is left to do. The CPU looked for
+/// an interrupt last at `begun`.
+pub fn run_for(begun: u64, ticks: u64) -> Found {
     let Some(mut job) = JOBS.lock().pop_front() else {
         return Found::Nothing;
     };
-    let end = timer::now() + ticks;
+    let end = begun + ticks;
+    let mut looked = begun;
     loop {
         let step = job();
+        let now = timer::now();
+        meter::note(Task::Stretch, looked, now);
         if step == Step::Done {
             WAITING.fetch_sub(1, Relaxed);
             return Found::Work;
         }
-        if step == Step::Later || timer::now() >= end || gic::interrupt_pending() {
+        if step == Step::Later || now >= end || gic::interrupt_pending() {
             JOBS.lock().push_back(job);
             return Found::Work;
         }
+        looked = now;
     }
 }

@@ -12,6 +12,7 @@ use crate::arch::crc::Crc32c;
 use crate::memory::PAGE;
 use crate::memory::frames::Run;
 use crate::sched::job::Step;
+use crate::sched::meter::metered;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -19,6 +20,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use log::debug;
 use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
 use tidemark_wire::bundle::{Blob, Boot};
+use tidemark_wire::message::Task;
 
 /// Bytes copied in one step.
 const COPY_STEP: usize = 64 * 1024;
@@ -171,7 +173,13 @@ impl Loader {
 
     /// One bounded step.
     pub fn step(&mut self) -> Step {
-        match self.try_step() {
+        let task = match self.phase {
+            Phase::Clear { .. } | Phase::Renew { .. } => Task::Clear,
+            Phase::Map { .. } => Task::Map,
+            Phase::Copy { .. } => Task::Load,
+            Phase::Start => Task::Start,
+        };
+        match metered(task, || self.try_step()) {
             Ok(step) => step,
             Err(reason) => {
                 lifecycle::failed(self.vm, reason);

@@ -8,6 +8,7 @@
 use super::Vm;
 use crate::board::options::DirtyEngine;
 use crate::sched::job::{self, Step};
+use crate::sched::meter::metered;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
@@ -135,7 +136,7 @@ pub fn set_default_engine(engine: DirtyEngine) {
 /// the host reads the bitmap. If the next harvest comes first, it does that.
 fn adapt(vm: &'static Vm) {
     let stage2 = vm.memory.stage2();
-    let step = || match stage2.bring_over() {
+    let step = || match metered(Task::LogEngine, || stage2.bring_over()) {
         Ok(Progress::More { .. }) => Step::Again,
         Ok(Progress::Done) | Err(_) => Step::Done,
     };
@@ -180,15 +181,17 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
         return Step::Done;
     };
     let result = match operation {
-        Operation::Start(policy, granularity) => stage2.start_log(policy.first(vm), granularity),
-        Operation::Stop => stage2.stop_log(),
+        Operation::Start(policy, granularity) => metered(Task::LogStart, || {
+            stage2.start_log(policy.first(vm), granularity)
+        }),
+        Operation::Stop => metered(Task::LogStop, || stage2.stop_log()),
         Operation::Engine(engine) => match stage2.set_engine(engine) {
-            Ok(()) => stage2.bring_over(),
+            Ok(()) => metered(Task::LogEngine, || stage2.bring_over()),
             // A CPU is still at a harvest that was given up.
             Err(Error::Busy) => Ok(Progress::More { done: 0, total: 0 }),
             Err(error) => Err(error),
         },
-        Operation::Take(epoch) => stage2.take(epoch),
+        Operation::Take(epoch) => metered(Task::LogTake, || stage2.take(epoch)),
     };
     match result {
         Ok(progress) => work.advance(vm, operation, progress),
@@ -211,7 +214,7 @@ fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
     if vm.work.lock().operation != Some(operation) {
         return Step::Done;
     }
-    let result = vm.memory.stage2().take(epoch);
+    let result = metered(Task::LogTake, || vm.memory.stage2().take(epoch));
     let mut work = vm.work.lock();
     if work.operation != Some(operation) {
         // Over, or given up. Once given up, an epoch cannot begin again.
@@ -482,7 +485,9 @@ pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, Erro
         digest: None,
     });
     drop(work);
-    job::submit(Box::new(move || hash_step(vm, slot.0, pause)));
+    job::submit(Box::new(move || {
+        metered(Task::Hash, || hash_step(vm, slot.0, pause))
+    }));
     Ok(going((0, of.pages)))
 }
 

@@ -41,8 +41,8 @@ pub fn oracle(vcpus: u8, memory: Mib) -> Result<VmDraft> {
 }
 
 /// The guest that measures.
-pub fn bench(memory: Mib) -> Result<VmDraft> {
-    payload("bench", Artifact::Bench, 2, memory)
+pub fn bench(vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    payload("bench", Artifact::Bench, vcpus, memory)
 }
 
 /// The guest that does what no guest may.

@@ -3,6 +3,7 @@
 //! copy of guest memory made only from what harvests told.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,8 @@ use tidectl::client::{Client, Options, Output};
 use tidectl::link::{Link, Port};
 use tidemark_guests::pattern::{Config, Gfn, Iteration, PAGE_BYTES, PageRun};
 use tidemark_wire::message::{
-    ConsoleFrom, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, SlotAccess, VmId,
-    VmInfo, VmState,
+    ConsoleFrom, Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, SlotAccess, Task,
+    VmId, VmInfo, VmState,
 };
 
 use crate::clocks::{Running, scaled};
@@ -52,6 +53,42 @@ pub struct Harvest {
     pub bitmaps: Bitmaps,
     /// Its dirty pages.
     pub pages: Pages,
+}
+
+/// What EL2's own work has cost up to a moment.
+#[derive(Clone, Debug)]
+pub struct Costs(Vec<Cost>);
+
+impl Costs {
+    /// What a task has cost.
+    pub fn of(&self, task: Task) -> Result<Cost> {
+        let found = self.0.iter().find(|cost| cost.task == task);
+        found
+            .copied()
+            .with_context(|| format!("the machine tells no cost of `{task}`"))
+    }
+
+    /// What a task cost since `earlier`.
+    pub fn since(&self, earlier: &Self, task: Task) -> Result<f64> {
+        let (now, then) = (self.of(task)?, earlier.of(task)?);
+        ensure!(now.times > then.times, "`{task}` was not done meanwhile");
+        Ok((now.ticks - then.ticks) as f64)
+    }
+
+    /// The longest time without a look for an interrupt, exits apart.
+    pub fn longest(&self) -> Result<f64> {
+        Ok(self.of(Task::Stretch)?.longest as f64)
+    }
+}
+
+impl fmt::Display for Costs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for cost in self.0.iter().filter(|cost| cost.times > 0) {
+            let mean = cost.ticks / cost.times;
+            write!(f, "{} {}x{mean}<={}; ", cost.task, cost.times, cost.longest)?;
+        }
+        Ok(())
+    }
 }
 
 impl Host {
@@ -102,6 +139,16 @@ impl Host {
     /// Everything about a VM.
     pub fn info(&mut self, vm: VmId) -> Result<VmInfo> {
         Ok(self.client.info(vm)?)
+    }
+
+    /// What EL2's own work has cost so far, in instructions: what a tick is where they are counted.
+    pub fn costs(&mut self) -> Result<Costs> {
+        let (frequency, costs) = self.client.costs()?;
+        ensure!(
+            frequency == 1_000_000_000,
+            "a tick is no instruction on this machine: its counter has {frequency} Hz"
+        );
+        Ok(Costs(costs))
     }
 
     /// Waits until a VM runs: the prompt is there before the guests have started.

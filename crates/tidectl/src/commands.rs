@@ -2,6 +2,7 @@
 
 mod bundle;
 mod copy;
+mod costs;
 mod dirty;
 mod get;
 mod hash;
@@ -97,6 +98,9 @@ pub enum Command {
     /// Track which pages a VM writes.
     #[command(subcommand)]
     Dirty(DirtyCommand),
+    /// Show what EL2's own work has cost, and how long it went without looking for an interrupt.
+    #[command(after_help = "Example:\n  tidectl costs --json | jq '.costs[] | {task, longest_us}'")]
+    Costs,
     /// Talk to the hypervisor's own text shell, as a plain terminal would. Ctrl-] leaves.
     #[command(after_help = "Examples:\n  tidectl shell\n  echo help | tidectl shell")]
     Shell(shell::ShellArgs),
@@ -278,6 +282,7 @@ pub fn run(cli: &Cli, interrupt: Arc<AtomicBool>) -> Result<()> {
         Command::Dirty(DirtyCommand::Get(args)) => get::run(context, args),
         Command::Dirty(DirtyCommand::Rate(args)) => rate::run(context, args),
         Command::Dirty(DirtyCommand::Copy(args)) => copy::run(context, args),
+        Command::Costs => costs::run(context),
         Command::Shell(args) => shell::run(context, args),
         Command::Bundle(args) => bundle::run(context, args),
         Command::Completions { shell } => {

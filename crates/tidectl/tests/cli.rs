@@ -224,6 +224,14 @@ fn lifecycle() {
     );
     assert_eq!(stage.ok(&["reset", "debian"]), "debian: running\n");
     assert_eq!(stage.ok(&["stop", "debian"]), "debian: stopped\n");
+    let costs = stage.ok(&["costs"]);
+    assert!(
+        costs.contains("60.0 us") && costs.contains("25.5 us"),
+        "{costs}"
+    );
+    let costs = stage.json(&["costs", "--json"]);
+    assert_eq!(costs["costs"][0]["task"], "stretch");
+    assert_eq!(costs["costs"][0]["longest_us"], 25.5);
     assert_eq!(stage.ok(&["power-off"]), "powered off\n");
 }
 
@@ -724,6 +732,7 @@ fn completions_and_help() {
         &["reset"],
         &["stop"],
         &["power-off"],
+        &["costs"],
         &["hash"],
         &["dirty", "start"],
         &["dirty", "stop"],

@@ -20,9 +20,9 @@ mod types;
 
 pub use error::ErrorReply;
 pub use types::{
-    ConsoleFrom, Counters, DirtyStatus, Engine, EngineChoice, Epoch, Extent, Features, Granularity,
-    Logging, Mappings, SlotAccess, SlotDirty, SlotId, SlotInfo, TakeReport, VmId, VmInfo, VmState,
-    VmSummary,
+    ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, Extent, Features,
+    Granularity, Logging, Mappings, SlotAccess, SlotDirty, SlotId, SlotInfo, TakeReport, Task,
+    VmId, VmInfo, VmState, VmSummary,
 };
 
 use crate::PROTOCOL;
@@ -194,6 +194,8 @@ pub enum Request<'a> {
         /// How writes are noticed.
         engine: EngineChoice,
     },
+    /// What EL2's own work has cost: [`Response::Costs`].
+    Costs,
 }
 
 /// What the target answers.
@@ -267,6 +269,13 @@ pub enum Response<'a> {
     ConsoleAccepted {
         /// The next offset the target wants.
         next_offset: u64,
+    },
+    /// What EL2's own work has cost since the machine started.
+    Costs {
+        /// Ticks in a second.
+        frequency: u64,
+        /// Every [`Task`], in its order.
+        costs: Vec<Cost>,
     },
 }
 

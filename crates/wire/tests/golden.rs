@@ -3,9 +3,9 @@
 use proptest::prelude::*;
 use tidemark_wire::PROTOCOL;
 use tidemark_wire::message::{
-    ConsoleFrom, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event, Extent,
-    Features, Granularity, Logging, Mappings, NotAMessage, Request, Response, SlotAccess,
-    SlotDirty, SlotId, SlotInfo, TakeReport, VmId, VmInfo, VmState, VmSummary,
+    ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
+    Extent, Features, Granularity, Logging, Mappings, NotAMessage, Request, Response, SlotAccess,
+    SlotDirty, SlotId, SlotInfo, TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
 };
 
 const VM: VmId = VmId(2);
@@ -130,6 +130,7 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
             },
             "160201",
         ),
+        (Request::Costs, "17"),
     ]
 }
 
@@ -310,6 +311,21 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
             "0cac022c026869",
         ),
         (Response::ConsoleAccepted { next_offset: 8 }, "0d08"),
+        (
+            Response::Costs {
+                frequency: 1000,
+                costs: Task::ALL
+                    .map(|task| Cost {
+                        task,
+                        times: 1,
+                        ticks: 300,
+                        longest: 2,
+                    })
+                    .to_vec(),
+            },
+            "0ee8070e0001ac02020101ac02020201ac02020301ac02020401ac02020501ac02020601ac0202\
+             0701ac02020801ac02020901ac02020a01ac02020b01ac02020c01ac02020d01ac0202",
+        ),
     ]
 }
 

@@ -3,10 +3,11 @@
 use crate::arch::gic;
 use crate::board;
 use crate::channel;
-use crate::sched;
+use crate::sched::{self, meter};
 use log::warn;
 use tidemark_devices::vgic::Link;
 use tidemark_devices::virt;
+use tidemark_wire::message::Task;
 
 /// More than this many at once are left to the next exit.
 const MOST: usize = 16;
@@ -43,7 +44,7 @@ fn handle(intid: u32) {
             sched::sync_always(vcpu);
         }
     } else if intid == interrupts.uart {
-        channel::interrupt();
+        meter::metered(Task::Stretch, channel::interrupt);
     } else {
         warn!("interrupt {intid} is nobody's");
     }

@@ -19,7 +19,12 @@
 //! | `timer`, `timer_wfi` | from the virtual timer's moment to the vector, spinning or in WFI |
 //! | `ipi` | from before the send of an SGI to the other vCPU's vector, mean of 1000 |
 //! | `ipi_return` | from there to the sender seeing that it was handled |
-//! | `loop_64m_untracked`, `loop_64m_dbm`, `loop_64m_wp` | one store to each page of 64 MiB, the whole loop |
+//! | `touch_256m` | one store to each page of 256 MiB that nobody has touched, the whole loop |
+//! | `loop_64m_untracked`, `loop_64m_dbm`, `loop_64m_wp`, `loop_64m_blocks` | one store to each page of 64 MiB, the whole loop |
+//! | `longest_exit` | the longest of the exits that a guest can cause: a write fault on each page, stores and loads all over |
+//! | | the GIC's registers, calls, console output |
+//!
+//! The phases `dbm`, `wp` and `blocks` leave 64 MiB dirty for the host, which measures its side of them.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
@@ -41,7 +46,8 @@ mod guest {
     /// Operations in a loop, and interrupts in a mean.
     const LOOPS: u64 = 10_000;
     const INTERRUPTS: u64 = 1_000;
-    /// The pages of the tracked loop: 64 MiB.
+    /// The pages of the first loop, 256 MiB, and of the tracked loops, 64 MiB.
+    const TOUCHED: u64 = 65_536;
     const TRACKED: u64 = 16_384;
 
     const SELF: Private = Private(1);
@@ -108,6 +114,8 @@ mod guest {
             None => say!("skip ipi: there is one vCPU"),
         }
         tracked_writes(&boot);
+        // Last: it leaves the interrupt controller in disorder.
+        longest_exit(&boot);
         say!("done");
         psci::system_off()
     }
@@ -232,19 +240,19 @@ mod guest {
     }
 
     fn tracked_writes(boot: &Boot) {
-        let holes = [boot.image, boot.devicetree];
-        let layout = Layout::new(boot.ram, &holes);
-        let Some(pages) = layout.free(boot.ram).find_map(whole_blocks) else {
-            say!("skip loop_64m: no 64 MiB of free RAM in one piece; give the guest 160 MiB");
+        let Some(touched) = free_blocks(boot) else {
+            say!("skip loop_64m: no 256 MiB of free RAM in one piece; give the guest 384 MiB");
             return;
         };
-        // Twice: the first makes the hypervisor and the TLBs know the pages, both warm the code up.
-        store_to_each(pages);
+        row("touch_256m", store_to_each(touched), 1);
+        let pages = PageRun::new(touched.first, TRACKED);
+        // Once more, so that the TLBs know the pages and the code is warm.
         store_to_each(pages);
         for (phase, name) in [
             ("tracked_off", "loop_64m_untracked"),
             ("dbm", "loop_64m_dbm"),
             ("wp", "loop_64m_wp"),
+            ("blocks", "loop_64m_blocks"),
         ] {
             loop {
                 say!("phase {phase}");
@@ -260,10 +268,79 @@ mod guest {
         }
     }
 
-    /// The first `TRACKED` pages of the whole blocks in `run`, if there are so many.
+    /// 256 MiB that nothing uses, in whole blocks.
+    fn free_blocks(boot: &Boot) -> Option<PageRun> {
+        let holes = [boot.image, boot.devicetree];
+        let layout = Layout::new(boot.ram, &holes);
+        layout.free(boot.ram).find_map(whole_blocks)
+    }
+
+    /// The first `TOUCHED` pages of the whole blocks in `run`, if there are so many.
     fn whole_blocks(run: PageRun) -> Option<PageRun> {
-        let blocks = PageRun::new(Gfn(run.first.0.next_multiple_of(BLOCK_PAGES)), TRACKED);
+        let blocks = PageRun::new(Gfn(run.first.0.next_multiple_of(BLOCK_PAGES)), TOUCHED);
         (blocks.end() <= run.end()).then_some(blocks)
+    }
+
+    /// Prints the longest time between two instructions of this guest's that EL2 came in between, and what it was for.
+    fn longest_exit(boot: &Boot) {
+        let mut longest = Longest::default();
+        say!("phase longest");
+        if console::wait() == b's' {
+            return;
+        }
+        if let Some(pages) = free_blocks(boot) {
+            for page in 0..TRACKED {
+                longest.time("a tracked write", page, || {
+                    store_to_each(PageRun::new(Gfn(pages.first.0 + page), 1));
+                });
+            }
+        }
+        for number in (0..0x20).filter(|number| !psci::ENDS_OR_SLEEPS.contains(number)) {
+            for base in [0x8400_0000, 0xc400_0000, 0x8000_0000, 0x8600_0000] {
+                longest.time("a call", number, || {
+                    psci::call(Function(base + number as u32), 0, 0, 0);
+                });
+            }
+        }
+        for _ in 0..64 {
+            longest.time("console output", 0, || say!("."));
+        }
+        // All-ones makes every interrupt that there is enabled, pending and active, and zero does not undo it.
+        for value in [None, Some(!0), Some(0)] {
+            for offset in (0..gic::BYTES).step_by(4) {
+                longest.time("a register of the GIC", offset, || {
+                    gic::access(offset, value)
+                });
+            }
+        }
+        say!(
+            "the longest exit was for {} {:#x}",
+            longest.what,
+            longest.detail
+        );
+        row("longest_exit", longest.ticks, 1);
+    }
+
+    #[derive(Default)]
+    struct Longest {
+        ticks: u64,
+        what: &'static str,
+        detail: u64,
+    }
+
+    impl Longest {
+        fn time(&mut self, what: &'static str, detail: u64, exit: impl FnOnce()) {
+            let start = counter::now();
+            exit();
+            let ticks = counter::now().wrapping_sub(start);
+            if ticks > self.ticks {
+                *self = Self {
+                    ticks,
+                    what,
+                    detail,
+                };
+            }
+        }
     }
 
     /// Ticks for a store to each page.

@@ -41,6 +41,23 @@ fn write(register: usize, value: u32) {
     unsafe { ptr::with_exposed_provenance_mut::<u32>(register).write_volatile(value) }
 }
 
+/// Bytes of the distributor's frame and of the first redistributor's two.
+pub const BYTES: u64 = 0x1_0000 + REDISTRIBUTOR_BYTES as u64;
+
+/// Stores `value` to the word at `offset` in those frames, or loads it. Whatever that does to this vCPU's interrupts
+/// is the caller's affair.
+pub fn access(offset: u64, value: Option<u32>) {
+    let offset = (offset % BYTES) as usize & !3;
+    let register = match offset.checked_sub(0x1_0000) {
+        None => DISTRIBUTOR + offset,
+        Some(offset) => REDISTRIBUTORS + offset,
+    };
+    match value {
+        None => drop(read(register)),
+        Some(value) => write(register, value),
+    }
+}
+
 /// The address of GICD_TYPER, for its cost.
 #[must_use]
 pub const fn typer() -> usize {

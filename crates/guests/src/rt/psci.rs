@@ -20,6 +20,10 @@ impl Function {
     const SYSTEM_RESET: Self = Self(0x8400_0009);
 }
 
+/// Numbers of functions after which a caller does not go on, or not at once: CPU_SUSPEND, CPU_OFF, SYSTEM_OFF,
+/// SYSTEM_RESET, CPU_FREEZE, CPU_DEFAULT_SUSPEND, SYSTEM_SUSPEND, SYSTEM_RESET2.
+pub const ENDS_OR_SLEEPS: [u64; 8] = [0x1, 0x2, 0x8, 0x9, 0xb, 0xc, 0xe, 0x12];
+
 /// An error code of PSCI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused(pub i64);

@@ -439,5 +439,6 @@ pub(super) fn kind(response: &Response<'_>) -> &'static str {
         Response::Memory { .. } => "memory",
         Response::ConsoleData { .. } => "console data",
         Response::ConsoleAccepted { .. } => "console input",
+        Response::Costs { .. } => "costs",
     }
 }

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidemark_wire::bitmap;
 use tidemark_wire::message::{
-    DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Request, Response, SlotId,
+    Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Request, Response, SlotId,
     TakeReport, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, pages};
@@ -53,6 +53,21 @@ impl Client {
             Response::Vms(vms) => Some(vms),
             _ => None,
         })
+    }
+
+    /// What EL2's own work has cost since the machine started, and ticks in a second.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn costs(&mut self) -> Result<(u64, Vec<Cost>)> {
+        self.call(
+            "asking what it costs",
+            &Request::Costs,
+            |response| match response {
+                Response::Costs { frequency, costs } => Some((frequency, costs)),
+                _ => None,
+            },
+        )
     }
 
     /// The VM of that name or id.

@@ -14,9 +14,9 @@ use std::thread;
 use sha2::{Digest, Sha256};
 use tidemark_wire::frame::{Decoder, Frame, Header, Item, Kind, Seq, Session, buffer_len, encode};
 use tidemark_wire::message::{
-    ConsoleFrom, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event, Extent,
-    Features, Logging, Mappings, PIECE_OVERHEAD, Request, Response, SlotAccess, SlotDirty, SlotId,
-    SlotInfo, TakeReport, VmId, VmInfo, VmState, VmSummary,
+    ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
+    Extent, Features, Logging, Mappings, PIECE_OVERHEAD, Request, Response, SlotAccess, SlotDirty,
+    SlotId, SlotInfo, TakeReport, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{
     BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PAGE_SIZE, REQUEST_PAYLOAD_MAX, bitmap, pages,
@@ -577,6 +577,15 @@ impl Target {
                     data,
                 })
             }
+            Request::Costs => Ok(Response::Costs {
+                frequency: 1_000_000_000,
+                costs: vec![Cost {
+                    task: Task::Stretch,
+                    times: 3,
+                    ticks: 60_000,
+                    longest: 25_500,
+                }],
+            }),
             Request::ConsoleWrite { vm, offset, data } => {
                 let vm = self.vm(vm)?;
                 let known = vm.input.checked_sub(offset);

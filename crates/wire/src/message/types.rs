@@ -278,6 +278,97 @@ pub struct DirtyStatus {
     pub entries_read: u64,
 }
 
+/// What EL2 does itself, and counts the cost of.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum Task {
+    /// Whatever lies between two looks for an interrupt, but not in an exit of a guest's.
+    Stretch,
+    /// Clearing a guest's memory before its first start, or handing it to its next life.
+    Clear,
+    /// Mapping it.
+    Map,
+    /// Copying a guest's files into it.
+    Load,
+    /// Making its devicetree and starting it.
+    Start,
+    /// A step of starting a dirty log.
+    LogStart,
+    /// A step of stopping one.
+    LogStop,
+    /// A step of a harvest.
+    LogTake,
+    /// A step of bringing pages over to another engine.
+    LogEngine,
+    /// Encoding a piece of a bitmap.
+    BitmapRead,
+    /// Encoding a piece of guest memory.
+    MemoryRead,
+    /// A step of a hash.
+    Hash,
+    /// A request, from its last byte to its answer's.
+    Request,
+    /// A byte typed on a plain terminal.
+    Typed,
+    /// Sending what guests print.
+    Text,
+}
+
+impl Task {
+    /// All of them, in order.
+    pub const ALL: [Self; 15] = [
+        Self::Stretch,
+        Self::Clear,
+        Self::Map,
+        Self::Load,
+        Self::Start,
+        Self::LogStart,
+        Self::LogStop,
+        Self::LogTake,
+        Self::LogEngine,
+        Self::BitmapRead,
+        Self::MemoryRead,
+        Self::Hash,
+        Self::Request,
+        Self::Typed,
+        Self::Text,
+    ];
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Stretch => "stretch",
+            Self::Clear => "clear",
+            Self::Map => "map",
+            Self::Load => "load",
+            Self::Start => "start",
+            Self::LogStart => "log start",
+            Self::LogStop => "log stop",
+            Self::LogTake => "log take",
+            Self::LogEngine => "log engine",
+            Self::BitmapRead => "bitmap read",
+            Self::MemoryRead => "memory read",
+            Self::Hash => "hash",
+            Self::Request => "request",
+            Self::Typed => "typed",
+            Self::Text => "text",
+        })
+    }
+}
+
+/// What a task has cost since the machine started, in ticks of its counter.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Cost {
+    /// What was done.
+    pub task: Task,
+    /// How often.
+    pub times: u64,
+    /// How long in all.
+    pub ticks: u64,
+    /// The longest.
+    pub longest: u64,
+}
+
 /// A harvest.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct TakeReport {

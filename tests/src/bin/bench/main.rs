@@ -10,6 +10,7 @@
 
 mod guest;
 mod linux;
+mod log;
 
 use std::process::ExitCode;
 
@@ -48,9 +49,13 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         }
     }
     let mut report = Report::default();
+    let mut longest = log::Longest::default();
     // One part failing must not hide the other's figures.
     let parts = [
         guest::measure(&mut report).context("exits and tracked writes"),
+        guest::measure_el2(&mut report, &mut longest).context("harvests, splits, first touch"),
+        log::measure(&mut report, &mut longest).context("the dirty log"),
+        longest.report(&mut report),
         linux::measure(&mut report).context("Linux boots"),
     ];
     let path = target_dir().join("bench").join("el2.json");
