@@ -115,6 +115,16 @@ fn encode_runs(pages: u32, word: &impl Fn(usize) -> u64, out: &mut [u8]) -> Opti
     out.first()?;
     for index in 0..words_for(pages) {
         let bits = (pages - covered).min(64);
+        // Most words go on with the open run. Its length may need all the room of a varint at the end.
+        let more = match done.value {
+            Bit::Clear => 0,
+            Bit::Set => u64::MAX,
+        };
+        if bits == 64 && word(index) == more && out.len() - done.len >= VARINT_MAX {
+            done.open += 64;
+            covered += 64;
+            continue;
+        }
         let Some(next) = add_word(done, word(index), bits, out) else {
             break;
         };
@@ -170,6 +180,9 @@ fn add_word(mut runs: Runs, word: u64, bits: u32, out: &mut [u8]) -> Option<Runs
     let room = out.len().checked_sub(runs.len)?;
     (varint_len(runs.open) <= room).then_some(runs)
 }
+
+/// Bytes of the longest varint.
+const VARINT_MAX: usize = 5;
 
 fn varint_len(value: u32) -> usize {
     (32 - value.leading_zeros()).div_ceil(7).max(1) as usize

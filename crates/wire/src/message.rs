@@ -28,7 +28,7 @@ pub use types::{
 use crate::PROTOCOL;
 use alloc::vec::Vec;
 use core::fmt;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// What the host asks. At most [`crate::REQUEST_PAYLOAD_MAX`] bytes encoded.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -245,6 +245,7 @@ pub enum Response<'a> {
         /// Pages covered: a multiple of 64 unless it ends what was asked for.
         pages: u32,
         /// See [`crate::bitmap`].
+        #[serde(serialize_with = "in_one_piece")]
         encoding: &'a [u8],
     },
     /// A piece of guest memory.
@@ -254,6 +255,7 @@ pub enum Response<'a> {
         /// Bytes covered, a multiple of 8 and not 0.
         covered: u32,
         /// See [`crate::pages`].
+        #[serde(serialize_with = "in_one_piece")]
         encoding: &'a [u8],
     },
     /// Console output.
@@ -263,6 +265,7 @@ pub enum Response<'a> {
         /// Offset of the oldest byte the target still has.
         oldest: u64,
         /// What follows, maybe nothing.
+        #[serde(serialize_with = "in_one_piece")]
         data: &'a [u8],
     },
     /// Console input taken.
@@ -290,7 +293,7 @@ pub enum Event<'a> {
         /// Offset of the first byte in all the VM has ever printed.
         offset: u64,
         /// The bytes.
-        #[serde(borrow)]
+        #[serde(borrow, serialize_with = "in_one_piece")]
         data: &'a [u8],
     },
     /// The hypervisor's own log.
@@ -337,6 +340,11 @@ impl fmt::Display for NotAMessage {
 }
 
 impl core::error::Error for NotAMessage {}
+
+/// Bytes as bytes. The same on the line as a list of them, which is what they are otherwise, one by one.
+fn in_one_piece<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bytes(bytes)
+}
 
 fn encode<'b>(message: &impl Serialize, buffer: &'b mut [u8]) -> Result<&'b [u8], DoesNotFit> {
     postcard::to_slice(message, buffer)

@@ -49,27 +49,27 @@ pub fn encode(words: impl IntoIterator<Item = u64>, out: &mut [u8]) -> Encoded {
         covered: 0,
         literal: None,
     };
-    let mut run: Option<(u64, u16)> = None;
+    let mut words = words.into_iter();
+    let Some(mut value) = words.next() else {
+        return encoder.result();
+    };
+    let mut count = 1;
     for word in words {
-        run = match run {
-            Some((value, count)) if value == word && count < COUNT_MAX => Some((value, count + 1)),
-            Some((value, count)) => {
-                if encoder.flush(value, count).is_none() {
-                    return encoder.result();
-                }
-                Some((word, 1))
-            }
-            None => Some((word, 1)),
-        };
+        if word == value && count < COUNT_MAX {
+            count += 1;
+            continue;
+        }
+        if encoder.flush(value, count).is_none() {
+            return encoder.result();
+        }
+        (value, count) = (word, 1);
         // A run costs the same however long, but literal words may not fit: stop reading
         // as soon as nothing more can.
         if encoder.room() < 2 {
             break;
         }
     }
-    if let Some((value, count)) = run {
-        let _ = encoder.flush(value, count);
-    }
+    let _ = encoder.flush(value, count);
     encoder.result()
 }
 
@@ -86,7 +86,8 @@ impl Encoder<'_> {
         self.out.len().saturating_sub(self.len)
     }
 
-    fn result(&self) -> Encoded {
+    fn result(mut self) -> Encoded {
+        self.end_literal();
         Encoded {
             words: self.covered,
             len: self.len,
@@ -98,12 +99,12 @@ impl Encoder<'_> {
     fn flush(&mut self, value: u64, count: u16) -> Option<()> {
         if value == 0 {
             self.put(&header(KIND_ZERO, count))?;
-            self.literal = None;
+            self.end_literal();
             self.covered += usize::from(count);
         } else if count >= REPEAT_MIN && self.room() >= ROOM_MIN {
             self.put(&header(KIND_REPEAT, count))?;
             self.put(&value.to_le_bytes())?;
-            self.literal = None;
+            self.end_literal();
             self.covered += usize::from(count);
         } else {
             for _ in 0..count {
@@ -117,6 +118,7 @@ impl Encoder<'_> {
         let (at, count) = match self.literal {
             Some((at, count)) if count < COUNT_MAX && self.room() >= 8 => (at, count),
             Some(_) | None if self.room() >= ROOM_MIN => {
+                self.end_literal();
                 let at = self.len;
                 self.put(&header(KIND_LITERAL, 0))?;
                 (at, 0)
@@ -124,12 +126,18 @@ impl Encoder<'_> {
             _ => return None,
         };
         self.put(&value.to_le_bytes())?;
-        self.out
-            .get_mut(at..at + 2)?
-            .copy_from_slice(&header(KIND_LITERAL, count + 1));
         self.literal = Some((at, count + 1));
         self.covered += 1;
         Some(())
+    }
+
+    /// Writes the header of the open literal item: its place was kept.
+    fn end_literal(&mut self) {
+        if let Some((at, count)) = self.literal.take()
+            && let Some(place) = self.out.get_mut(at..at + 2)
+        {
+            place.copy_from_slice(&header(KIND_LITERAL, count));
+        }
     }
 
     fn put(&mut self, bytes: &[u8]) -> Option<()> {

@@ -20,10 +20,10 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
     vec![
         (
             Request::Hello {
-                protocol: 1,
+                protocol: 2,
                 max_payload: 8192,
             },
-            "00018040",
+            "00028040",
         ),
         (Request::Goodbye, "01"),
         (Request::List, "02"),

@@ -16,7 +16,7 @@ use tidemark_wire::frame::{Decoder, Frame, Header, Item, Kind, Seq, Session, buf
 use tidemark_wire::message::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
     Extent, Features, Logging, Mappings, PIECE_OVERHEAD, Request, Response, SlotAccess, SlotDirty,
-    SlotId, SlotInfo, TakeReport, VmId, VmInfo, VmState, VmSummary,
+    SlotId, SlotInfo, TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{
     BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PAGE_SIZE, REQUEST_PAYLOAD_MAX, bitmap, pages,

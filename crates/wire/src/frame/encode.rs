@@ -1,4 +1,4 @@
-//! The sending side: COBS through one 255-byte block, straight into the sink.
+//! The sending side: COBS through a small buffer of blocks, straight into the sink.
 
 use super::{HEADER_LEN, Header, VERSION};
 use crate::checksum::Crc32c;
@@ -16,7 +16,7 @@ impl fmt::Display for PayloadTooLong {
 
 impl core::error::Error for PayloadTooLong {}
 
-/// Writes one frame, both delimiters included, to `sink` in slices of at most 255 bytes.
+/// Writes one frame, both delimiters included, to `sink` in slices of at most 512 bytes.
 ///
 /// # Errors
 /// [`PayloadTooLong`], before anything was written.
@@ -51,15 +51,23 @@ fn header_bytes(header: &Header, len: u16) -> [u8; HEADER_LEN] {
     ]
 }
 
-/// One COBS block under construction: `block[0]` is left for the code.
+/// COBS blocks under construction: whole ones, and an open one from its code on.
 struct Blocks<'s, S: FnMut(&[u8])> {
     sink: &'s mut S,
-    block: [u8; 255],
-    /// Bytes of `block` in use, the code included.
+    out: [u8; OUT],
+    /// Where the open block's code goes.
+    code: usize,
+    /// Bytes of `out` in use, that code's place included.
     used: usize,
-    /// Whether the block before this one was full, so that an empty one may be left out.
-    after_full: After,
+    /// Whether the block before the open one was full, so that an empty one may be left out.
+    after: After,
 }
+
+/// Longest COBS block, its code included.
+const BLOCK: usize = 255;
+/// From here on, whole blocks go to the sink.
+const ENOUGH: usize = 256;
+const OUT: usize = ENOUGH + BLOCK + 1;
 
 #[derive(PartialEq, Eq)]
 enum After {
@@ -71,37 +79,47 @@ impl<'s, S: FnMut(&[u8])> Blocks<'s, S> {
     fn new(sink: &'s mut S) -> Self {
         Self {
             sink,
-            block: [0; 255],
+            out: [0; OUT],
+            code: 0,
             used: 1,
-            after_full: After::Zero,
+            after: After::Zero,
         }
     }
 
+    /// The places are kept in registers meanwhile: EL2 does this with nobody looking for an interrupt.
     fn push(&mut self, bytes: &[u8]) {
+        let (mut code, mut used) = (self.code, self.used);
         for &byte in bytes {
-            if byte == 0 {
-                self.flush(After::Zero);
-            } else {
-                self.block[self.used] = byte;
-                self.used += 1;
-                if self.used == 255 {
-                    self.flush(After::FullBlock);
+            if byte != 0 {
+                // Always in range: a block that began before `ENOUGH` ends before `OUT`.
+                self.out[used % OUT] = byte;
+                used = used.wrapping_add(1);
+                if used.wrapping_sub(code) != BLOCK {
+                    continue;
                 }
+                self.after = After::FullBlock;
+            } else {
+                self.after = After::Zero;
             }
+            // The open block ends here, and the next one begins.
+            self.out[code % OUT] = used.wrapping_sub(code) as u8;
+            if used >= ENOUGH {
+                (self.sink)(&self.out[..used]);
+                used = 0;
+            }
+            code = used;
+            used += 1;
         }
-    }
-
-    fn flush(&mut self, next: After) {
-        // `used` is at most 255: the full block is flushed as soon as it is full.
-        self.block[0] = self.used as u8;
-        (self.sink)(&self.block[..self.used]);
-        self.used = 1;
-        self.after_full = next;
+        (self.code, self.used) = (code, used);
     }
 
     fn finish(mut self) {
-        if self.used > 1 || self.after_full == After::Zero {
-            self.flush(After::Zero);
+        let open = self.used - self.code;
+        if open > 1 || self.after == After::Zero {
+            self.out[self.code] = open as u8;
+        } else {
+            self.used = self.code;
         }
+        (self.sink)(&self.out[..self.used]);
     }
 }
