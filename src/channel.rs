@@ -13,7 +13,7 @@ mod shell;
 
 use crate::arch::timer;
 use crate::board::options::Terminal;
-use crate::console;
+use crate::console::{self, Appetite};
 use crate::sched::job::{self, Step};
 use crate::sched::meter::metered;
 use crate::vm::{self, Vm, exits};
@@ -104,18 +104,7 @@ fn forget_open_frame() {
 /// The UART's interrupt.
 pub fn interrupt() {
     forget_open_frame();
-    let mut bytes = [0; 128];
-    let mut len = 0;
-    console::interrupt(|byte| {
-        // The console gives at most so many at once.
-        if let Some(place) = bytes.get_mut(len) {
-            *place = byte;
-            len += 1;
-        }
-    });
-    for &byte in bytes.iter().take(len) {
-        receive(byte);
-    }
+    console::interrupt(receive);
     if ROOM_AWAITED.load(SeqCst)
         && console::has_room(2 * EVENT_TEXT)
         && ROOM_AWAITED.swap(false, SeqCst)
@@ -125,8 +114,8 @@ pub fn interrupt() {
 }
 
 /// Takes one byte. A whole request is copied out, so that the receiver is free while it is
-/// carried out.
-fn receive(byte: u8) {
+/// carried out; then the next look for an interrupt is due.
+fn receive(byte: u8) -> Appetite {
     let mut payload = [0; REQUEST_PAYLOAD];
     let mut receiver = RECEIVER.lock();
     let (decoder, text) = &mut *receiver;
@@ -134,11 +123,12 @@ fn receive(byte: u8) {
         *text = Text::Typed;
     }
     let (header, len) = match decoder.push(byte) {
-        None => return,
-        Some(Item::Text(_)) if *text == Text::Wreckage => return,
+        None => return Appetite::More,
+        Some(Item::Text(_)) if *text == Text::Wreckage => return Appetite::More,
         Some(Item::Text(byte)) => {
             drop(receiver);
-            return metered(Task::Typed, || typed(byte));
+            metered(Task::Typed, || typed(byte));
+            return Appetite::Enough;
         }
         Some(Item::Frame(frame)) => {
             let len = frame.payload.len().min(REQUEST_PAYLOAD);
@@ -149,13 +139,15 @@ fn receive(byte: u8) {
             if bad.reason == BadReason::TooLong {
                 *text = Text::Wreckage;
             }
-            return bad_frame(bad.reason);
+            bad_frame(bad.reason);
+            return Appetite::More;
         }
     };
     drop(receiver);
     if header.kind == Kind::Request {
         metered(Task::Request, || commands::request(header, &payload[..len]));
     }
+    Appetite::Enough
 }
 
 /// Counts a frame that is none. The host will not get an answer, and asks again.

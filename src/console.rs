@@ -60,6 +60,22 @@ impl Console {
         self.len += 1;
     }
 
+    /// Puts a piece into the ring: what fits before its end and then the rest, or byte by byte where it waits.
+    fn push_all(&mut self, bytes: &[u8]) {
+        if self.uart.is_none() || self.delivery == Delivery::AtOnce || RING - self.len < bytes.len()
+        {
+            return bytes.iter().for_each(|&byte| self.push(byte));
+        }
+        let at = (self.start + self.len) % RING;
+        let (before, behind) = bytes.split_at(bytes.len().min(RING - at));
+        for (at, piece) in [(at, before), (0, behind)] {
+            if let Some(place) = self.ring.get_mut(at..at + piece.len()) {
+                place.copy_from_slice(piece);
+            }
+        }
+        self.len += bytes.len();
+    }
+
     /// Hands the UART what it takes, and asks for an interrupt if something is left.
     fn pump(&mut self) {
         let Some(uart) = self.uart else { return };
@@ -113,14 +129,23 @@ pub fn flush() {
     console.delivery = Delivery::AtOnce;
 }
 
+/// Whether a receiver of bytes takes another one now.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Appetite {
+    /// It does.
+    More,
+    /// It has had something long to do: later.
+    Enough,
+}
+
 /// The UART's interrupt: gives what was received to `sink`, and sends on. Bounded; what is
 /// left keeps the interrupt raised.
-pub fn interrupt(mut sink: impl FnMut(u8)) {
+pub fn interrupt(mut sink: impl FnMut(u8) -> Appetite) {
     let Some(uart) = raw_uart() else { return };
     for _ in 0..2 * STEP {
         match uart.receive() {
-            Some(byte) => sink(byte),
-            None => break,
+            Some(byte) if sink(byte) == Appetite::More => {}
+            _ => break,
         }
     }
     uart.clear_send();
@@ -130,11 +155,7 @@ pub fn interrupt(mut sink: impl FnMut(u8)) {
 /// Writes a frame, delimiters included, in one piece: `write` pushes its parts.
 pub fn write_pieces(write: impl FnOnce(&mut dyn FnMut(&[u8])) -> bool) {
     let mut console = CONSOLE.lock();
-    let whole = write(&mut |bytes: &[u8]| {
-        for &byte in bytes {
-            console.push(byte);
-        }
-    });
+    let whole = write(&mut |bytes: &[u8]| console.push_all(bytes));
     debug_assert!(whole, "frames are made to fit");
     console.pump();
 }

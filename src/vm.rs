@@ -19,7 +19,9 @@ use crate::arch::cpu::MAX_CPUS;
 use crate::arch::timer;
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use dtoolkit::error::ModelError;
 use memory::GuestMemory;
 use spin::{Mutex, Once};
 use tidemark_devices::pl011::Pl011;
@@ -67,6 +69,8 @@ pub struct Vm {
     /// The life that its frames are of; each restart is the next one.
     pub life: Mutex<Generation>,
     vcpus: Once<Box<[Vcpu]>>,
+    /// The devicetree that it gets at every start.
+    tree: Once<Result<Vec<u8>, ModelError>>,
 }
 
 /// How a VM is.
@@ -153,6 +157,7 @@ impl Vm {
             cleared: AtomicBool::new(false),
             life: Mutex::new(Generation::FIRST),
             vcpus: Once::new(),
+            tree: Once::new(),
             spec,
         }));
         let vm: &'static Self = vm;

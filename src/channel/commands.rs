@@ -17,22 +17,28 @@ use tidemark_wire::bitmap;
 use tidemark_wire::frame::{Header, Kind, Session};
 use tidemark_wire::message::*;
 use tidemark_wire::pages;
-use tidemark_wire::{
-    BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PROTOCOL, RESPONSE_PAYLOAD_MAX, RESPONSE_PAYLOAD_MIN,
-};
+use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PROTOCOL, RESPONSE_PAYLOAD_MIN};
 
 /// The version that HELLO is answered with.
 const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
 
+/// Longest payload of an answer. A byte of it may cost some thirty instructions, and nothing is looked at meanwhile;
+/// so this bounds a request, and whoever wants more asks again.
+const ANSWER_MAX: usize = RESPONSE_PAYLOAD_MIN;
+/// Most of a guest's memory that an answer covers, in words, for the same reason: a run of zeros is two bytes long.
+const ANSWER_WORDS: usize = 1024;
+/// Most pages of a bitmap that an answer covers.
+const ANSWER_PAGES: u32 = 16384;
+
 /// Room for an answer: the piece of a bulk answer, and the message around it.
 struct Scratch {
-    piece: [u8; RESPONSE_PAYLOAD_MAX],
-    payload: [u8; RESPONSE_PAYLOAD_MAX],
+    piece: [u8; ANSWER_MAX],
+    payload: [u8; ANSWER_MAX],
 }
 
 static SCRATCH: Mutex<Scratch> = Mutex::new(Scratch {
-    piece: [0; RESPONSE_PAYLOAD_MAX],
-    payload: [0; RESPONSE_PAYLOAD_MAX],
+    piece: [0; ANSWER_MAX],
+    payload: [0; ANSWER_MAX],
 });
 
 /// Carries out one request and answers it.
@@ -100,7 +106,7 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
     if session.0 == 0 {
         return Response::Error(ErrorReply::StaleSession);
     }
-    let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, RESPONSE_PAYLOAD_MAX);
+    let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, ANSWER_MAX);
     let again = SESSION.lock().is_some_and(|open| open.session == session);
     if !again {
         close();
@@ -410,7 +416,8 @@ fn bitmap_piece<'a>(
         .map_err(work::refusal)?;
     let first = (first_page / 64) as usize;
     let word = |n: usize| words.get(first + n).map_or(0, |word| word.load(Relaxed));
-    let encoded = bitmap::encode(pages, word, room).ok_or(ErrorReply::OutOfRange)?;
+    let encoded =
+        bitmap::encode(pages.min(ANSWER_PAGES), word, room).ok_or(ErrorReply::OutOfRange)?;
     Ok(Response::Bitmap {
         first_page,
         pages: encoded.pages,
@@ -432,7 +439,7 @@ fn memory_piece<'a>(
     }
     work::require_cleared(vm)?;
     let words = vm.memory.words(ipa).ok_or(ErrorReply::OutOfRange)?;
-    let wanted = words.iter().take(len as usize / 8);
+    let wanted = words.iter().take((len as usize / 8).min(ANSWER_WORDS));
     let encoded = pages::encode(wanted.map(|word| word.load(Relaxed)), room);
     Ok(Response::Memory {
         ipa,

@@ -4,14 +4,18 @@ use super::{ALL, TERMINAL, attach_terminal, commands};
 use crate::console::print;
 use crate::memory::{frames, heap};
 use crate::sched;
+use crate::sched::job::{self, Step};
 use crate::vm::work;
 use crate::vm::{self, Vm, Wish, lifecycle};
+use alloc::boxed::Box;
 use alloc::string::String;
 use core::sync::atomic::Ordering::Relaxed;
 use spin::Mutex;
-use tidemark_ownership::Kind;
+use tidemark_ownership::{Census, Kind};
 
 const LONGEST: usize = 128;
+/// Frames counted in one step.
+const CENSUS_STEP: usize = 1024;
 const PROMPT: &str = "tidemark> ";
 
 static LINE: Mutex<String> = Mutex::new(String::new());
@@ -70,7 +74,7 @@ fn run(command: &str) {
         (None, _) => {}
         (Some("help" | "?"), _) => print(format_args!("{HELP}")),
         (Some("list"), _) => list(),
-        (Some("machine"), _) => machine(),
+        (Some("machine"), _) => return machine(),
         (Some("poweroff"), _) => lifecycle::power_off(),
         (Some("log"), [Some(level), _]) => match level.parse() {
             Ok(level) => log::set_max_level(level),
@@ -145,14 +149,24 @@ fn machine() {
         used >> 10,
         total >> 10
     ));
-    let census = frames::census();
-    print(format_args!("frames:"));
-    for kind in Kind::ALL {
-        if census.of(kind) != 0 {
-            print(format_args!(" {} {kind:?}", census.of(kind)));
+    // A machine has millions of frames.
+    let mut census = Census::default();
+    let mut next = 0;
+    job::submit(Box::new(move || {
+        if let Some(on) = frames::count(next, CENSUS_STEP, &mut census) {
+            next = on;
+            return Step::Again;
         }
-    }
-    print(format_args!("\n"));
+        print(format_args!("frames:"));
+        for kind in Kind::ALL {
+            if census.of(kind) != 0 {
+                print(format_args!(" {} {kind:?}", census.of(kind)));
+            }
+        }
+        print(format_args!("\n"));
+        prompt();
+        Step::Done
+    }));
 }
 
 fn dirty(vm: &'static Vm) {

@@ -92,9 +92,9 @@ pub fn free_pages() -> u64 {
     FREE_PAGES.load(Relaxed)
 }
 
-/// How many frames of each kind there are: one load a frame, for people.
-pub fn census() -> Census {
-    owners().census()
+/// Counts the next so many frames, for people; see [`FrameTable::count`].
+pub fn count(first: usize, frames: usize, census: &mut Census) -> Option<usize> {
+    owners().count(first, frames, census)
 }
 
 /// The owner of guest memory from `gfn` on, in a VM's life `generation`. `None` past what

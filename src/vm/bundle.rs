@@ -2,7 +2,7 @@
 //! restart of a guest.
 
 use super::memory::GuestMemory;
-use super::{Vm, publish};
+use super::{Vm, loader, publish};
 use crate::board::map::MemoryMap;
 use crate::memory;
 use alloc::vec::Vec;
@@ -67,6 +67,7 @@ pub fn read(map: &MemoryMap) -> WhenAllStopped {
         for vcpu in vm.vcpus() {
             crate::sched::adopt(vcpu);
         }
+        loader::make_tree(vm);
     }
     publish(vms.into_boxed_slice());
     bundle.manifest().machine.when_all_stopped

@@ -19,13 +19,16 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
 use log::debug;
 use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
+use tidemark_stage2::Access;
 use tidemark_wire::bundle::{Blob, Boot};
 use tidemark_wire::message::Task;
 
 /// Bytes copied in one step.
-const COPY_STEP: usize = 64 * 1024;
-/// Frames cleared in one step: 256 KiB.
+const COPY_STEP: usize = 4 * 1024;
+/// Frames of RAM cleared, or of any memory renewed, in one step: 256 KiB.
 const CLEAR_STEP: usize = 64;
+/// Frames of flash erased in one step: no block operation writes ones.
+const ERASE_STEP: usize = 8;
 /// A kernel goes this far into the RAM; the devicetree stands before it.
 const KERNEL_OFFSET: u64 = 2 << 20;
 /// The largest devicetree that Linux maps.
@@ -197,7 +200,7 @@ impl Loader {
                     self.phase = Phase::Map { slot: 0, page: 0 };
                 }
                 Some((of, base, frames, first)) => memory
-                    .clear(of, base, frames, first, CLEAR_STEP)
+                    .clear(of, base, frames, first, step(of))
                     .map_err(|_| "its memory is in no slot")?,
             },
             Phase::Renew { slot, run, page } => match next_frames(memory, slot, run, page) {
@@ -206,10 +209,10 @@ impl Loader {
                     *life = life.next();
                     self.phase = Phase::Map { slot: 0, page: 0 };
                 }
-                Some((_, base, frames, first)) => frames
+                Some((of, base, frames, first)) => frames
                     .next_generation(
                         first,
-                        CLEAR_STEP,
+                        step(of),
                         self.vm.id.0,
                         *self.vm.life.lock(),
                         base / PAGE as u64,
@@ -265,16 +268,35 @@ impl Loader {
     }
 
     fn start(&self) -> Result<(), String> {
-        let tree = tree::build(self.vm, self.initrd)
-            .map_err(|error| format!("building its devicetree: {error:?}"))?;
+        let tree = match self.vm.tree.get() {
+            Some(Ok(tree)) => tree,
+            Some(Err(error)) => return Err(format!("building its devicetree: {error:?}")),
+            None => return Err("its devicetree was not built".into()),
+        };
         if tree.len() as u64 > LARGEST_TREE.min(KERNEL_OFFSET) {
             return Err("its devicetree is larger than 2 MiB".into());
         }
-        write(&self.vm.memory, "devicetree", RAM_BASE, &tree)?;
+        write(&self.vm.memory, "devicetree", RAM_BASE, tree)?;
         crate::arch::cache::invalidate_instructions();
         debug!("{}: entry {:#x}", self.vm.name(), self.entry);
         lifecycle::loaded(self.vm, self.entry, RAM_BASE);
         Ok(())
+    }
+}
+
+/// Makes the devicetree of a guest. Once, at boot: it is the same at every start, and takes longer than a step may.
+pub fn make_tree(vm: &'static Vm) {
+    // Where nothing can be loaded, the start will say so.
+    if let Ok(loader) = Loader::new(vm) {
+        vm.tree.call_once(|| tree::build(vm, loader.initrd));
+    }
+}
+
+/// How many frames of a slot one step cares for.
+fn step(of: &Slot) -> usize {
+    match of.access {
+        Access::ReadWrite => CLEAR_STEP,
+        Access::ReadOnly => ERASE_STEP,
     }
 }
 
@@ -299,7 +321,7 @@ fn next_frames<'m>(
             }
             Some((base, frames)) => {
                 let first = *page;
-                *page += CLEAR_STEP;
+                *page += step(of);
                 return Some((of, *base, frames, first));
             }
         }

@@ -11,7 +11,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_ownership::Generation;
-use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Vmid};
+use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Support, Vmid};
 
 /// The guest's RAM.
 pub const RAM: SlotId = SlotId(0);
@@ -191,19 +191,17 @@ impl GuestMemory {
         while !left.is_empty() {
             let words = self.words(at).ok_or(OutOfMemoryRange)?;
             let (now, later) = left.split_at(left.len().min(words.len() * 8));
-            for (word, bytes) in words.iter().zip(now.chunks(8)) {
-                let value = match bytes.try_into() {
-                    Ok(whole) => u64::from_le_bytes(whole),
-                    Err(_) => {
-                        // The last, partial word keeps its other bytes.
-                        let mut whole = word.load(Relaxed).to_le_bytes();
-                        for (to, &from) in whole.iter_mut().zip(bytes) {
-                            *to = from;
-                        }
-                        u64::from_le_bytes(whole)
-                    }
-                };
-                word.store(value, Relaxed);
+            let (eights, rest) = now.as_chunks::<8>();
+            for (word, &bytes) in words.iter().zip(eights) {
+                word.store(u64::from_le_bytes(bytes), Relaxed);
+            }
+            if let (false, Some(word)) = (rest.is_empty(), words.get(eights.len())) {
+                // The last, partial word keeps its other bytes.
+                let mut whole = word.load(Relaxed).to_le_bytes();
+                for (to, &from) in whole.iter_mut().zip(rest) {
+                    *to = from;
+                }
+                word.store(u64::from_le_bytes(whole), Relaxed);
             }
             // Piece by piece: what was written stays told if the next one is not memory.
             self.stage2
@@ -247,7 +245,10 @@ impl GuestMemory {
         let first = first.min(run.pages());
         let pages = pages.min(run.pages() - first);
         slot.clear(run, first, pages);
-        run.clean(first, pages);
+        // With FEAT_S2FWB all that a guest does to its memory is cacheable, whatever it says itself.
+        if self.stage2.features().fwb != Support::Present {
+            run.clean(first, pages);
+        }
         self.stage2
             .mark_dirty(
                 Ipa::new(base + (first * PAGE) as u64),

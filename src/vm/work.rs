@@ -7,6 +7,7 @@
 
 use super::Vm;
 use crate::board::options::DirtyEngine;
+use crate::memory::PAGE;
 use crate::sched::job::{self, Step};
 use crate::sched::meter::metered;
 use alloc::boxed::Box;
@@ -17,8 +18,8 @@ use spin::MutexGuard;
 use tidemark_stage2::{self as s2, Error, LogStage, Progress};
 use tidemark_wire::message::*;
 
-/// Pages hashed in one step.
-const HASH_STEP: usize = 4;
+/// Bytes hashed in one step, a divisor of a page: SHA-256 is some forty instructions a byte.
+const HASH_STEP: usize = 512;
 
 /// How far a piece of work is.
 #[derive(Debug)]
@@ -119,7 +120,8 @@ struct Hash {
     pause: u32,
     state: Option<Sha256>,
     run: usize,
-    page: usize,
+    /// Where in the run, in bytes.
+    at: usize,
     done: u64,
     total: u64,
     digest: Option<[u8; 32]>,
@@ -479,7 +481,7 @@ pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, Erro
         pause,
         state: Some(Sha256::new()),
         run: 0,
-        page: 0,
+        at: 0,
         done: 0,
         total: of.pages,
         digest: None,
@@ -509,24 +511,24 @@ fn hash_step(vm: &'static Vm, slot: u16, pause: u32) -> Step {
         work.hash = None;
         return Step::Done;
     };
-    for _ in 0..HASH_STEP {
-        let Some((_, run)) = of.runs.get(hash.run) else {
-            let digest = hash.state.take().map(|state| state.finalize().into());
-            hash.digest = digest;
-            return Step::Done;
-        };
-        let mut bytes = [0; crate::memory::PAGE];
-        let words = run.words().iter().skip(hash.page * 512);
-        for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
-            bytes.copy_from_slice(&word.load(Relaxed).to_le_bytes());
-        }
-        state.update(bytes);
+    let Some((_, run)) = of.runs.get(hash.run) else {
+        let digest = hash.state.take().map(|state| state.finalize().into());
+        hash.digest = digest;
+        return Step::Done;
+    };
+    let mut bytes = [0; HASH_STEP];
+    let words = run.words().iter().skip(hash.at / 8);
+    for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.load(Relaxed).to_le_bytes());
+    }
+    state.update(bytes);
+    hash.at += HASH_STEP;
+    if hash.at.is_multiple_of(PAGE) {
         hash.done += 1;
-        hash.page += 1;
-        if hash.page == run.pages() {
-            hash.run += 1;
-            hash.page = 0;
-        }
+    }
+    if hash.at == run.pages() * PAGE {
+        hash.run += 1;
+        hash.at = 0;
     }
     Step::Again
 }

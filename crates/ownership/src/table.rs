@@ -76,7 +76,7 @@ impl fmt::Display for Error {
 impl core::error::Error for Error {}
 
 /// How many frames are of each kind.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Census([u64; Kind::ALL.len()]);
 
 impl Census {
@@ -194,16 +194,18 @@ impl<'t> FrameTable<'t> {
         Ok(())
     }
 
-    /// Counts the frames of each kind: one load a frame.
-    pub fn census(&self) -> Census {
-        let mut counts = [0; Kind::ALL.len()];
-        for entry in self.entries {
+    /// Adds `frames` frames from the table's `first` on to `census`, each to its kind, as far as there are so many.
+    /// Returns the number of the next one, or `None` at the end.
+    pub fn count(&self, first: usize, frames: usize, census: &mut Census) -> Option<usize> {
+        for entry in self.entries.iter().skip(first).take(frames) {
             let kind = Owner::unpack(entry.load(Ordering::Relaxed)).kind();
-            if let Some(count) = counts.get_mut(kind as usize) {
+            if let Some(count) = census.0.get_mut(kind as usize) {
                 *count += 1;
             }
         }
-        Census(counts)
+        first
+            .checked_add(frames)
+            .filter(|next| *next < self.entries.len())
     }
 }
 

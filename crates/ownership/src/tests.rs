@@ -234,7 +234,7 @@ fn a_range_moves_whole_or_not_at_all() {
     table
         .transfer_range(frame(0), 11, Owner::Dying(whole), Owner::Free)
         .unwrap();
-    let census = table.census();
+    let census = census(&table);
     assert_eq!(
         (
             census.of(Kind::Free),
@@ -336,5 +336,15 @@ fn cpus_that_claim_overlapping_ranges_never_share_a_frame() {
             });
         }
     });
-    assert_eq!(table.census().of(Kind::Free), 64);
+    assert_eq!(census(&table).of(Kind::Free), 64);
+}
+
+/// Counts a table by pieces that do not divide it.
+fn census(table: &FrameTable<'_>) -> Census {
+    let mut census = Census::default();
+    let mut next = Some(0);
+    while let Some(first) = next {
+        next = table.count(first, 7, &mut census);
+    }
+    census
 }
