@@ -13,8 +13,8 @@ use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
 
-/// Tables looked at in a step.
-const BATCH: usize = 4;
+/// Tables looked at in a step, entry by entry.
+const BATCH: usize = 3;
 /// Entries passed over in a step.
 const VISITS: usize = 128;
 
