@@ -414,8 +414,8 @@ fn bitmap_piece<'a>(
         .stage2()
         .in_flight(of.id, s2::Epoch(epoch.0))
         .map_err(work::refusal)?;
-    let first = (first_page / 64) as usize;
-    let word = |n: usize| words.get(first + n).map_or(0, |word| word.load(Relaxed));
+    let words = words.get((first_page / 64) as usize..).unwrap_or_default();
+    let word = |n: usize| words.get(n).map_or(0, |word| word.load(Relaxed));
     let encoded =
         bitmap::encode(pages.min(ANSWER_PAGES), word, room).ok_or(ErrorReply::OutOfRange)?;
     Ok(Response::Bitmap {

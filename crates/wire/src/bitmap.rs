@@ -18,6 +18,7 @@
 //! set bits past the end included.
 
 use core::fmt;
+use core::ops::Range;
 
 const EMPTY: u8 = 0;
 const FULL: u8 = 1;
@@ -113,23 +114,25 @@ fn encode_runs(pages: u32, word: &impl Fn(usize) -> u64, out: &mut [u8]) -> Opti
     };
     let mut covered = 0;
     out.first()?;
-    for index in 0..words_for(pages) {
-        let bits = (pages - covered).min(64);
-        // Most words go on with the open run. Its length may need all the room of a varint at the end.
-        let more = match done.value {
-            Bit::Clear => 0,
-            Bit::Set => u64::MAX,
-        };
-        if bits == 64 && word(index) == more && out.len() - done.len >= VARINT_MAX {
-            done.open += 64;
-            covered += 64;
-            continue;
+    let mut index = 0;
+    while index < words_for(pages) {
+        // Words that go on with the open run, which are most. It may need all the room of a varint at the end.
+        if out.len() - done.len >= VARINT_MAX {
+            let same = words_like(done.value, word, index..(pages / 64) as usize);
+            done.open += same as u32 * 64;
+            covered += same as u32 * 64;
+            index += same;
+            if index == words_for(pages) {
+                break;
+            }
         }
+        let bits = (pages - covered).min(64);
         let Some(next) = add_word(done, word(index), bits, out) else {
             break;
         };
         done = next;
         covered += bits;
+        index += 1;
     }
     if covered == 0 && pages > 0 {
         return None;
@@ -153,6 +156,15 @@ fn encode_runs(pages: u32, word: &impl Fn(usize) -> u64, out: &mut [u8]) -> Opti
         pages: covered,
         len,
     })
+}
+
+/// How many words from the start of `range` on are all `value`.
+fn words_like(value: Bit, word: &impl Fn(usize) -> u64, range: Range<usize>) -> usize {
+    let all = match value {
+        Bit::Clear => 0,
+        Bit::Set => u64::MAX,
+    };
+    range.take_while(|&index| word(index) == all).count()
 }
 
 /// Adds one word's runs; `None` when they, and the run left open, do not fit.

@@ -1,4 +1,4 @@
-//! `make bench`: what the hypervisor costs, counted inside the guests.
+//! `make bench`: what the hypervisor costs, counted inside the guests, and by EL2 for what it does itself.
 //!
 //! Under `-icount shift=0,sleep=off` an emulated instruction is a nanosecond of guest
 //! time, so the load of the machine does not count. The loops repeat closely; Linux boots
