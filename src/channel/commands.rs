@@ -26,7 +26,9 @@ const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
 /// so this bounds a request, and whoever wants more asks again.
 const ANSWER_MAX: usize = RESPONSE_PAYLOAD_MIN;
 /// Most of a guest's memory that an answer covers, in words, for the same reason: a run of zeros is two bytes long.
-const ANSWER_WORDS: usize = 1024;
+const ANSWER_WORDS: usize = 768;
+/// Most bytes of an encoding in an answer: they are made, and then framed.
+const PIECE_MAX: usize = 640;
 /// Most pages of a bitmap that an answer covers.
 const ANSWER_PAGES: u32 = 16384;
 
@@ -277,8 +279,8 @@ fn carry_out<'a>(
 }
 
 fn room_in(piece: &mut [u8], max_payload: usize) -> &mut [u8] {
-    let room = max_payload.saturating_sub(PIECE_OVERHEAD).min(piece.len());
-    &mut piece[..room]
+    let room = max_payload.saturating_sub(PIECE_OVERHEAD).min(PIECE_MAX);
+    piece.get_mut(..room).unwrap_or_default()
 }
 
 /// Restarts a guest that runs, or starts one that does not.
