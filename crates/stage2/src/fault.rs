@@ -58,6 +58,8 @@ pub struct Fault {
 pub enum Outcome {
     /// Handled: return to the guest.
     Resume,
+    /// Handled, and a leaf of this level that the log follows became dirty by it.
+    Dirtied(Level),
     /// Somebody is changing this very entry: return to the guest, which faults again or does not.
     Retry,
     /// No memory slot there: a device, or an abort for the guest.
@@ -92,7 +94,10 @@ impl<H: Hardware> Stage2<H> {
                     .fetch_add(1, Ordering::Relaxed);
                 let touch = if write { Touch::Write } else { Touch::Other };
                 match self.map(&layout, slot, fault.ipa.raw(), touch) {
-                    Mapped::UpTo(_) => Outcome::Resume,
+                    Mapped::Leaf { level, .. } if write && layout.tracking(slot).is_some() => {
+                        Outcome::Dirtied(level)
+                    }
+                    Mapped::Leaf { .. } => Outcome::Resume,
                     Mapped::Raced => Outcome::Retry,
                     Mapped::NoTables => Outcome::OutOfTables,
                 }
@@ -131,14 +136,19 @@ impl<H: Hardware> Stage2<H> {
             }
             match entry.compare_exchange(pte.0, wanted.0, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
-                    if wanted.is_dirty() && pte.is_clean() && place.level == Level::L3 {
+                    let dirtied = wanted.is_dirty() && pte.is_clean();
+                    if dirtied && place.level == Level::L3 {
                         slot.dirty.mark(slot.page(page));
                     }
                     if fault.kind == FaultKind::Permission {
                         self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
                         self.tlb().relaxed(page, place.level, fault.va);
                     }
-                    return Outcome::Resume;
+                    return if dirtied {
+                        Outcome::Dirtied(place.level)
+                    } else {
+                        Outcome::Resume
+                    };
                 }
                 Err(now) => pte = Pte(now),
             }

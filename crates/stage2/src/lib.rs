@@ -81,7 +81,7 @@
 //!     kind: FaultKind::Permission,
 //!     va: None,
 //! };
-//! assert_eq!(stage2.handle_fault(write), Outcome::Resume);
+//! assert_eq!(stage2.handle_fault(write), Outcome::Dirtied(Level::L3));
 //!
 //! // The host takes an epoch, reads it, and says it has it.
 //! let epoch = Epoch(1);

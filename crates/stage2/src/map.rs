@@ -28,8 +28,8 @@ pub(crate) enum Touch {
 /// How an attempt to map ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mapped {
-    /// Everything below this address and from the touched page on is mapped now.
-    UpTo(u64),
+    /// By a leaf of this level; everything from the touched page on and below the end is mapped now.
+    Leaf { level: Level, end: u64 },
     /// Somebody else put something there first.
     Raced,
     /// No memory for a table.
@@ -68,10 +68,10 @@ impl<H: Hardware> Stage2<H> {
             let place = self.descend(at);
             let next = match place.kind {
                 Kind::Empty => match self.map(&layout, slot, at, Touch::Other) {
-                    Mapped::UpTo(next) => {
+                    Mapped::Leaf { end, .. } => {
                         budget =
-                            budget.saturating_sub(if next - at > PAGE_SIZE { FILLED } else { 1 });
-                        next
+                            budget.saturating_sub(if end - at > PAGE_SIZE { FILLED } else { 1 });
+                        end
                     }
                     Mapped::Raced => break,
                     Mapped::NoTables => return Err(Error::OutOfTables),
@@ -141,7 +141,8 @@ impl<H: Hardware> Stage2<H> {
                         }
                         self.hw.dsb_ishst();
                         self.count_leaves(level, 1);
-                        return Mapped::UpTo((ipa & !(level.size() - 1)) + level.size());
+                        let end = (ipa & !(level.size() - 1)) + level.size();
+                        return Mapped::Leaf { level, end };
                     }
                     let Some(pa) = self.hw.alloc_tables(1) else {
                         return Mapped::NoTables;
@@ -203,7 +204,10 @@ impl<H: Hardware> Stage2<H> {
             slot.dirty.mark(slot.page(ipa));
         }
         let end = (ipa & !(Level::L2.size() - 1)) + Level::L2.size();
-        Mapped::UpTo(end.min(slot.end()))
+        Mapped::Leaf {
+            level: Level::L3,
+            end: end.min(slot.end()),
+        }
     }
 
     /// Fills the level-3 `table` around `ipa` with the slot's pages. Returns how many it put in.

@@ -70,7 +70,7 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
     };
     count(&vcpu.vm.counters.faults);
     match vcpu.vm.memory.stage2().handle_fault(fault) {
-        Outcome::Resume | Outcome::Retry => Next::GoOn,
+        Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry => Next::GoOn,
         Outcome::NotMemory | Outcome::ReadOnly if is_maintenance(syndrome) && !walk => {
             // There is nothing cached of what is not memory, and nothing dirty of a ROM. (AT has
             // ISS.CM too, but its aborts are about a walk.)

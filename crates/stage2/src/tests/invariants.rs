@@ -502,7 +502,10 @@ fn invariant_12_a_write_by_the_stage_1_walker_is_a_write() {
         FaultAccess::Write,
         FaultKind::Permission,
     );
-    assert_eq!(world.stage2.handle_fault(abort), Outcome::Resume);
+    assert_eq!(
+        world.stage2.handle_fault(abort),
+        Outcome::Dirtied(Level::L3)
+    );
     assert_eq!(world.harvest(), set([IPA + 3 * PAGE_SIZE]));
 }
 
@@ -519,7 +522,10 @@ fn invariant_14_a_cpu_that_does_not_update_dirty_state_faults_and_loses_nothing(
         .machine
         .access(1, guest, ipa, FaultAccess::Write, |_| ())
     {
-        assert_eq!(world.stage2.handle_fault(abort), Outcome::Resume);
+        assert_eq!(
+            world.stage2.handle_fault(abort),
+            Outcome::Dirtied(Level::L3)
+        );
         aborts += 1;
     }
     assert_eq!(aborts, 1);

@@ -1,6 +1,9 @@
 //! The throttle against simulated guests, and against arbitrary callers. One tick is a microsecond.
 
+use super::world::{P2M, RAM, World, fault};
 use crate::quota::*;
+use crate::types::{Access, Engine, Granularity, Level, PAGE_SIZE};
+use crate::{FaultAccess, FaultKind, Features, Outcome};
 use proptest::prelude::*;
 use std::boxed::Box;
 use std::collections::{BTreeSet, VecDeque};
@@ -54,6 +57,34 @@ fn a_limit_is_pages_in_an_interval_or_it_is_none() {
         quota.set(None);
         assert_eq!(quota.limit(), None);
     }
+}
+
+#[test]
+fn a_fault_says_what_is_charged_for_it() {
+    const IPA: u64 = 0x4000_0000;
+    let world = World::new(Features::BASELINE);
+    world.slot(0, IPA, 2 * P2M, Access::ReadWrite, RAM);
+    let page = |page: u64, access, kind| {
+        let abort = fault(IPA + page * PAGE_SIZE, access, kind);
+        world.stage2.handle_fault(abort)
+    };
+    use FaultAccess::{Read, Write};
+    use FaultKind::{Permission, Translation};
+    // Without a log nothing is.
+    assert_eq!(page(0, Write, Translation), Outcome::Resume);
+    world.start(Engine::WriteProtect, Granularity::Adaptive);
+    // A block that is put in by a write, and one that was there: all of it.
+    assert_eq!(page(P2M, Write, Translation), Outcome::Dirtied(Level::L2));
+    assert_eq!(page(1, Write, Permission), Outcome::Dirtied(Level::L2));
+    // Whoever comes second pays nothing, nor does a reader.
+    assert_eq!(page(2, Write, Permission), Outcome::Resume);
+    assert_eq!(page(3, Read, Permission), Outcome::Resume);
+    world.harvest();
+    // What was dirty is split by now.
+    assert_eq!(page(1, Write, Permission), Outcome::Dirtied(Level::L3));
+    assert_eq!(page(1, Write, Permission), Outcome::Resume);
+    world.stop();
+    assert_eq!(page(4, Write, Permission), Outcome::Resume);
 }
 
 #[test]

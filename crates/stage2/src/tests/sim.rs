@@ -520,7 +520,7 @@ impl Sim {
             });
             let Err(abort) = reached else { return Ok(()) };
             match self.op("fault", |stage2| stage2.handle_fault(abort)) {
-                Outcome::Resume => self.breathe(),
+                Outcome::Resume | Outcome::Dirtied(_) => self.breathe(),
                 Outcome::Retry => self.pause(),
                 other => return Err(other),
             }
@@ -557,7 +557,10 @@ impl Sim {
             let reached = machine.access_va(cpu, self.world.guest, stage1, va, access, stored);
             let Err(abort) = reached else { return };
             let outcome = self.op("fault", |stage2| stage2.handle_fault(abort));
-            assert!(matches!(outcome, Outcome::Resume | Outcome::Retry));
+            assert!(matches!(
+                outcome,
+                Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry
+            ));
             self.pause();
         }
     }

@@ -62,7 +62,10 @@ impl Arena {
                 Err(abort) => {
                     let outcome = self.world.stage2.handle_fault(abort);
                     assert!(
-                        matches!(outcome, Outcome::Resume | Outcome::Retry),
+                        matches!(
+                            outcome,
+                            Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry
+                        ),
                         "{outcome:?}"
                     );
                 }

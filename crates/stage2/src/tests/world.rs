@@ -117,7 +117,7 @@ impl World {
             match self.machine.access(pe, self.guest, ipa, access, then) {
                 Ok(()) => return Ok(aborts),
                 Err(abort) => match self.stage2.handle_fault(abort) {
-                    Outcome::Resume => {}
+                    Outcome::Resume | Outcome::Dirtied(_) => {}
                     // Whoever is changing the entry may be a thread that waits for this core.
                     Outcome::Retry => std::thread::yield_now(),
                     other => return Err(other),
@@ -138,7 +138,10 @@ impl World {
                 Ok(()) => return,
                 Err(abort) => {
                     let outcome = self.stage2.handle_fault(abort);
-                    assert!(matches!(outcome, Outcome::Resume | Outcome::Retry));
+                    assert!(matches!(
+                        outcome,
+                        Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry
+                    ));
                     std::thread::yield_now();
                 }
             }
