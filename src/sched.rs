@@ -10,6 +10,9 @@
 //! A vCPU stays loaded on its CPU while it waits; only another vCPU's turn unloads it. So a
 //! guest that waits and wakes pays for no switch.
 //!
+//! A vCPU whose quota is used up (`vm::throttle`) waits as well, but for the time alone: interrupts
+//! that come meanwhile it takes afterwards.
+//!
 //! Locks: a queue's lock is a leaf, taken inside a vCPU's `run`.
 
 pub mod job;
@@ -26,6 +29,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::vgic::Kick;
+use tidemark_stage2::{Count, Turn};
 
 /// The SGI that makes another CPU look at its queue and its vCPU.
 pub const KICK: u32 = 0;
@@ -47,6 +51,8 @@ static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] = [const { Mutex::new(Vec::n
 static LOADED: PerCpu<Option<&'static Vcpu>> = PerCpu::new(None);
 /// When the running vCPU's slice ends.
 static SLICE_END: PerCpu<u64> = PerCpu::new(NEVER);
+/// When the running vCPU is to ask the throttle again.
+static TURN_END: PerCpu<u64> = PerCpu::new(NEVER);
 /// When this CPU takes its next step of a job although it is busy.
 static JOB_DUE: PerCpu<u64> = PerCpu::new(NEVER);
 /// CPUs that run, in all.
@@ -115,7 +121,26 @@ pub fn wake(vcpu: &'static Vcpu) {
             drop(run);
             kick_cpu(home);
         }
-        Run::Off | Run::Starting | Run::Queued | Run::Parked => {}
+        Run::Off | Run::Starting | Run::Queued | Run::Parked | Run::Stalled => {}
+    }
+}
+
+/// The throttle may answer a vCPU otherwise by now: if it waits for its quota or runs, it asks again.
+pub fn ask_again(vcpu: &'static Vcpu) {
+    // First this, then `run`; in `stall` the other way round.
+    vcpu.attention.store(true, SeqCst);
+    let mut run = vcpu.run.lock();
+    match *run {
+        Run::Stalled => {
+            vcpu.end_stall(&mut run);
+            make_ready(vcpu, &mut run);
+        }
+        Run::Running => {
+            let home = vcpu.home.load(Relaxed);
+            drop(run);
+            kick_cpu(home);
+        }
+        Run::Off | Run::Starting | Run::Blocked | Run::Queued | Run::Parked => {}
     }
 }
 
@@ -189,41 +214,64 @@ pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
 fn attend(vcpu: &'static Vcpu) -> &'static Context {
     vcpu.attention.store(false, Relaxed);
     let mut run = vcpu.run.lock();
-    // Under the lock, as everywhere: a resume either finds the vCPU parked or is seen here.
-    let held = lifecycle::is_held(vcpu.vm);
-    if *run == Run::Running && !held {
-        let waiting = !QUEUES[cpu::index()].lock().is_empty();
-        if !waiting {
+    if *run == Run::Running {
+        // Under the lock, as everywhere: a resume either finds the vCPU parked or is seen here.
+        if lifecycle::is_held(vcpu.vm) {
+            leave(vcpu, &mut run, Run::Parked);
+        } else if let Turn::StallUntil(end) = next_turn(vcpu) {
+            leave(vcpu, &mut run, Run::Stalled);
+            vcpu.begin_stall(&mut run, end);
+        } else if slice_is_over() {
+            leave(vcpu, &mut run, Run::Queued);
+            QUEUES[cpu::index()].lock().push_back(vcpu);
+        } else {
             drop(run);
             sync(vcpu);
             arm_timer();
             return &vcpu.context;
         }
-        let now = timer::now();
-        if SLICE_END.get() == NEVER {
-            SLICE_END.set(now + timer::ticks(SLICE));
-        }
-        if now < SLICE_END.get() {
-            drop(run);
-            sync(vcpu);
-            arm_timer();
-            return &vcpu.context;
-        }
-        leave(&mut run, Run::Queued);
-        QUEUES[cpu::index()].lock().push_back(vcpu);
-    } else if *run == Run::Running {
-        leave(&mut run, Run::Parked);
     }
     drop(run);
     lifecycle::vcpu_left(vcpu.vm);
     pick_next()
 }
 
+/// Whether another vCPU waits for this CPU and the running one has had its time.
+fn slice_is_over() -> bool {
+    if QUEUES[cpu::index()].lock().is_empty() {
+        return false;
+    }
+    let now = timer::now();
+    if SLICE_END.get() == NEVER {
+        SLICE_END.set(now + timer::ticks(SLICE));
+    }
+    now >= SLICE_END.get()
+}
+
+/// Asks the throttle for the running vCPU's next turn, if it has to do with it at all.
+fn next_turn(vcpu: &'static Vcpu) -> Turn {
+    if TURN_END.get() == NEVER && vcpu.vm.quota.limit().is_none() {
+        return Turn::Free;
+    }
+    turn(vcpu, Count(timer::now()))
+}
+
+/// Asks the throttle for a vCPU's turn on this CPU.
+fn turn(vcpu: &'static Vcpu, now: Count) -> Turn {
+    let turn = vcpu.meter.pace(vcpu.vm.quota.duty(), now);
+    TURN_END.set(match turn {
+        Turn::Until(end) => end.0,
+        Turn::Free | Turn::StallUntil(_) => NEVER,
+    });
+    turn
+}
+
 /// A vCPU leaves its CPU. What it wrote, and what the hardware noted of it, is seen by all
 /// before anyone can see that it left (invariant 13: a barrier on its own CPU, before a
 /// last harvest trusts the tables).
-fn leave(run: &mut Run, to: Run) {
+fn leave(vcpu: &'static Vcpu, run: &mut Run, to: Run) {
     barrier::dsb_sy();
+    vcpu.meter.left(Count(timer::now()));
     *run = to;
 }
 
@@ -232,7 +280,7 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
     {
         let mut run = vcpu.run.lock();
         if *run == Run::Running {
-            leave(&mut run, Run::Blocked);
+            leave(vcpu, &mut run, Run::Blocked);
         }
     }
     // A sender that saw it running before this only kicked; look again (D: state, then
@@ -245,12 +293,30 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
     pick_next()
 }
 
+/// The vCPU may dirty no page before `end`: its CPU goes to another, or idles.
+pub fn stall(vcpu: &'static Vcpu, end: Count) -> &'static Context {
+    {
+        let mut run = vcpu.run.lock();
+        if vcpu.attention.load(SeqCst) {
+            // An interrupt, or the limit is another by now: it faults once more and asks again.
+            drop(run);
+            return attend(vcpu);
+        }
+        if *run == Run::Running {
+            leave(vcpu, &mut run, Run::Stalled);
+            vcpu.begin_stall(&mut run, end);
+        }
+    }
+    lifecycle::vcpu_left(vcpu.vm);
+    pick_next()
+}
+
 /// The vCPU is off, or its VM has ended: it does not come back by itself.
 pub fn turn_off(vcpu: &'static Vcpu) -> &'static Context {
     // An interrupt that waits in its list registers goes to another vCPU or back to the books.
     let kick = vcpu.vm.vgic.withdraw(vcpu.index, &mut LiveListRegisters);
     kick_others(vcpu, kick.without(vcpu.index));
-    leave(&mut vcpu.run.lock(), Run::Off);
+    leave(vcpu, &mut vcpu.run.lock(), Run::Off);
     lifecycle::vcpu_left(vcpu.vm);
     pick_next()
 }
@@ -264,6 +330,7 @@ pub fn pick_next() -> &'static Context {
             return &vcpu.context;
         }
         SLICE_END.set(NEVER);
+        TURN_END.set(NEVER);
         arm_timer();
         if job::run_for(timer::now(), timer::ticks(JOB_BUDGET)) == job::Found::Nothing
             && !gic::interrupt_pending()
@@ -285,7 +352,13 @@ fn take_ready() -> Option<&'static Vcpu> {
                 lifecycle::vcpu_left(vcpu.vm);
             }
             Run::Queued | Run::Starting => {
+                let now = Count(timer::now());
+                if let Turn::StallUntil(end) = turn(vcpu, now) {
+                    vcpu.begin_stall(&mut run, end);
+                    continue;
+                }
                 *run = Run::Running;
+                vcpu.meter.entered(now);
                 return Some(vcpu);
             }
             // Turned off, or parked, while it stood in the queue.
@@ -326,7 +399,7 @@ fn switch_to(vcpu: &'static Vcpu) {
 
 /// Sets EL2's timer for whatever this CPU must not miss.
 fn arm_timer() {
-    let mut deadline = SLICE_END.get();
+    let mut deadline = SLICE_END.get().min(TURN_END.get());
     if job::waiting() {
         // Absolute: a guest that exits often must not push it ahead for ever.
         if JOB_DUE.get() == NEVER {
@@ -368,6 +441,9 @@ pub fn tick() {
             vcpu.deadline.store(NEVER, Relaxed);
             exits::timer::fire_physical(vcpu, now);
             wake(vcpu);
+        }
+        if vcpu.stall_end() <= now {
+            ask_again(vcpu);
         }
     }
     JOB_DUE.set(NEVER);

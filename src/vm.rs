@@ -11,6 +11,7 @@ pub mod lifecycle;
 mod loader;
 pub mod memory;
 pub mod stage2;
+pub mod throttle;
 mod tree;
 pub mod vcpu;
 pub mod work;
@@ -28,6 +29,7 @@ use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::Vgic;
 use tidemark_ownership::Generation;
+use tidemark_stage2::Quota;
 use tidemark_wire::bundle::VmSpec;
 use tidemark_wire::message::{VmId, VmState};
 use vcpu::Vcpu;
@@ -51,6 +53,8 @@ pub struct Vm {
     pub alarm: AtomicU64,
     /// What it wrote to its console, and what waits to be read there.
     pub console: console::GuestConsole,
+    /// What each vCPU may dirty while a log is on. It stays until a host lifts it.
+    pub quota: Quota,
     /// What is being done for a host.
     pub work: Mutex<work::VmWork>,
     /// How it is, and why.
@@ -141,6 +145,7 @@ impl Vm {
             clock: Mutex::new(Pl031::new()),
             alarm: AtomicU64::new(vcpu::NEVER),
             console: console::GuestConsole::new(),
+            quota: Quota::new(),
             work: Mutex::new(work::VmWork::default()),
             status: Mutex::new(Status {
                 state: VmState::Stopped,

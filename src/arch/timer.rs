@@ -23,6 +23,11 @@ pub fn ticks(microseconds: u64) -> u64 {
     (frequency() * microseconds).div_ceil(1_000_000)
 }
 
+/// Whole microseconds in `ticks`.
+pub fn in_microseconds(ticks: u64) -> u64 {
+    (u128::from(ticks) * 1_000_000 / u128::from(frequency())) as u64
+}
+
 /// Whole seconds since the counter started.
 pub fn seconds() -> u64 {
     now() / frequency()
@@ -35,7 +40,7 @@ pub fn count_at(seconds: u64) -> u64 {
 
 /// The count in microseconds since the counter started.
 pub fn microseconds() -> u64 {
-    (u128::from(now()) * 1_000_000 / u128::from(frequency())) as u64
+    in_microseconds(now())
 }
 
 /// Fires EL2's timer interrupt when the count reaches `deadline`; `None` stops it.

@@ -6,7 +6,7 @@ use crate::arch::timer;
 use crate::console;
 use crate::sched::{self, meter};
 use crate::vm::work::{self, Work};
-use crate::vm::{self, Vm, Wish, lifecycle, stage2};
+use crate::vm::{self, Vm, Wish, lifecycle, stage2, throttle};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
@@ -204,6 +204,10 @@ fn carry_out<'a>(
         Request::DirtyEngine { vm, engine } => progress(work::set_engine(find(vm)?, engine)?),
         Request::DirtyStop { vm } => progress(work::stop_log(find(vm)?)?),
         Request::DirtyStatus { vm } => Response::DirtyStatus(work::status(find(vm)?)),
+        Request::DirtyQuota { vm, quota } => {
+            throttle::set(find(vm)?, quota)?;
+            Response::Ok
+        }
         Request::DirtyTake { vm, epoch } => match work::take(find(vm)?, epoch)? {
             Work::Going { done, total } => Response::Progress { done, total },
             Work::Done(report) => Response::TakeDone(report),

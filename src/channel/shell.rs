@@ -185,6 +185,17 @@ fn dirty(vm: &'static Vm) {
             status.last_committed
         )),
     }
+    if let Some(quota) = status.quota {
+        print(format_args!(
+            "{}: a vCPU may dirty {} pages in {} ms; {} stalls, {} ms in all, {} % of the time now\n",
+            vm.name(),
+            quota.pages,
+            quota.interval_ms,
+            status.stalls.count,
+            status.stalls.time_us / 1000,
+            status.stalls.percent
+        ));
+    }
 }
 
 fn change(verb: &str, vm: &'static Vm) {

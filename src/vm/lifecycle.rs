@@ -7,7 +7,7 @@
 use super::exits::device;
 use super::loader::Loader;
 use super::vcpu::Run;
-use super::{Vm, Wish};
+use super::{Vm, Wish, work};
 use crate::arch::{barrier, timer};
 use crate::board::options::WhenIdle;
 use crate::sched::{self, job};
@@ -65,6 +65,7 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     vm.vgic.reset();
     device::reset(vm);
     vm.console.forget_input();
+    work::guest_loaded(vm);
     vm.counter_offset.store(timer::now(), Relaxed);
     {
         let mut status = vm.status.lock();
@@ -195,9 +196,11 @@ fn settle(vm: &'static Vm) {
     }
     barrier::dsb_sy();
     let wish = core::mem::replace(&mut status.wish, Wish::Nothing);
-    if wish > Wish::Pause {
-        for vcpu in vm.vcpus() {
-            *vcpu.run.lock() = Run::Off;
+    for vcpu in vm.vcpus() {
+        let mut run = vcpu.run.lock();
+        vcpu.end_stall(&mut run);
+        if wish > Wish::Pause {
+            *run = Run::Off;
         }
     }
     match wish {

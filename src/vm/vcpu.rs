@@ -4,12 +4,14 @@ use super::Vm;
 use crate::arch::context::Context;
 use crate::arch::el1::{self, El1State};
 use crate::arch::gic::{self, VirtualInterface};
+use crate::arch::timer;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::VcpuIndex;
 use tidemark_devices::psci::PowerState;
 use tidemark_devices::vgic::{ListRegisters, Underflow};
 use tidemark_devices::virt::PHYSICAL_TIMER;
+use tidemark_stage2::{Count, Meter};
 
 /// A vCPU.
 pub struct Vcpu {
@@ -33,6 +35,10 @@ pub struct Vcpu {
     pub deadline: AtomicU64,
     /// The emulated physical timer.
     pub physical_timer: Mutex<PhysicalTimer>,
+    /// What it dirtied, ran and waited. Written with `run` held, and by the CPU that it runs on.
+    pub meter: Meter,
+    /// When it no longer waits for its quota, as a physical count.
+    stall_end: AtomicU64,
 }
 
 /// Where a vCPU stands.
@@ -50,6 +56,8 @@ pub enum Run {
     Running,
     /// Would run, but its VM is paused.
     Parked,
+    /// Would run, but its quota is used up. An interrupt does not end this; it is taken afterwards.
+    Stalled,
 }
 
 /// CNTP as the guest sees it; EL2 keeps the hardware's for itself.
@@ -99,6 +107,8 @@ impl Vcpu {
             fresh: AtomicBool::new(false),
             deadline: AtomicU64::new(NEVER),
             physical_timer: Mutex::new(PhysicalTimer::default()),
+            meter: Meter::new(),
+            stall_end: AtomicU64::new(NEVER),
         })
     }
 
@@ -191,7 +201,31 @@ impl Vcpu {
 
     /// When its CPU has something to do for it, as a physical count.
     pub fn next_deadline(&self) -> u64 {
-        self.deadline.load(Relaxed).min(self.alarm())
+        self.deadline
+            .load(Relaxed)
+            .min(self.alarm())
+            .min(self.stall_end())
+    }
+
+    /// When it no longer waits for its quota, as a physical count.
+    pub fn stall_end(&self) -> u64 {
+        self.stall_end.load(Relaxed)
+    }
+
+    /// It waits for its quota, and may ask again at `end`.
+    pub fn begin_stall(&self, run: &mut Run, end: Count) {
+        *run = Run::Stalled;
+        self.stall_end.store(end.0, Relaxed);
+        self.meter.stall_began(Count(timer::now()));
+    }
+
+    /// It waits no more, and is [`Run::Parked`] until somebody decides what comes next.
+    pub fn end_stall(&self, run: &mut Run) {
+        if *run == Run::Stalled {
+            *run = Run::Parked;
+            self.stall_end.store(NEVER, Relaxed);
+            self.meter.stall_ended(Count(timer::now()));
+        }
     }
 
     /// Notes that this CPU now runs it; says whether the last vCPU of its VM here was another.

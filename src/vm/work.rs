@@ -6,6 +6,8 @@
 //! stage 2 takes.
 
 use super::Vm;
+use super::throttle::{self, Mark};
+use crate::arch::timer;
 use crate::board::options::DirtyEngine;
 use crate::memory::PAGE;
 use crate::sched::job::{self, Step};
@@ -85,33 +87,15 @@ pub struct VmWork {
     policy: Policy,
     /// The counters when the log was started.
     since: s2::Counters,
+    /// The same of stalls.
+    stalls_since: s2::Stalls,
+    /// Since when pages gather that the host has not got. `None` before the first harvest of an adaptive
+    /// log, which finds blocks as they stood and tells nothing of the pages that were written.
+    base: Option<Mark>,
+    /// When the epoch that the host has now was taken.
+    taken: Option<Mark>,
     last_taken: u64,
     hash: Option<Hash>,
-}
-
-impl VmWork {
-    /// Notes how far the operation is.
-    fn advance(&mut self, vm: &'static Vm, operation: Operation, progress: Progress) -> Step {
-        match progress {
-            Progress::More { done, total } => {
-                // A total of nothing is another CPU's step.
-                if total > 0 {
-                    self.progress = (done, total);
-                }
-                Step::Again
-            }
-            Progress::Done => {
-                self.operation = None;
-                match operation {
-                    Operation::Start(policy, _) => self.policy = policy,
-                    Operation::Engine(engine) => self.policy = Policy::Fixed(engine),
-                    Operation::Take(_) if self.policy == Policy::Adaptive => adapt(vm),
-                    Operation::Take(_) | Operation::Stop => {}
-                }
-                Step::Done
-            }
-        }
-    }
 }
 
 struct Hash {
@@ -142,7 +126,14 @@ fn adapt(vm: &'static Vm) {
         Ok(Progress::More { .. }) => Step::Again,
         Ok(Progress::Done) | Err(_) => Step::Done,
     };
-    if stage2.adapt_engine().is_ok() && step() == Step::Again {
+    let before = stage2.log_status().mode.map(|mode| mode.engine);
+    let Ok(engine) = stage2.adapt_engine() else {
+        return;
+    };
+    if before != Some(engine) {
+        throttle::log_changed(vm);
+    }
+    if step() == Step::Again {
         job::submit(Box::new(step));
     }
 }
@@ -195,14 +186,70 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
         },
         Operation::Take(epoch) => metered(Task::LogTake, || stage2.take(epoch)),
     };
+    note(vm, work, operation, result)
+}
+
+/// Notes what a step came to.
+fn note(
+    vm: &'static Vm,
+    work: &mut VmWork,
+    operation: Operation,
+    result: Result<Progress, Error>,
+) -> Step {
     match result {
-        Ok(progress) => work.advance(vm, operation, progress),
-        Err(error) => {
-            work.operation = None;
-            work.failure = Some((operation, refusal(error)));
-            Step::Done
+        Ok(Progress::More { done, total }) => {
+            // A total of nothing is another CPU's step.
+            if total > 0 {
+                work.progress = (done, total);
+            }
+            return Step::Again;
+        }
+        Ok(Progress::Done) => {
+            tell_throttle(vm, work, operation);
+            match operation {
+                Operation::Start(policy, _) => work.policy = policy,
+                Operation::Engine(engine) => work.policy = Policy::Fixed(engine),
+                Operation::Take(_) if work.policy == Policy::Adaptive => adapt(vm),
+                Operation::Take(_) | Operation::Stop => {}
+            }
+        }
+        Err(error) => work.failure = Some((operation, refusal(error))),
+    }
+    work.operation = None;
+    Step::Done
+}
+
+/// What the throttle has to know of an operation that is over.
+fn tell_throttle(vm: &'static Vm, work: &mut VmWork, operation: Operation) {
+    match operation {
+        Operation::Start(_, granularity) => {
+            work.taken = None;
+            work.base = match granularity {
+                s2::Granularity::Adaptive => None,
+                s2::Granularity::Page | s2::Granularity::Block => Some(throttle::mark(vm)),
+            };
+            throttle::log_changed(vm);
+        }
+        Operation::Stop | Operation::Engine(_) => throttle::log_changed(vm),
+        Operation::Take(epoch) => {
+            let stage2 = vm.memory.stage2();
+            let engine = stage2.log_status().mode.map(|mode| mode.engine);
+            let now = throttle::mark(vm);
+            work.taken = Some(now);
+            if engine == Some(s2::Engine::Dbm)
+                && let Some(base) = work.base
+                && let Ok(slots) = stage2.taken(epoch)
+            {
+                let found = slots.iter().map(|slot| slot.dirty_pages).sum();
+                throttle::harvested(vm, found, base, now);
+            }
         }
     }
+}
+
+/// The guest was loaded anew. What EL2 wrote for that the next harvest finds, and it is not the guest's.
+pub fn guest_loaded(vm: &Vm) {
+    vm.work.lock().base = None;
 }
 
 /// A step of a harvest, on any number of CPUs at once: stage 2 gives each its part. So the lock
@@ -222,14 +269,7 @@ fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
         // Over, or given up. Once given up, an epoch cannot begin again.
         return Step::Done;
     }
-    match result {
-        Ok(progress) => work.advance(vm, operation, progress),
-        Err(error) => {
-            work.operation = None;
-            work.failure = Some((operation, refusal(error)));
-            Step::Done
-        }
-    }
+    note(vm, &mut work, operation, result)
 }
 
 /// Begins an operation, or tells how far it is. `Ok(None)`: it is over. `work` has been held
@@ -305,6 +345,7 @@ pub fn start_log(
     }
     if status.stage == LogStage::Off {
         work.since = stage2.counters();
+        work.stalls_since = throttle::stalls(vm);
     }
     let progress = drive(vm, work, Operation::Start(policy, granularity))?;
     Ok(progress.map_or(Work::Done(()), going))
@@ -379,16 +420,20 @@ fn report(epoch: Epoch, slots: &[s2::SlotDirty]) -> TakeReport {
 
 /// The host has what `epoch` took.
 pub fn commit(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
-    let _work = vm.work.lock();
+    let mut work = vm.work.lock();
     vm.memory
         .stage2()
         .commit(s2::Epoch(epoch.0))
-        .map_err(refusal)
+        .map_err(refusal)?;
+    // What was dirtied since it was taken is in the next one.
+    work.base = work.taken.take().or(work.base);
+    Ok(())
 }
 
 /// The host has not got what `epoch` took: it is dirty again.
 pub fn abort(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
     let mut work = vm.work.lock();
+    work.taken = None;
     let epoch = s2::Epoch(epoch.0);
     if work.operation == Some(Operation::Take(epoch)) {
         work.operation = None;
@@ -403,6 +448,7 @@ pub fn abandon(vm: &Vm) -> Option<u64> {
     let mut work = vm.work.lock();
     let stage2 = vm.memory.stage2();
     let outstanding = stage2.abort_outstanding();
+    work.taken = None;
     if let Some(Operation::Take(epoch)) = work.operation {
         work.operation = None;
         // Also if it has not begun: a CPU may be on its way to its first step.
@@ -418,6 +464,7 @@ pub fn status(vm: &Vm) -> DirtyStatus {
     let work = vm.work.lock();
     let log = stage2.log_status();
     let now = stage2.counters();
+    let stalls = throttle::stalls(vm);
     let logging = log.mode.map(|mode| Logging {
         engine: match mode.engine {
             s2::Engine::WriteProtect => Engine::WriteProtect,
@@ -442,6 +489,12 @@ pub fn status(vm: &Vm) -> DirtyStatus {
         splits: now.splits - work.since.splits,
         harvests: now.harvests - work.since.harvests,
         entries_read: now.leaves_read - work.since.leaves_read,
+        quota: throttle::quota(vm),
+        stalls: Stalls {
+            count: stalls.count.saturating_sub(work.stalls_since.count),
+            time_us: timer::in_microseconds(stalls.time.0.saturating_sub(work.stalls_since.time.0)),
+            percent: stalls.percent,
+        },
     }
 }
 

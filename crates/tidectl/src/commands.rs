@@ -129,6 +129,8 @@ pub enum DirtyCommand {
     Status(VmArg),
     /// Change how writes are noticed while the log runs; nothing is lost by it.
     Engine(dirty::EngineArgs),
+    /// Limit how many pages each vCPU may dirty while the log is on.
+    Quota(dirty::QuotaArgs),
     /// Fetch the bitmap of what was written since the last one.
     Get(get::GetArgs),
     /// Measure how fast a VM dirties pages.
@@ -279,6 +281,7 @@ pub fn run(cli: &Cli, interrupt: Arc<AtomicBool>) -> Result<()> {
         Command::Dirty(DirtyCommand::Stop(vm)) => dirty::stop(context, vm),
         Command::Dirty(DirtyCommand::Status(vm)) => dirty::status(context, vm),
         Command::Dirty(DirtyCommand::Engine(args)) => dirty::engine(context, args),
+        Command::Dirty(DirtyCommand::Quota(args)) => dirty::quota(context, args),
         Command::Dirty(DirtyCommand::Get(args)) => get::run(context, args),
         Command::Dirty(DirtyCommand::Rate(args)) => rate::run(context, args),
         Command::Dirty(DirtyCommand::Copy(args)) => copy::run(context, args),

@@ -197,6 +197,7 @@ impl Error {
                 ErrorReply::EngineUnavailable => "engine-unavailable",
                 ErrorReply::NeedsAlignment => "needs-alignment",
                 ErrorReply::Busy => "busy",
+                ErrorReply::BadQuota => "bad-quota",
             },
             Self::NoSuchVm { .. } => "no-such-vm",
             Self::VmGone { .. } => "vm-gone",

@@ -261,6 +261,50 @@ fn dirty_start_status_stop() {
 }
 
 #[test]
+fn dirty_quota_is_set_shown_and_lifted() {
+    let stage = Stage::new("quota");
+    let status = stage.json(&["--json", "dirty", "status", "debian"]);
+    assert_eq!(status["quota"], Value::Null);
+    assert_eq!(status["stalls"]["count"], 0);
+    let set = ["dirty", "quota", "debian", "--pages", "50"];
+    let status = stage.json(&[&["--json"], &set[..], &["--per", "1s"]].concat());
+    assert_eq!(status["quota"]["pages"], 50);
+    assert_eq!(status["quota"]["interval_ms"], 1000);
+    assert_eq!(status["stalls"]["count"], 3);
+    assert_eq!(status["stalls"]["seconds"], 0.27);
+    assert_eq!(status["stalls"]["percent"], 90);
+    // A tenth of a second if nothing is said, and also without a log.
+    assert_eq!(
+        stage.ok(&set),
+        "debian: dirty log off\n\
+         each vCPU may dirty 50 pages in 100 ms; 3 stalls of 270 ms in all, 90 % of the time now\n"
+    );
+    for (arguments, says) in [
+        (
+            &["--pages", "50", "--per", "9ms"][..],
+            "it may be 10 ms to 1.0 s",
+        ),
+        (
+            &["--pages", "50", "--per", "1.1s"],
+            "it may be 10 ms to 1.0 s",
+        ),
+        (&["--pages", "0"], "0 is not in 1.."),
+        (&["--pages", "50", "--off"], "cannot be used with"),
+        (&["--per", "100ms", "--off"], "cannot be used with"),
+        (&[], "--pages <N>"),
+    ] {
+        let output = stage.run(&[&["dirty", "quota", "debian"], arguments].concat());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(says), "{arguments:?}: {said}");
+    }
+    assert_eq!(
+        stage.ok(&["dirty", "quota", "debian", "--off"]),
+        "debian: dirty log off\n"
+    );
+}
+
+#[test]
 fn dirty_get_writes_what_kvm_would() {
     let stage = Stage::new("get").logging().paused();
     {

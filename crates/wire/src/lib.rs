@@ -50,5 +50,11 @@ pub const CONSOLE_WRITE_MAX: usize = 128;
 /// Most pages one `BitmapRead` may ask for, which bounds EL2's work for it.
 pub const BITMAP_READ_PAGES_MAX: u32 = 32768;
 
+/// Shortest interval of a dirty quota, in milliseconds: a few time slices.
+pub const QUOTA_INTERVAL_MS_MIN: u32 = 10;
+
+/// Longest interval of a dirty quota, in milliseconds. A vCPU may wait for several of them.
+pub const QUOTA_INTERVAL_MS_MAX: u32 = 1000;
+
 /// Most bytes one `ReadMemory` may ask for, which bounds EL2's work for it.
 pub const MEMORY_READ_MAX: u32 = 65536;

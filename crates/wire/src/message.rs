@@ -21,8 +21,8 @@ mod types;
 pub use error::ErrorReply;
 pub use types::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, Extent, Features,
-    Granularity, Logging, Mappings, SlotAccess, SlotDirty, SlotId, SlotInfo, TakeReport, Task,
-    VmId, VmInfo, VmState, VmSummary,
+    Granularity, Logging, Mappings, Quota, SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls,
+    TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
 };
 
 use crate::PROTOCOL;
@@ -196,6 +196,14 @@ pub enum Request<'a> {
     },
     /// What EL2's own work has cost: [`Response::Costs`].
     Costs,
+    /// Limits what each vCPU may dirty while a log is on, or lifts that: [`Response::Ok`]. It holds
+    /// until it is changed, whatever becomes of the log, the session and the guest.
+    DirtyQuota {
+        /// Which.
+        vm: VmId,
+        /// The limit, or none.
+        quota: Option<Quota>,
+    },
 }
 
 /// What the target answers.

@@ -4,13 +4,18 @@ use proptest::prelude::*;
 use tidemark_wire::PROTOCOL;
 use tidemark_wire::message::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
-    Extent, Features, Granularity, Logging, Mappings, NotAMessage, Request, Response, SlotAccess,
-    SlotDirty, SlotId, SlotInfo, TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
+    Extent, Features, Granularity, Logging, Mappings, NotAMessage, Quota, Request, Response,
+    SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId, VmInfo, VmState,
+    VmSummary,
 };
 
 const VM: VmId = VmId(2);
 const SLOT: SlotId = SlotId(1);
 const EPOCH: Epoch = Epoch(300);
+const QUOTA: Quota = Quota {
+    pages: 300,
+    interval_ms: 100,
+};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -131,6 +136,20 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
             "160201",
         ),
         (Request::Costs, "17"),
+        (
+            Request::DirtyQuota {
+                vm: VM,
+                quota: Some(QUOTA),
+            },
+            "180201ac0264",
+        ),
+        (
+            Request::DirtyQuota {
+                vm: VM,
+                quota: None,
+            },
+            "180200",
+        ),
     ]
 }
 
@@ -215,10 +234,18 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
         splits: 3,
         harvests: 4,
         entries_read: 5,
+        quota: Some(QUOTA),
+        stalls: Stalls {
+            count: 5,
+            time_us: 1000,
+            percent: 99,
+        },
     };
     let off = DirtyStatus {
         logging: None,
         outstanding: None,
+        quota: None,
+        stalls: Stalls::default(),
         ..status
     };
     let wp = Logging {
@@ -239,11 +266,11 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
         (Response::Ok, "00"),
         (
             Response::Hello {
-                protocol: 1,
+                protocol: 2,
                 max_payload: 1024,
                 image: "tidemark 0.1.0",
             },
-            "020180080e746964656d61726b20302e312e30",
+            "020280080e746964656d61726b20302e312e30",
         ),
         (Response::Vms(vec![]), "0300"),
         (
@@ -275,15 +302,18 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
         ),
         (
             Response::DirtyStatus(status),
-            "0801010101ac02ac02ab020102030405",
+            "0801010101ac02ac02ab02010203040501ac026405e80763",
         ),
-        (Response::DirtyStatus(off), "080000ac02ab020102030405"),
+        (
+            Response::DirtyStatus(off),
+            "080000ac02ab02010203040500000000",
+        ),
         (
             Response::DirtyStatus(DirtyStatus {
                 logging: Some(wp),
                 ..off
             }),
-            "0801000200ac02ab020102030405",
+            "0801000200ac02ab02010203040500000000",
         ),
         (Response::TakeDone(take), "09ac020701018080808004802007"),
         (
@@ -353,6 +383,7 @@ fn errors() -> Vec<(ErrorReply, &'static str)> {
         (ErrorReply::EngineUnavailable, "010d"),
         (ErrorReply::NeedsAlignment, "010e"),
         (ErrorReply::Busy, "010f"),
+        (ErrorReply::BadQuota, "0110"),
     ]
 }
 

@@ -3,10 +3,13 @@
 use super::{Next, device, fail, walk};
 use crate::arch::el1;
 use crate::arch::exception::Syndrome;
+use crate::arch::timer;
 use crate::vm::count;
 use crate::vm::vcpu::Vcpu;
 use tidemark_devices::virt::{self, FLASH_BASE, FLASH_SIZE, RAM_BASE};
-use tidemark_stage2::{Fault, FaultAccess, FaultKind, GuestVa, Ipa, Outcome};
+use tidemark_stage2::{
+    Count, Fault, FaultAccess, FaultKind, GuestVa, Ipa, Level, Limit, Outcome, Verdict,
+};
 
 const S1PTW: u64 = 1 << 7;
 const WRITE: u64 = 1 << 6;
@@ -69,8 +72,21 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
         va: (!walk && syndrome.0 & FAR_NOT_VALID == 0).then(|| GuestVa::new(el1::far())),
     };
     count(&vcpu.vm.counters.faults);
+    let limit = vcpu.vm.quota.limit();
+    if let Some(limit) = limit
+        && access == FaultAccess::Write
+        && let Verdict::StallUntil(end) = admit(vcpu, limit)
+    {
+        return Next::Stall(end);
+    }
     match vcpu.vm.memory.stage2().handle_fault(fault) {
-        Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry => Next::GoOn,
+        Outcome::Resume | Outcome::Retry => Next::GoOn,
+        Outcome::Dirtied(level) => {
+            if let Some(limit) = limit {
+                charge(vcpu, limit, level);
+            }
+            Next::GoOn
+        }
         Outcome::NotMemory | Outcome::ReadOnly if is_maintenance(syndrome) && !walk => {
             // There is nothing cached of what is not memory, and nothing dirty of a ROM. (AT has
             // ISS.CM too, but its aborts are about a walk.)
@@ -94,6 +110,16 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
             Next::GoOn
         }
     }
+}
+
+#[cold]
+fn admit(vcpu: &'static Vcpu, limit: Limit) -> Verdict {
+    vcpu.meter.admit(limit, Count(timer::now()))
+}
+
+#[cold]
+fn charge(vcpu: &'static Vcpu, limit: Limit, level: Level) {
+    vcpu.meter.charge(limit, level.pages(), Count(timer::now()));
 }
 
 /// A data abort of cache maintenance (ISS.CM).

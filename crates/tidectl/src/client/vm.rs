@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidemark_wire::bitmap;
 use tidemark_wire::message::{
-    Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Request, Response, SlotId,
-    TakeReport, VmId, VmInfo, VmState, VmSummary,
+    Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Quota, Request, Response,
+    SlotId, TakeReport, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, pages};
 
@@ -279,6 +279,15 @@ impl Client {
     pub fn stop_log(&mut self, vm: VmId, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let request = Request::DirtyStop { vm };
         self.ask_until_done("stopping the dirty log", &request, progress, ok)
+    }
+
+    /// Limits what each vCPU of a VM may dirty while a log is on, or lifts that.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn set_quota(&mut self, vm: VmId, quota: Option<Quota>) -> Result<()> {
+        let request = Request::DirtyQuota { vm, quota };
+        self.call("setting the dirty quota", &request, ok)
     }
 
     /// The state of a VM's dirty log.

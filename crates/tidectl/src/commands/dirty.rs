@@ -1,11 +1,15 @@
-//! `dirty start`, `dirty stop`, `dirty status`, `dirty engine`.
+//! `dirty start`, `dirty stop`, `dirty status`, `dirty engine`, `dirty quota`.
 
 use super::{Context, EngineArg, LogArgs, VmArg};
-use crate::Result;
 use crate::client::Client;
+use crate::output::seconds;
+use crate::units::{self, parse_duration};
+use crate::{Error, Result};
 use clap::Args;
 use serde_json::{Value, json};
-use tidemark_wire::message::{DirtyStatus, Mappings, VmSummary};
+use std::time::Duration;
+use tidemark_wire::message::{DirtyStatus, Mappings, Quota, VmSummary};
+use tidemark_wire::{QUOTA_INTERVAL_MS_MAX, QUOTA_INTERVAL_MS_MIN};
 
 /// How to start.
 #[derive(Debug, Args)]
@@ -57,6 +61,59 @@ pub(super) fn engine(context: &mut Context, args: &EngineArgs) -> Result<()> {
     print_status(context, client, &vm)
 }
 
+/// What each vCPU may dirty.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A vCPU that has dirtied so many pages waits for the next interval. Under write protection each
+page counts; under DBM vCPUs get the share of time that the last harvest's rate allows, so
+harvest now and then. The quota stays until it is lifted, and does nothing without a log.
+
+Examples:
+  tidectl dirty quota debian --pages 1000 --per 100ms
+  tidectl dirty quota debian --off")]
+pub struct QuotaArgs {
+    #[command(flatten)]
+    vm: VmArg,
+    /// Pages of 4 KiB that each vCPU may dirty in an interval.
+    #[arg(long, value_name = "N", required_unless_present = "off", conflicts_with = "off",
+        value_parser = clap::value_parser!(u32).range(1..))]
+    pages: Option<u32>,
+    /// The interval, 10ms to 1s.
+    #[arg(long, value_name = "TIME", default_value = "100ms", conflicts_with = "off", value_parser = parse_duration)]
+    per: Duration,
+    /// Lift the quota.
+    #[arg(long)]
+    off: bool,
+}
+
+impl QuotaArgs {
+    fn quota(&self) -> Result<Option<Quota>> {
+        let Some(pages) = self.pages else {
+            return Ok(None);
+        };
+        let shortest = Duration::from_millis(QUOTA_INTERVAL_MS_MIN.into());
+        let longest = Duration::from_millis(QUOTA_INTERVAL_MS_MAX.into());
+        if !(shortest..=longest).contains(&self.per) {
+            return Err(Error::Usage(format!(
+                "--per {} is not possible; it may be {} to {}",
+                units::duration(self.per),
+                units::duration(shortest),
+                units::duration(longest)
+            )));
+        }
+        let interval_ms = self.per.as_millis() as u32;
+        Ok(Some(Quota { pages, interval_ms }))
+    }
+}
+
+pub(super) fn quota(context: &mut Context, args: &QuotaArgs) -> Result<()> {
+    let quota = args.quota()?;
+    let mut client = context.connect()?;
+    let vm = client.find(&args.vm.vm)?;
+    client.set_quota(vm.id, quota)?;
+    print_status(context, client, &vm)
+}
+
 pub(super) fn status(context: &mut Context, arg: &VmArg) -> Result<()> {
     let mut client = context.connect()?;
     let vm = client.find(&arg.vm)?;
@@ -87,12 +144,22 @@ fn status_json(vm: &VmSummary, status: &DirtyStatus) -> Value {
         "splits": status.splits,
         "harvests": status.harvests,
         "entries_read": status.entries_read,
+        "quota": status.quota.map(|quota| json!({
+            "pages": quota.pages,
+            "interval_ms": quota.interval_ms,
+        })),
+        "stalls": {
+            "count": status.stalls.count,
+            "seconds": seconds(Duration::from_micros(status.stalls.time_us)),
+            "percent": status.stalls.percent,
+        },
     })
 }
 
 fn status_text(vm: &VmSummary, status: &DirtyStatus) -> String {
+    let throttle = throttle_text(status);
     let Some(log) = status.logging else {
-        return format!("{}: dirty log off", vm.name);
+        return format!("{}: dirty log off{throttle}", vm.name);
     };
     let outstanding = match status.outstanding {
         Some(epoch) => format!(", epoch {epoch} outstanding"),
@@ -101,7 +168,7 @@ fn status_text(vm: &VmSummary, status: &DirtyStatus) -> String {
     format!(
         "{}: dirty log on, engine {}, granularity {}{outstanding}\n\
          at least {} pages dirty; {} write faults, {} splits, {} harvests since the start, \
-         which read {} entries",
+         which read {} entries{throttle}",
         vm.name,
         log.engine,
         log.granularity,
@@ -110,6 +177,25 @@ fn status_text(vm: &VmSummary, status: &DirtyStatus) -> String {
         status.splits,
         status.harvests,
         status.entries_read
+    )
+}
+
+/// A line about the quota, where there is one or was.
+fn throttle_text(status: &DirtyStatus) -> String {
+    let limit = match status.quota {
+        Some(quota) => format!(
+            "each vCPU may dirty {} pages in {} ms",
+            quota.pages, quota.interval_ms
+        ),
+        None if status.stalls.count > 0 => "no quota any more".into(),
+        None => return String::new(),
+    };
+    let stalls = &status.stalls;
+    format!(
+        "\n{limit}; {} stalls of {} in all, {} % of the time now",
+        stalls.count,
+        units::duration(Duration::from_micros(stalls.time_us)),
+        stalls.percent
     )
 }
 

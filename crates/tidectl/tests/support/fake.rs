@@ -15,8 +15,8 @@ use sha2::{Digest, Sha256};
 use tidemark_wire::frame::{Decoder, Frame, Header, Item, Kind, Seq, Session, buffer_len, encode};
 use tidemark_wire::message::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
-    Extent, Features, Logging, Mappings, PIECE_OVERHEAD, Request, Response, SlotAccess, SlotDirty,
-    SlotId, SlotInfo, TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
+    Extent, Features, Logging, Mappings, PIECE_OVERHEAD, Quota, Request, Response, SlotAccess,
+    SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{
     BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PAGE_SIZE, REQUEST_PAYLOAD_MAX, bitmap, pages,
@@ -104,6 +104,8 @@ pub struct Vm {
     pub state: VmState,
     pub slots: Vec<Slot>,
     pub logging: Option<Logging>,
+    /// What each vCPU may dirty.
+    pub quota: Option<Quota>,
     pub outstanding: Option<Epoch>,
     pub last_taken: Epoch,
     pub last_committed: Epoch,
@@ -145,6 +147,7 @@ impl Vm {
             state: VmState::Running,
             slots,
             logging: None,
+            quota: None,
             outstanding: None,
             last_taken: Epoch(0),
             last_committed: Epoch(0),
@@ -711,7 +714,22 @@ impl Target {
                     splits: 0,
                     harvests: vm.last_taken.0,
                     entries_read: 0,
+                    quota: vm.quota,
+                    stalls: vm.quota.map_or(Stalls::default(), |_| Stalls {
+                        count: 3,
+                        time_us: 270_000,
+                        percent: 90,
+                    }),
                 }))
+            }
+            Request::DirtyQuota { vm, quota } => {
+                let bad =
+                    |quota: &Quota| quota.pages == 0 || !(10..=1000).contains(&quota.interval_ms);
+                if quota.as_ref().is_some_and(bad) {
+                    return Err(ErrorReply::BadQuota);
+                }
+                self.vm(vm)?.quota = quota;
+                Ok(Response::Ok)
             }
             Request::DirtyTake { vm, epoch } => {
                 let vm = self.vm(vm)?;

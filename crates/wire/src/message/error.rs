@@ -1,7 +1,7 @@
 //! Why a request was refused.
 
 use super::types::{Epoch, VmState};
-use crate::PROTOCOL;
+use crate::{PROTOCOL, QUOTA_INTERVAL_MS_MAX, QUOTA_INTERVAL_MS_MIN};
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +49,8 @@ pub enum ErrorReply {
     NeedsAlignment,
     /// Something else long is being done for this VM.
     Busy,
+    /// A quota without a page, or of an interval that is too short or too long.
+    BadQuota,
 }
 
 impl fmt::Display for ErrorReply {
@@ -106,6 +108,10 @@ impl fmt::Display for ErrorReply {
                 f.write_str("address, length or page number not aligned as the request demands")
             }
             Self::Busy => f.write_str("the VM is busy with something else; try again shortly"),
+            Self::BadQuota => write!(
+                f,
+                "a quota is at least one page, in {QUOTA_INTERVAL_MS_MIN} to {QUOTA_INTERVAL_MS_MAX} ms"
+            ),
         }
     }
 }

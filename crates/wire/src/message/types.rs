@@ -276,6 +276,10 @@ pub struct DirtyStatus {
     pub harvests: u64,
     /// Table entries of pages that these harvests looked at.
     pub entries_read: u64,
+    /// What each vCPU may dirty, if that is limited.
+    pub quota: Option<Quota>,
+    /// What the quota has cost since the log was started.
+    pub stalls: Stalls,
 }
 
 /// What EL2 does itself, and counts the cost of.
@@ -367,6 +371,26 @@ pub struct Cost {
     pub ticks: u64,
     /// The longest.
     pub longest: u64,
+}
+
+/// What each vCPU of a VM may dirty while a log is on: pages in an interval.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Quota {
+    /// Pages of 4 KiB, at least one.
+    pub pages: u32,
+    /// [`crate::QUOTA_INTERVAL_MS_MIN`] to [`crate::QUOTA_INTERVAL_MS_MAX`].
+    pub interval_ms: u32,
+}
+
+/// What a quota costs a VM, over all its vCPUs.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+pub struct Stalls {
+    /// How often a vCPU had to wait.
+    pub count: u64,
+    /// How long they waited, added up, in microseconds.
+    pub time_us: u64,
+    /// The part of its time that the slowest waits at present, in percent.
+    pub percent: u8,
 }
 
 /// A harvest.
