@@ -29,7 +29,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::vgic::Kick;
-use tidemark_stage2::{Count, Turn};
+use tidemark_stage2::{Count, Turn, Verdict};
 
 /// The SGI that makes another CPU look at its queue and its vCPU.
 pub const KICK: u32 = 0;
@@ -127,7 +127,6 @@ pub fn wake(vcpu: &'static Vcpu) {
 
 /// The throttle may answer a vCPU otherwise by now: if it waits for its quota or runs, it asks again.
 pub fn ask_again(vcpu: &'static Vcpu) {
-    // First this, then `run`; in `stall` the other way round.
     vcpu.attention.store(true, SeqCst);
     let mut run = vcpu.run.lock();
     match *run {
@@ -250,7 +249,7 @@ fn slice_is_over() -> bool {
 
 /// Asks the throttle for the running vCPU's next turn, if it has to do with it at all.
 fn next_turn(vcpu: &'static Vcpu) -> Turn {
-    if TURN_END.get() == NEVER && vcpu.vm.quota.limit().is_none() {
+    if TURN_END.get() == NEVER && !vcpu.vm.quota.is_set() {
         return Turn::Free;
     }
     turn(vcpu, Count(timer::now()))
@@ -293,15 +292,20 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
     pick_next()
 }
 
-/// The vCPU may dirty no page before `end`: its CPU goes to another, or idles.
-pub fn stall(vcpu: &'static Vcpu, end: Count) -> &'static Context {
+/// The vCPU may dirty no page for now: its CPU goes to another, or idles.
+#[inline(never)]
+pub fn stall(vcpu: &'static Vcpu) -> &'static Context {
     {
         let mut run = vcpu.run.lock();
-        if vcpu.attention.load(SeqCst) {
-            // An interrupt, or the limit is another by now: it faults once more and asks again.
+        // Asked again, under the lock: a limit that changes meanwhile is seen here, or finds it waiting.
+        let verdict = match vcpu.vm.quota.limit() {
+            Some(limit) => vcpu.meter.admit(limit, Count(timer::now())),
+            None => Verdict::Go,
+        };
+        let Verdict::StallUntil(end) = verdict else {
             drop(run);
-            return attend(vcpu);
-        }
+            return go_on(vcpu);
+        };
         if *run == Run::Running {
             leave(vcpu, &mut run, Run::Stalled);
             vcpu.begin_stall(&mut run, end);

@@ -20,7 +20,6 @@ use crate::arch::exception::Syndrome;
 use crate::sched;
 use alloc::format;
 use log::debug;
-use tidemark_stage2::Count;
 
 /// What a handler decided.
 pub enum Next {
@@ -30,8 +29,8 @@ pub enum Next {
     Block,
     /// The vCPU is off.
     Off,
-    /// The vCPU may dirty no page before this, and then tries again.
-    Stall(Count),
+    /// The vCPU waits for its quota, and then tries again.
+    Stall,
 }
 
 fn next(vcpu: &'static Vcpu, next: Next) -> &'static Context {
@@ -39,7 +38,7 @@ fn next(vcpu: &'static Vcpu, next: Next) -> &'static Context {
         Next::GoOn => sched::go_on(vcpu),
         Next::Block => sched::block(vcpu),
         Next::Off => sched::turn_off(vcpu),
-        Next::Stall(end) => sched::stall(vcpu, end),
+        Next::Stall => sched::stall(vcpu),
     }
 }
 

@@ -20,6 +20,7 @@ mod copy;
 mod hostile;
 mod linux;
 mod oracle;
+mod quota;
 mod raw;
 
 use std::process::ExitCode;
@@ -89,6 +90,7 @@ fn run() -> Result<ExitCode> {
         linux::cases(),
         oracle::cases(),
         copy::cases(),
+        quota::cases(),
         bad_input::cases(),
         hostile::cases(),
     ]

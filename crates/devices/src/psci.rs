@@ -134,7 +134,7 @@ const POWER_DOWN: u64 = 1 << 16;
 const POWER_STATE_RESERVED: u64 = !(POWER_DOWN | 0x0300_ffff) & 0xffff_ffff;
 
 /// Decodes a call from x0-x3 as the guest left them.
-#[inline]
+#[inline(always)]
 pub fn decode(registers: [u64; 4]) -> Call {
     let [function, arguments @ ..] = registers;
     // The function identifier is w0; the upper half is not part of it (DEN 0028, 2.5).

@@ -175,8 +175,13 @@ impl Quota {
         }
     }
 
-    /// Returns the limit in force. One load: all that a fault costs without a limit.
+    /// Returns whether there is a limit. One load and a comparison: all that a fault costs if there is none.
     #[inline]
+    pub fn is_set(&self) -> bool {
+        self.limit.load(Relaxed) != 0
+    }
+
+    /// Returns the limit in force.
     pub fn limit(&self) -> Option<Limit> {
         Limit::unpack(self.limit.load(Relaxed))
     }

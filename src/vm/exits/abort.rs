@@ -8,7 +8,7 @@ use crate::vm::count;
 use crate::vm::vcpu::Vcpu;
 use tidemark_devices::virt::{self, FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_stage2::{
-    Count, Fault, FaultAccess, FaultKind, GuestVa, Ipa, Level, Limit, Outcome, Verdict,
+    Count, Fault, FaultAccess, FaultKind, GuestVa, Ipa, Level, Outcome, Verdict,
 };
 
 const S1PTW: u64 = 1 << 7;
@@ -72,18 +72,15 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
         va: (!walk && syndrome.0 & FAR_NOT_VALID == 0).then(|| GuestVa::new(el1::far())),
     };
     count(&vcpu.vm.counters.faults);
-    let limit = vcpu.vm.quota.limit();
-    if let Some(limit) = limit
-        && access == FaultAccess::Write
-        && let Verdict::StallUntil(end) = admit(vcpu, limit)
-    {
-        return Next::Stall(end);
+    if vcpu.vm.quota.is_set() && !may_dirty(vcpu, access) {
+        return Next::Stall;
     }
     match vcpu.vm.memory.stage2().handle_fault(fault) {
         Outcome::Resume | Outcome::Retry => Next::GoOn,
         Outcome::Dirtied(level) => {
-            if let Some(limit) = limit {
-                charge(vcpu, limit, level);
+            // Looked up anew, so that nothing is kept over the call.
+            if vcpu.vm.quota.is_set() {
+                charge(vcpu, level);
             }
             Next::GoOn
         }
@@ -112,14 +109,22 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
     }
 }
 
+/// Whether a vCPU with a quota may do what it faulted on: what it writes becomes dirty by it.
 #[cold]
-fn admit(vcpu: &'static Vcpu, limit: Limit) -> Verdict {
-    vcpu.meter.admit(limit, Count(timer::now()))
+#[inline(never)]
+fn may_dirty(vcpu: &'static Vcpu, access: FaultAccess) -> bool {
+    let write = access == FaultAccess::Write;
+    let limit = vcpu.vm.quota.limit().filter(|_| write);
+    limit.is_none_or(|limit| vcpu.meter.admit(limit, Count(timer::now())) == Verdict::Go)
 }
 
+/// Notes what a fault dirtied that was let through.
 #[cold]
-fn charge(vcpu: &'static Vcpu, limit: Limit, level: Level) {
-    vcpu.meter.charge(limit, level.pages(), Count(timer::now()));
+#[inline(never)]
+fn charge(vcpu: &'static Vcpu, level: Level) {
+    if let Some(limit) = vcpu.vm.quota.limit() {
+        vcpu.meter.charge(limit, level.pages(), Count(timer::now()));
+    }
 }
 
 /// A data abort of cache maintenance (ISS.CM).

@@ -8,7 +8,7 @@ use crate::vm::{Wish, count};
 use tidemark_devices::psci::{self, Call, EntryPoint, Status};
 
 /// HVC: the return address is past the instruction already.
-#[inline]
+#[inline(always)]
 pub fn hvc(vcpu: &'static Vcpu) -> Next {
     count(&vcpu.vm.counters.hypercalls);
     let context = &vcpu.context;
@@ -21,11 +21,13 @@ pub fn hvc(vcpu: &'static Vcpu) -> Next {
 }
 
 /// SMC: trapped, so the return address is the instruction's own.
+#[inline(never)]
 pub fn smc(vcpu: &'static Vcpu) -> Next {
     vcpu.context.skip_instruction();
     hvc(vcpu)
 }
 
+#[inline(never)]
 fn power(vcpu: &'static Vcpu, call: Call) -> Next {
     let answer = |status: Status| vcpu.context.set_x(0, status.register());
     let vm = vcpu.vm;
