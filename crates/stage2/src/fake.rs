@@ -258,6 +258,11 @@ impl Machine {
         CURRENT.with(Cell::get) % self.cpus.len()
     }
 
+    /// `TLBI ALLE1; DSB NSH` on the CPU that the calling thread is.
+    pub fn forget_all(&self) {
+        lock(&self.cpus[self.current_pe()].pe).tlb = Tlb::default();
+    }
+
     /// Lets the CPUs have whims from now on. Said once, before anything runs.
     pub fn set_whims(&self, whims: Whims) {
         let first = self.whims.set(Mutex::new(whims));

@@ -19,6 +19,7 @@ use crate::sync::mutex::SpinMutex;
 use crate::sync::rwlock::RwLockReadGuard;
 use crate::tlb::Tlb;
 use crate::types::{Access, Extent, Gfn, Level, Pa, Progress, SlotId, Vmid};
+use crate::vmid::{Flush, Tag, VmVmid, Vmids};
 use alloc::vec::Vec;
 
 /// The stage-2 tables, slots and dirty log of one VM.
@@ -27,7 +28,7 @@ pub struct Stage2<H: Hardware> {
     pub(crate) features: Features,
     pub(crate) shape: Shape,
     pub(crate) root: Pa,
-    vttbr: u64,
+    tag: Tag,
     pub(crate) control: SpinMutex<Control>,
     pub(crate) layouts: Replicas<Layout>,
     /// A harvest is all given out, and waits for those who are at a stretch of it.
@@ -85,12 +86,32 @@ pub struct Mappings {
 }
 
 impl<H: Hardware> Stage2<H> {
-    /// Makes an empty stage 2 for an IPA space of `ipa_bits` (32 to 48).
+    /// Makes an empty stage 2 for an IPA space of `ipa_bits` (32 to 48), whose translations are tagged
+    /// with a number that no other VM has.
     ///
     /// # Errors
     ///
     /// [`Error::IpaBits`], [`Error::PaBits`], [`Error::OutOfTables`].
     pub fn new(hw: H, ipa_bits: u8, vmid: Vmid, features: Features) -> Result<Self, Error> {
+        Self::tagged(hw, ipa_bits, Tag::Own(vmid), features)
+    }
+
+    /// The same with numbers from `vmids`, of which there may be fewer than VMs. A CPU that is about to
+    /// run the VM calls [`load`](Self::load).
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_vmids(
+        hw: H,
+        ipa_bits: u8,
+        vmids: &'static Vmids,
+        features: Features,
+    ) -> Result<Self, Error> {
+        Self::tagged(hw, ipa_bits, Tag::Lent(vmids, VmVmid::new()), features)
+    }
+
+    fn tagged(hw: H, ipa_bits: u8, tag: Tag, features: Features) -> Result<Self, Error> {
         let shape = Shape::new(ipa_bits, &features)?;
         let layouts = Replicas::new(hw.cpus(), || Layout::EMPTY)?;
         let root = hw.alloc_tables(shape.roots).ok_or(Error::OutOfTables)?;
@@ -99,7 +120,7 @@ impl<H: Hardware> Stage2<H> {
             features,
             shape,
             root,
-            vttbr: vttbr(root, vmid),
+            tag,
             control: SpinMutex::new(Control::new()),
             layouts,
             drained: AtomicBool::new(false),
@@ -109,9 +130,27 @@ impl<H: Hardware> Stage2<H> {
         })
     }
 
-    /// Returns VTTBR_EL2 for this VM.
+    /// Returns VTTBR_EL2 for this VM. With numbers from [`Vmids`] there is none in it: then
+    /// [`load`](Self::load) says what to write.
     pub const fn vttbr(&self) -> u64 {
-        self.vttbr
+        match &self.tag {
+            Tag::Own(vmid) => vttbr(self.root, *vmid),
+            Tag::Lent(..) => self.root.raw(),
+        }
+    }
+
+    /// CPU `cpu`, which calls, is about to run the VM and nothing else any more: returns what to write to
+    /// VTTBR_EL2, and what to do then. What must be complete before, [`Vmids::load`] says. `None` if there
+    /// is no such CPU.
+    #[inline]
+    pub fn load(&self, cpu: usize) -> Option<(u64, Flush)> {
+        match &self.tag {
+            Tag::Own(vmid) => Some((vttbr(self.root, *vmid), Flush::None)),
+            Tag::Lent(vmids, vm) => {
+                let loaded = vmids.load(cpu, vm)?;
+                Some((vttbr(self.root, loaded.vmid), loaded.flush))
+            }
+        }
     }
 
     /// Returns VTCR_EL2 for this VM, the same on every CPU for its whole life.
@@ -305,7 +344,8 @@ impl<H: Hardware> Stage2<H> {
     pub(crate) fn tlb(&self) -> Tlb<'_, H> {
         Tlb {
             hw: &self.hw,
-            vttbr: self.vttbr,
+            root: self.root,
+            tag: &self.tag,
             features: &self.features,
             issued: &self.counters.tlbis,
         }

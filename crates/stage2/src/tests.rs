@@ -18,6 +18,7 @@ mod simulated;
 mod slots;
 mod steps;
 mod stress;
+mod vmids;
 mod world;
 
 /// A number from the environment, decimal or with 0x.

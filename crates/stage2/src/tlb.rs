@@ -4,9 +4,11 @@
 //! against the recording fake (Arm ARM D8.14; the middle DSB of [`Tlb::leaf`] is there because
 //! another CPU could otherwise refill a combined entry from the old stage-2 one).
 
+use crate::config::vttbr;
 use crate::hardware::{Features, Hardware};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::types::{GuestVa, Ipa, Level, PAGE_SHIFT};
+use crate::types::{GuestVa, Ipa, Level, PAGE_SHIFT, Pa};
+use crate::vmid::Tag;
 
 /// The operand of `TLBI IPAS2E1{IS}`: IPA\[47:12\] in bits 35:0, TTL in 47:44.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -253,7 +255,8 @@ impl Pending {
 /// The invalidation sequences, for one VM.
 pub(crate) struct Tlb<'a, H: ?Sized> {
     pub(crate) hw: &'a H,
-    pub(crate) vttbr: u64,
+    pub(crate) root: Pa,
+    pub(crate) tag: &'a Tag,
     pub(crate) features: &'a Features,
     pub(crate) issued: &'a AtomicU64,
 }
@@ -267,10 +270,23 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
         self.issued.fetch_add(operations, Ordering::Relaxed);
     }
 
+    /// Makes the VM's VTTBR_EL2 current, and returns what was. `None` if the VM has no number: then no
+    /// TLB holds anything of it that can be used, and there is nothing to invalidate.
+    ///
+    /// To be asked after the `DSB ISHST` behind the change of the descriptors ([`Vmids::current`]).
+    ///
+    /// [`Vmids::current`]: crate::vmid::Vmids::current
+    fn select(&self) -> Option<u64> {
+        let vmid = self.tag.current()?;
+        Some(self.hw.select(vttbr(self.root, vmid)))
+    }
+
     /// Drops every translation of the VM on every CPU.
     pub(crate) fn everything(&self) {
         self.hw.dsb_ishst();
-        let previous = self.hw.select(self.vttbr);
+        let Some(previous) = self.select() else {
+            return;
+        };
         self.hw.tlbi_vmalls12e1is();
         self.hw.dsb_ish();
         self.hw.isb();
@@ -281,7 +297,9 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
     /// Drops one leaf on every CPU: the middle of a break-before-make.
     pub(crate) fn leaf(&self, ipa: u64, level: Level) {
         self.hw.dsb_ishst();
-        let previous = self.hw.select(self.vttbr);
+        let Some(previous) = self.select() else {
+            return;
+        };
         self.hw
             .tlbi_ipas2e1is(IpaOperand::new(Ipa::new(ipa), self.hint(level)));
         self.finish(previous);
@@ -295,12 +313,13 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
             self.everything();
         } else if pending.len != 0 {
             self.hw.dsb_ishst();
-            let previous = self.hw.select(self.vttbr);
-            for run in pending.runs() {
-                self.run(run);
+            if let Some(previous) = self.select() {
+                for run in pending.runs() {
+                    self.run(run);
+                }
+                self.finish(previous);
+                self.count(1);
             }
-            self.finish(previous);
-            self.count(1);
         }
         pending.clear();
     }
@@ -341,9 +360,15 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
     /// With the guest's own address at hand only that one is dropped from the combined entries; an
     /// alias of it takes a spurious fault and comes back here without one. Dropping all of stage 1
     /// for each first write to a page was rejected: the guest would refill its whole TLB each time.
+    ///
+    /// The VM runs on this CPU. A number that was lent to it is in VTTBR_EL2 then and stays its own as
+    /// long, so it is not asked for.
     pub(crate) fn relaxed(&self, ipa: u64, level: Level, va: Option<GuestVa>) {
         self.hw.dsb_nsh();
-        let previous = self.hw.select(self.vttbr);
+        let previous = match self.tag {
+            Tag::Own(_) => self.select(),
+            Tag::Lent(..) => None,
+        };
         self.hw
             .tlbi_ipas2e1(IpaOperand::new(Ipa::new(ipa), self.hint(level)));
         self.hw.dsb_nsh();
@@ -353,7 +378,9 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
         }
         self.hw.dsb_nsh();
         self.hw.isb();
-        self.hw.restore(previous);
+        if let Some(previous) = previous {
+            self.hw.restore(previous);
+        }
         self.count(2);
     }
 }

@@ -93,6 +93,25 @@ impl VmVmid {
     }
 }
 
+/// Where the number in a VM's VTTBR_EL2 comes from.
+pub(crate) enum Tag {
+    /// It is the VM's own for ever.
+    Own(Vmid),
+    /// It is lent for a generation.
+    Lent(&'static Vmids, VmVmid),
+}
+
+impl Tag {
+    /// As [`Vmids::current`].
+    #[inline]
+    pub(crate) fn current(&self) -> Option<Vmid> {
+        match self {
+            Tag::Own(vmid) => Some(*vmid),
+            Tag::Lent(vmids, vm) => vmids.current(vm),
+        }
+    }
+}
+
 /// What a CPU needs in order to run a VM.
 #[must_use = "without its flush a VMID is another VM's"]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -162,7 +181,13 @@ impl Vmids {
         Self::with_numbers(width, mask(width), cpus)
     }
 
-    fn with_numbers(width: VmidWidth, last: u64, cpus: usize) -> Result<Self, Error> {
+    /// The same with numbers up to `last` only, so that a few VMs use them up: for tests.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_numbers(width: VmidWidth, last: u64, cpus: usize) -> Result<Self, Error> {
+        let last = last.min(mask(width));
         let most = (last / 2) as usize;
         if cpus > most {
             return Err(Error::TooManyCpus { asked: cpus, most });
@@ -318,12 +343,19 @@ impl Vmids {
     /// To be asked for each invalidation anew, after the `DSB ISHST` that follows the last change of a
     /// descriptor. If there is a rollover between this and the TLBI, then the TLBI hits the number's
     /// next owner too, which costs it some walks.
+    #[inline]
     pub fn current(&self, vm: &VmVmid) -> Option<Vmid> {
         let id = vm.0.load(Relaxed);
         if self.are_of_one_generation(id, self.generation.load(Relaxed)) {
             return self.vmid(id);
         }
-        // A VM of an old generation may run on what it kept.
+        self.current_of_old(vm)
+    }
+
+    /// A VM of an old generation may run on what it kept.
+    #[cold]
+    #[inline(never)]
+    fn current_of_old(&self, vm: &VmVmid) -> Option<Vmid> {
         let mut books = self.books.lock();
         let id = self.renewed(&mut books, vm)?;
         self.vmid(id)

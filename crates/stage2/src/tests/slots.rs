@@ -101,6 +101,10 @@ fn every_error_says_what_and_the_way_out() {
             most: 40,
         },
         Error::PaBits(7),
+        Error::TooManyCpus {
+            asked: 200,
+            most: 127,
+        },
         Error::OutOfTables,
         Error::OutOfMemory,
         Error::NoSuchSlot(SlotId(3)),
