@@ -66,7 +66,7 @@ extern "C" fn boot_main() -> ! {
 
     let features = FEATURES.call_once(|| smp::start_others(&board));
     report(&board, features, options.dirty);
-    vm::stage2::init(features);
+    vm::stage2::init(features, options.last_vmid);
     smp::init_controls(features);
     if let Some(name) = &options.selftest {
         crash::provoke(name);

@@ -39,6 +39,9 @@ tlbi!(
     /// Everything of EL1 and EL0, every VMID, all CPUs.
     alle1is, "alle1is");
 tlbi!(
+    /// Everything of EL1 and EL0, every VMID, this CPU.
+    alle1, "alle1");
+tlbi!(
     /// Stage 2 by IPA, current VMID, all CPUs. Operand: IPA >> 12, TTL in 47:44.
     ipas2e1is, "ipas2e1is", operand);
 tlbi!(
@@ -55,6 +58,15 @@ pub fn ripas2e1is(operand: u64) {
     // SAFETY: as for the other operations; the encoding (sys #4, c8, c0, #2) is only
     // reached where ID_AA64ISAR0_EL1.TLB says that it exists.
     unsafe { asm!("sys #4, c8, c0, #2, {}", in(reg) operand, options(nostack, preserves_flags)) }
+}
+
+/// Has this CPU walk anew for whatever number it loads: the descriptors as others wrote them, once it has
+/// seen that they did.
+pub fn forget_all() {
+    barrier::dsb_ishst();
+    alle1();
+    barrier::dsb_nsh();
+    barrier::isb();
 }
 
 /// TCR_EL1.EPD0 and EPD1: no stage-1 walks.

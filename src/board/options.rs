@@ -63,12 +63,14 @@ pub struct Options {
     pub autostart: Autostart,
     /// `selftest=NAME`: provoke a failure on purpose, for the tests of the crash console.
     pub selftest: Option<String>,
+    /// `vmids=N`: use no number beyond N, for tests of what happens when they run out.
+    pub last_vmid: Option<u16>,
     /// Words that mean nothing here, for a warning.
     pub unknown: Vec<String>,
 }
 
 /// The names that a word can have.
-pub const NAMES: &str = "log=, dirty=, poweroff=, console=, autostart= and selftest=";
+pub const NAMES: &str = "log=, dirty=, poweroff=, console=, autostart=, vmids= and selftest=";
 
 /// What a word's name takes, for a warning about its value.
 pub fn values(word: &str) -> Option<&'static str> {
@@ -77,6 +79,7 @@ pub fn values(word: &str) -> Option<&'static str> {
         "dirty" => Some("auto, wp or dbm"),
         "poweroff" => Some("idle or never"),
         "autostart" => Some("yes or no"),
+        "vmids" => Some("the largest VMID to use"),
         _ => None,
     }
 }
@@ -112,6 +115,10 @@ impl Options {
             ("console", "shell") => self.terminal = Terminal::Shell,
             ("console", "all") => self.terminal = Terminal::All,
             ("console", name) => self.terminal = Terminal::Vm(name.to_string()),
+            ("vmids", number) => match number.parse() {
+                Ok(number) => self.last_vmid = Some(number),
+                Err(_) => return false,
+            },
             ("selftest", name) => self.selftest = Some(name.to_string()),
             _ => return false,
         }

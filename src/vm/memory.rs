@@ -3,7 +3,7 @@
 //! Every write by EL2 into guest memory goes through [`GuestMemory::write`] or
 //! [`GuestMemory::clear`], which tell the dirty log. Reads see what the guest sees at that moment, word by word.
 
-use super::stage2::{Hw, features};
+use super::stage2::{Hw, features, vmids};
 use crate::memory::PAGE;
 use crate::memory::frames::{self, Run};
 use alloc::vec::Vec;
@@ -11,7 +11,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_ownership::Generation;
-use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Support, Vmid};
+use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Support};
 
 /// The guest's RAM.
 pub const RAM: SlotId = SlotId(0);
@@ -56,8 +56,6 @@ pub struct Slot {
 pub enum MemoryError {
     /// So many bytes are not free.
     NotEnough(u64),
-    /// The machine has no such VMID: too many guests.
-    NoVmid(u16),
     /// Stage 2 refused.
     Stage2(Error),
 }
@@ -71,7 +69,6 @@ impl fmt::Display for MemoryError {
                 bytes >> 20,
                 frames::free_pages() >> 8
             ),
-            Self::NoVmid(vmid) => write!(f, "VMID {vmid} is past what the CPUs have: fewer guests"),
             Self::Stage2(error) => write!(f, "stage 2: {error}"),
         }
     }
@@ -88,17 +85,15 @@ impl GuestMemory {
     ///
     /// # Errors
     ///
-    /// There is not enough memory, or no VMID for it.
+    /// There is not enough memory.
     pub fn new(vm: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
         if (ram.saturating_add(flash)) >> 12 > frames::free_pages() {
             return Err(MemoryError::NotEnough(ram));
         }
         let (features, ipa_bits) = features();
-        // VMID 0 is the hardware's out of reset.
-        let vmid = vm.saturating_add(1);
-        let vmid = Vmid::new(vmid, features.vmid).ok_or(MemoryError::NoVmid(vmid))?;
-        let stage2 =
-            Stage2::new(Hw { vm }, ipa_bits, vmid, features).map_err(MemoryError::Stage2)?;
+        let stage2 = vmids()
+            .and_then(|vmids| Stage2::with_vmids(Hw { vm }, ipa_bits, vmids, features))
+            .map_err(MemoryError::Stage2)?;
         let mut memory = Self {
             vm,
             stage2,

@@ -7,6 +7,7 @@ use crate::sched;
 use spin::Once;
 use tidemark_stage2::{
     self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, VmidWidth,
+    Vmids,
 };
 
 /// The machine, as one VM's stage 2 uses it.
@@ -115,14 +116,29 @@ fn broadcast(invalidate: impl Fn()) {
     }
 }
 
+static VMIDS: Once<Result<Vmids, stage2::Error>> = Once::new();
+
+/// The numbers that guests' translations are tagged with.
+///
+/// # Errors
+///
+/// Too few of them for the CPUs.
+pub fn vmids() -> Result<&'static Vmids, stage2::Error> {
+    match VMIDS.get() {
+        Some(vmids) => vmids.as_ref().map_err(|error| *error),
+        None => Err(stage2::Error::OutOfMemory),
+    }
+}
+
 static FEATURES: Once<(stage2::Features, u8)> = Once::new();
 
 /// The widest address space that guests get: enough for 1 TiB, and one lookup less than 48
 /// bits would need.
 const IPA_BITS: u8 = 40;
 
-/// Tells stage 2 what the CPUs have in common. Once, before the first VM.
-pub fn init(cpus: &Features) {
+/// Tells stage 2 what the CPUs have in common, and the largest VMID to use if not all are to be. Once,
+/// when all CPUs have come up and before the first VM.
+pub fn init(cpus: &Features, last_vmid: Option<u16>) {
     let support = |present: bool| {
         if present {
             Support::Present
@@ -146,6 +162,9 @@ pub fn init(cpus: &Features) {
         };
         (features, cpus.pa_bits.min(IPA_BITS))
     });
+    let width = features().0.vmid;
+    let last = u64::from(last_vmid.unwrap_or(u16::MAX));
+    VMIDS.call_once(|| Vmids::with_numbers(width, last, sched::cpus()));
 }
 
 /// What the CPUs have in common, and the width of guests' address spaces.

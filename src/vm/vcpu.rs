@@ -2,16 +2,17 @@
 
 use super::Vm;
 use crate::arch::context::Context;
+use crate::arch::cpu;
 use crate::arch::el1::{self, El1State};
 use crate::arch::gic::{self, VirtualInterface};
-use crate::arch::timer;
+use crate::arch::{timer, tlb};
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::VcpuIndex;
 use tidemark_devices::psci::PowerState;
 use tidemark_devices::vgic::{ListRegisters, Underflow};
 use tidemark_devices::virt::PHYSICAL_TIMER;
-use tidemark_stage2::{Count, Meter};
+use tidemark_stage2::{Count, Flush, Meter};
 
 /// A vCPU.
 pub struct Vcpu {
@@ -169,12 +170,23 @@ impl Vcpu {
     pub fn load(&self) {
         let parked = self.parked.lock();
         self.fresh.store(false, Relaxed);
+        // What ran here before is complete: there was a barrier when it left (`sched::leave`).
+        let (vttbr, flush) = self
+            .vm
+            .memory
+            .stage2()
+            .load(cpu::index())
+            .expect("a CPU without a place among the VMIDs");
         el1::set_vm(
-            self.vm.memory.stage2().vttbr(),
+            vttbr,
             // RES1 bit 31; a CPU of a multiprocessor.
             1 << 31 | self.index.affinity(),
             self.vm.counter_offset.load(Relaxed),
         );
+        if flush == Flush::Local {
+            // Before there are walks again (`set_vm`).
+            tlb::forget_all();
+        }
         parked.interface.load();
         for n in 0..gic::list_register_count() {
             if let Some(physical) = hardware_link(parked.list_registers[n]) {
@@ -231,7 +243,7 @@ impl Vcpu {
     /// Notes that this CPU now runs it; says whether the last vCPU of its VM here was another.
     pub fn follows_another(&self) -> bool {
         let mine = self.index.index() as u8 + 1;
-        let last = &self.vm.last_on[crate::arch::cpu::index()];
+        let last = &self.vm.last_on[cpu::index()];
         let before = last.load(Relaxed);
         last.store(mine, Relaxed);
         before != 0 && before != mine
