@@ -9,7 +9,9 @@ use anyhow::{Context, Result, ensure};
 use tidemark_guests::pattern::{Config, Iteration, Seed, Vcpu};
 use tidemark_tests::guests::{self, Mib};
 use tidemark_tests::host::{Copy, Harvest, Host, OracleGuest};
-use tidemark_tests::oracle::{Pages, check_exact, check_superset, check_within_blocks, show};
+use tidemark_tests::oracle::{
+    Ledger, Pages, check_exact, check_superset, check_within_blocks, show,
+};
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Arrival;
 use tidemark_wire::message::{Engine, EngineChoice, ErrorReply, Granularity, Logging, VmId};
@@ -86,6 +88,11 @@ pub fn cases() -> Vec<Case> {
     cases.push(Case::new("oracle_logs_come_and_go", 90, logs_come_and_go));
     cases.push(Case::new("oracle_engine_switched", 150, engine_switched));
     cases.push(Case::new("oracle_engine_follows", 90, engine_follows));
+    cases.push(Case::new(
+        "oracle_more_vms_than_vmids",
+        120,
+        more_vms_than_vmids,
+    ));
     let boards: [(&str, crate::case::Body); 4] = [
         ("oracle_wp_page", |s| {
             judge(s, "", Engine::WriteProtect, Granularity::Page)
@@ -345,6 +352,101 @@ fn engine_is(guest: &mut OracleGuest, wanted: Engine) -> Result<()> {
     let engine = logging.map(|logging| logging.engine);
     ensure!(engine == Some(wanted), "the engine is {engine:?}");
     Ok(())
+}
+
+/// Six guests write at once with four VMIDs between them, so that nearly each switch is a rollover. What
+/// the host copies of each must be right, by either engine.
+fn more_vms_than_vmids(script: &mut Script) -> Result<()> {
+    const VMS: u8 = 6;
+    /// Harvests of each guest while all of them write.
+    const ROUNDS: u64 = 6;
+    struct One {
+        vm: VmId,
+        ledger: Ledger,
+        copy: Copy,
+        begun: Iteration,
+    }
+    impl One {
+        /// Has `act` act on this guest; there is one session for all of them.
+        fn with(
+            &mut self,
+            host: Host,
+            act: impl FnOnce(&mut OracleGuest, &mut Copy) -> Result<()>,
+        ) -> Result<Host> {
+            let mut guest = OracleGuest {
+                host,
+                vm: self.vm,
+                ledger: std::mem::take(&mut self.ledger),
+            };
+            act(&mut guest, &mut self.copy).with_context(|| format!("VM {}", self.vm))?;
+            self.ledger = guest.ledger;
+            Ok(guest.host)
+        }
+    }
+    fn round(guest: &mut OracleGuest, copy: &mut Copy) -> Result<()> {
+        let harvest = guest.host.take(guest.vm)?;
+        copy.update(&mut guest.host, guest.vm, &harvest)?;
+        guest.host.commit(guest.vm, &harvest)
+    }
+    let config = Config {
+        seed: Seed(script.seed()),
+        vcpus: 1,
+        pages: 300,
+        blocks: 0,
+    };
+    let names: Vec<String> = (0..VMS).map(|number| format!("oracle{number}")).collect();
+    let drafts = names.iter().map(|name| {
+        let mut draft = guests::oracle(1, Mib(16))?;
+        draft.name.clone_from(name);
+        Ok(draft)
+    });
+    let bundle = guests::pack(drafts.collect::<Result<Vec<_>>>()?)?;
+    let target = script.start_tidemark("virt", &bundle, "vmids=4")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let mut all = Vec::new();
+    for (number, name) in names.iter().enumerate() {
+        let guest = OracleGuest::attach_to(host, name, &config)?;
+        let mut one = One {
+            vm: guest.vm,
+            begun: guest.ledger.done(),
+            ledger: guest.ledger,
+            copy: Copy::default(),
+        };
+        let engine = if number % 2 == 0 {
+            EngineChoice::WriteProtect
+        } else {
+            EngineChoice::Dbm
+        };
+        host = one.with(guest.host, |guest, _| {
+            guest
+                .host
+                .dirty_start(guest.vm, engine, Granularity::Page)?;
+            guest.start_free(0)
+        })?;
+        all.push(one);
+    }
+    for _ in 0..ROUNDS {
+        for one in &mut all {
+            host = one.with(host, |guest, copy| {
+                guest.listen()?;
+                round(guest, copy)
+            })?;
+        }
+    }
+    for one in &mut all {
+        let begun = one.begun;
+        host = one.with(host, |guest, copy| {
+            guest.stop_free()?;
+            round(guest, copy)?;
+            let done = guest.ledger.done();
+            ensure!(done.0 > begun.0 + 1, "it got to {done} only");
+            copy.check(&guest.ledger.contents(done))?;
+            guest.host.dirty_stop(guest.vm)
+        })?;
+    }
+    host.finish();
+    target.still_on()
 }
 
 fn one_log(guest: &mut OracleGuest, engine: EngineChoice, granularity: Granularity) -> Result<()> {

@@ -420,8 +420,13 @@ pub struct OracleGuest {
 impl OracleGuest {
     /// Waits until the oracle is ready, configures it, asks for its own pages, and has it
     /// zero all pages it may write.
-    pub fn attach(mut host: Host, config: &Config) -> Result<Self> {
-        let vm = host.vm("oracle")?;
+    pub fn attach(host: Host, config: &Config) -> Result<Self> {
+        Self::attach_to(host, "oracle", config)
+    }
+
+    /// The same with the oracle called `name`, where there are several.
+    pub fn attach_to(mut host: Host, name: &str, config: &Config) -> Result<Self> {
+        let vm = host.vm(name)?;
         host.attach(vm)?;
         let mut guest = Self {
             host,
