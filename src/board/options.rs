@@ -63,7 +63,7 @@ pub struct Options {
     pub autostart: Autostart,
     /// `selftest=NAME`: provoke a failure on purpose, for the tests of the crash console.
     pub selftest: Option<String>,
-    /// `vmids=N`: use no number beyond N, for tests of what happens when they run out.
+    /// `vmids=N`: use no VMID beyond N, for tests of what happens when they run out.
     pub last_vmid: Option<u16>,
     /// Words that mean nothing here, for a warning.
     pub unknown: Vec<String>,

@@ -353,11 +353,12 @@ fn engine_is(guest: &mut OracleGuest, wanted: Engine) -> Result<()> {
     Ok(())
 }
 
-/// Four VMIDs for six guests. Three of them write all the time on one CPU, so that nearly each switch there
-/// is a rollover, and what the host copies of them must be right. On the other CPU a vCPU keeps its number
-/// through all of these, and what it writes again after a harvest must be heard of.
+/// Four VMIDs, and five guests that are at work. Four of them write all the time on one CPU, so that there
+/// is a rollover every few switches, and what the host copies of them must be right. On the other CPU a vCPU
+/// of the fifth keeps its number through all of these, and what it writes again after a harvest must be
+/// heard of.
 fn more_vms_than_vmids(script: &mut Script) -> Result<()> {
-    const VMS: usize = 6;
+    const VMS: usize = 8;
     let first = Config {
         seed: Seed(script.seed()),
         vcpus: 2,
