@@ -5,7 +5,7 @@
 //! The limit is the VM's: it outlives logs, sessions and restarts, and without a log nobody waits.
 //!
 //! Concurrency: anyone may change a limit at any time. A vCPU that waits by the old one asks again at
-//! once, one that runs before its next guest instruction.
+//! once; one that runs is called out of its guest to ask.
 
 use super::Vm;
 use crate::arch::timer;
