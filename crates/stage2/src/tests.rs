@@ -7,6 +7,7 @@ mod engine;
 mod epochs;
 mod interleavings;
 mod invariants;
+mod memory;
 mod parallel;
 mod quota;
 mod races;
