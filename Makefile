@@ -53,6 +53,10 @@ plants: toolchain ## plant known bugs in the stage-2 engine: its tests must catc
 	$(say) "planted bugs"
 	@tools/plants $(PLANTS)
 
+soak: toolchain ## look for what the tests have not found yet, by other seeds (SOAK=seconds, 300 without it)
+	$(say) "soak"
+	@tools/soak $(or $(SOAK),300)
+
 serial-test: qemu image guests tools
 	$(say) "tests over the serial line"
 	@$(HOST) test $(Q) --test serial -- $(ARGS)
@@ -90,7 +94,7 @@ check: lint fmt-check clippy doc-check host-test ## formatting, lints, documenta
 fmt-check: toolchain
 	$(say) "formatting"
 	@$(HOST) fmt --all -- --check
-	@for script in .ci/run tools/cargo tools/plants tools/setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
+	@for script in .ci/run tools/cargo tools/plants tools/soak tools/setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
 
 fmt: lint ## put every source file into its form
 	@$(HOST) fmt --all

@@ -2,8 +2,9 @@
 //! seeds, watched at every step (see [`sim`](super::sim)). What a single thread can check is in
 //! `invariants`, what needs the exact moment in `races`.
 //!
-//! Seeds are fixed: each of these tests does the same thing every time. And each check was seen to
-//! fail: by a plant (`plants/`), or here, by a test that breaks the rule itself.
+//! Seeds are fixed: each of these tests does the same thing every time (`TIDEMARK_FIRST_SEED` takes other
+//! ones). And each check was seen to fail: by a plant (`plants/`), or here, by a test that breaks the rule
+//! itself.
 
 use super::sim::*;
 use super::world::*;
@@ -71,8 +72,14 @@ fn pace(seed: u64) -> Option<u32> {
     [Some(2), Some(7), Some(30), Some(200), Some(1500)][seed as usize % 5]
 }
 
+/// So many seeds: the same ones every time, or others if a soak says where they begin.
+fn seeds_from(count: u64) -> std::ops::Range<u64> {
+    let first = super::from_env("TIDEMARK_FIRST_SEED").unwrap_or(0);
+    first..first + count
+}
+
 fn setups(engine_features: Features, seeds: u64) -> impl Iterator<Item = Setup> {
-    (0..seeds).map(move |seed| Setup {
+    seeds_from(seeds).map(move |seed| Setup {
         every: pace(seed),
         ..Setup::new(engine_features, seed)
     })
@@ -197,7 +204,7 @@ fn invariant_02_a_plain_store_to_a_live_descriptor_ends_the_run() {
 #[test]
 fn invariant_02_the_hardware_comes_between_any_two_steps_and_loses_nothing() {
     for granularity in GRANULARITIES {
-        for seed in 0..60 {
+        for seed in seeds_from(60) {
             let sim = vm(Setup {
                 every: Some(1 + seed as u32 % 3),
                 ..Setup::new(dbm(), seed)
@@ -368,7 +375,7 @@ fn invariant_05_a_table_that_is_still_linked_or_remembered_does_not_go_back() {
 fn invariant_06_a_write_at_any_moment_of_a_split_is_known() {
     for bbm2 in [Support::Absent, Support::Present] {
         let mut seen = [0; 2];
-        for seed in 0..80 {
+        for seed in seeds_from(80) {
             let features = Features { bbm2, ..dbm() };
             let sim = vm(Setup {
                 every: Some([3, 40, 150, 400][seed as usize % 4]),
