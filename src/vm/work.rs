@@ -143,7 +143,9 @@ pub fn refusal(error: Error) -> ErrorReply {
     match error {
         Error::NotLogging => ErrorReply::NotLogging,
         Error::AlreadyLogging => ErrorReply::AlreadyLogging,
-        Error::Busy | Error::TakeUnfinished(_) | Error::SlotDying(_) => ErrorReply::Busy,
+        Error::Busy | Error::TakeUnfinished(_) | Error::SlotDying(_) | Error::SlotChanging(_) => {
+            ErrorReply::Busy
+        }
         Error::EngineUnavailable => ErrorReply::EngineUnavailable,
         Error::EpochOutstanding(epoch) => ErrorReply::EpochOutstanding {
             epoch: Epoch(epoch.0),
@@ -152,6 +154,7 @@ pub fn refusal(error: Error) -> ErrorReply {
             outstanding: outstanding.map(|epoch| Epoch(epoch.0)),
         },
         Error::StaleEpoch { .. } => ErrorReply::NoSuchEpoch { outstanding: None },
+        Error::PageRange { .. } => ErrorReply::NeedsAlignment,
         Error::NoSuchSlot(_) => ErrorReply::NoSuchSlot,
         Error::OutOfTables | Error::OutOfMemory => ErrorReply::OutOfMemory,
         _ => ErrorReply::OutOfRange,

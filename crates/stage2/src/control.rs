@@ -225,6 +225,8 @@ pub(crate) struct Control {
     /// What the last one met that was done, until an engine was chosen by it.
     pub(crate) judged: Option<Round>,
     pub(crate) pending: Pending,
+    /// A slot whose bitmaps are being exchanged or cut off: no harvest is to look at them.
+    pub(crate) resizing: Option<SlotId>,
 }
 
 impl Control {
@@ -247,6 +249,7 @@ impl Control {
             },
             judged: None,
             pending: Pending::new(),
+            resizing: None,
         }
     }
 }

@@ -183,6 +183,40 @@ impl Dirty {
         }
     }
 
+    /// Forgets everything about a run of pages, which the slot has no more.
+    pub(crate) fn forget(&self, first: u64, count: u64) {
+        let of = |bitmap: &[AtomicU64], index: usize, mask: u64| {
+            let word = bitmap.get(index);
+            word.map_or(0, |word| word.fetch_and(!mask, Ordering::AcqRel) & mask)
+        };
+        for (index, mask) in words(first, count, self.pages) {
+            let live = of(&self.live, index, mask);
+            self.live_pages
+                .fetch_sub(u64::from(live.count_ones()), Ordering::Relaxed);
+            let in_flight = of(&self.in_flight, index, mask);
+            self.in_flight_pages
+                .fetch_sub(u64::from(in_flight.count_ones()), Ordering::Relaxed);
+        }
+    }
+
+    /// Adds what `older`, which nobody sets bits in any more, knows in words `first..first + count`.
+    /// Returns whether there are words behind these.
+    pub(crate) fn inherit(&self, older: &Dirty, first: usize, count: usize) -> bool {
+        let end = older.live.len().min(first + count);
+        for index in first..end {
+            let of = |bitmap: &[AtomicU64]| {
+                let word = bitmap.get(index);
+                word.map_or(0, |word| word.load(Ordering::Acquire))
+            };
+            let (live, in_flight) = (of(&older.live), of(&older.in_flight));
+            for bit in Bits(live) {
+                self.mark(index as u64 * 64 + u64::from(bit));
+            }
+            self.count(self.add_word(index, in_flight));
+        }
+        end < older.live.len()
+    }
+
     /// Forgets a settled epoch in words `first..first + count`.
     pub(crate) fn clear_in_flight(&self, first: usize, count: usize) {
         if first == 0 {

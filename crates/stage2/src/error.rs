@@ -46,6 +46,8 @@ pub enum Error {
     },
     /// The slot is being deleted.
     SlotDying(SlotId),
+    /// The slot is being moved or resized.
+    SlotChanging(SlotId),
     /// Pages are asked for by 64, as a word of a bitmap holds them, within the slot.
     PageRange {
         /// The slot.
@@ -139,6 +141,10 @@ impl fmt::Display for Error {
             Error::SlotDying(slot) => {
                 write!(f, "memory slot {slot} is being deleted; finish that first")
             }
+            Error::SlotChanging(slot) => write!(
+                f,
+                "memory slot {slot} is being moved or resized; finish that first"
+            ),
             Error::PageRange { slot, first, pages } => write!(
                 f,
                 "{pages} pages from page {first} of slot {slot} cannot be asked for: begin at a multiple of 64 and \

@@ -79,7 +79,10 @@ impl<H: Hardware> Stage2<H> {
     pub fn handle_fault(&self, fault: Fault) -> Outcome {
         let layout = self.layout();
         let Some(slot) = layout.slot_at(fault.ipa) else {
-            return Outcome::NotMemory;
+            return match layout.is_moving(fault.ipa) {
+                true => Outcome::Retry,
+                false => Outcome::NotMemory,
+            };
         };
         let write = fault.access == FaultAccess::Write;
         if write && slot.access == Access::ReadOnly {

@@ -86,13 +86,17 @@ pub struct SlotDirty {
 /// Bits past the end of the slot are never set. It stays readable after the epoch is settled, but
 /// means nothing then.
 #[derive(Clone)]
-pub struct Words(Arc<Dirty>);
+pub struct Words {
+    dirty: Arc<Dirty>,
+    len: usize,
+}
 
 impl Deref for Words {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        self.0.in_flight()
+        let words = self.dirty.in_flight();
+        words.get(..self.len).unwrap_or(words)
     }
 }
 
@@ -127,6 +131,9 @@ impl<H: Hardware> Stage2<H> {
             (Phase::Off, _) => return Err(Error::NotLogging),
             _ => return Err(Error::Busy),
         };
+        if control.resizing.is_some() {
+            return Ok(self.somebody_else_steps());
+        }
         let taking = match &mut control.taking {
             Some(taking) if (taking.epoch, taking.part) == (epoch, part) => taking,
             Some(taking) => return Err(Error::EpochOutstanding(taking.epoch)),
@@ -455,8 +462,8 @@ impl<H: Hardware> Stage2<H> {
                 Err(crate::split::Unsplit::NoTables) => {}
             }
         }
+        // Such a harvest ends with an invalidation of everything.
         arm(place.entry(), level, engine);
-        harvest.pending.push(here & !(level.size() - 1), level);
         Ok(())
     }
 
@@ -469,6 +476,7 @@ impl<H: Hardware> Stage2<H> {
     pub fn taken(&self, epoch: Epoch) -> Result<Vec<SlotDirty>, Error> {
         let control = self.control.lock();
         let layout = self.layout();
+        require_whole(control.resizing)?;
         let scope = match require_taken(control.taking, epoch)?.part {
             None => control.scope,
             Some(part) => Scope::One(part.slot),
@@ -492,8 +500,12 @@ impl<H: Hardware> Stage2<H> {
         let control = self.control.lock();
         let layout = self.layout();
         require_taken(control.taking, epoch)?;
+        require_whole(control.resizing)?;
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
-        Ok(Words(Arc::clone(&slot.dirty)))
+        Ok(Words {
+            dirty: Arc::clone(&slot.dirty),
+            len: slot.pages.div_ceil(64) as usize,
+        })
     }
 
     /// Ends the epoch: the host has what it needs. Repeating it is harmless.
@@ -606,6 +618,11 @@ impl<H: Hardware> Stage2<H> {
 enum Stale {
     Yes,
     Invalidated,
+}
+
+/// The bitmaps are not to be read while one of them is exchanged.
+fn require_whole(resizing: Option<SlotId>) -> Result<(), Error> {
+    resizing.map_or(Ok(()), |slot| Err(Error::SlotChanging(slot)))
 }
 
 fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> {

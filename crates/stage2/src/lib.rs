@@ -43,6 +43,7 @@
 //! | `pte`, `tlb`, `config` | one descriptor; the invalidation sequences; VTCR and VTTBR |
 //! | `walk`, `map`, `split`, `collapse`, `unmap` | the tables |
 //! | `slot`, `dirty`, `readers` | slots, their two bitmaps, each CPU's copy of the list |
+//! | `reslot` | moving and resizing slots |
 //! | `fault` | the fault path |
 //! | `control`, `protect`, `harvest` | a log: where it is, starting and stopping it, taking from it |
 //! | `age` | the access flags |
@@ -120,6 +121,7 @@ mod protect;
 mod pte;
 mod quota;
 mod readers;
+mod reslot;
 mod slot;
 mod split;
 mod stage2;

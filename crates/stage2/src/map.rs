@@ -60,7 +60,7 @@ impl<H: Hardware> Stage2<H> {
         let layout = self.layout();
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
         if slot.life != crate::slot::Life::Usable {
-            return Err(Error::SlotDying(slot.id));
+            return Err(slot.is_changing());
         }
         let mut at = slot.start() + from.min(slot.pages) * PAGE_SIZE;
         let mut budget = BUDGET;

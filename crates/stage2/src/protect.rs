@@ -87,6 +87,9 @@ impl<H: Hardware> Stage2<H> {
         let Some(mut control) = self.control.try_lock() else {
             return Ok(self.somebody_else_steps());
         };
+        if control.resizing.is_some() {
+            return Ok(self.somebody_else_steps());
+        }
         match control.phase {
             Phase::Off => {
                 *control = Control {
@@ -133,7 +136,9 @@ impl<H: Hardware> Stage2<H> {
                 let layout = self.layout();
                 let fill = |slot: &Slot, first: usize, count: usize| {
                     if scope.covers(slot) {
-                        slot.dirty.mark_run(first as u64 * 64, count as u64 * 64);
+                        let first = first as u64 * 64;
+                        let pages = slot.pages.saturating_sub(first).min(count as u64 * 64);
+                        slot.dirty.mark_run(first, pages);
                     }
                 };
                 let Some(next) = clear_step(&layout, from, FILL, fill) else {
@@ -262,6 +267,7 @@ impl<H: Hardware> Stage2<H> {
                     (None, _) => {
                         *control = Control {
                             last: control.last,
+                            resizing: control.resizing,
                             ..Control::new()
                         };
                         return Ok(Progress::Done);

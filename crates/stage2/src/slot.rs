@@ -13,6 +13,7 @@ use crate::types::{
 };
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 /// An extent and where in the slot it begins.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,8 @@ struct Piece {
 pub(crate) enum Life {
     /// Mapped on demand.
     Usable,
+    /// On its way to other addresses: being unmapped from the old ones.
+    Moving { to: Gfn },
     /// Being deleted.
     Dying,
 }
@@ -45,11 +48,15 @@ pub(crate) struct Slot {
     pub(crate) id: SlotId,
     pub(crate) base: Gfn,
     pub(crate) pages: u64,
+    /// Pages that leaves may still be of: more than it has, while it is being made smaller.
+    pub(crate) reach: u64,
     pub(crate) access: Access,
     pub(crate) life: Life,
     pub(crate) leaves: LeavesOf,
     ground: Arc<Ground>,
     pub(crate) dirty: Arc<Dirty>,
+    /// While it is being made larger, the bitmaps it had before; nobody sets bits in them any more.
+    pub(crate) older: Option<Arc<Dirty>>,
 }
 
 /// What all copies of a slot share, beside the bitmaps.
@@ -129,6 +136,7 @@ impl Slot {
             id,
             base,
             pages,
+            reach: pages,
             access,
             life: Life::Usable,
             leaves: LeavesOf::ItsAccess,
@@ -137,6 +145,7 @@ impl Slot {
                 unmapped: AtomicU64::new(0),
             }),
             dirty,
+            older: None,
         })
     }
 
@@ -158,6 +167,51 @@ impl Slot {
     /// Returns the first address past the slot. It fits: the slot was checked against the IPA size.
     pub(crate) const fn end(&self) -> u64 {
         (self.base.raw() + self.pages) << PAGE_SHIFT
+    }
+
+    /// Returns its extents, cut off after `pages` pages.
+    pub(crate) fn extents(&self, pages: u64) -> impl Iterator<Item = Extent> {
+        let pieces = self.ground.pieces.iter();
+        pieces
+            .map(move |piece| Extent {
+                pa: Pa::new(piece.pa),
+                pages: piece.pages.min(pages.saturating_sub(piece.first)),
+            })
+            .take_while(|extent| extent.pages > 0)
+    }
+
+    /// Is it neither going nor changing?
+    pub(crate) fn require_still(&self) -> Result<(), Error> {
+        let still = self.reach == self.pages && self.older.is_none();
+        match self.life {
+            Life::Usable if still => Ok(()),
+            _ => Err(self.is_changing()),
+        }
+    }
+
+    /// Says what it is at.
+    pub(crate) const fn is_changing(&self) -> Error {
+        match self.life {
+            Life::Dying => Error::SlotDying(self.id),
+            _ => Error::SlotChanging(self.id),
+        }
+    }
+
+    /// Are there addresses that are, or will be, both of it and of `other`?
+    fn meets(&self, other: &Slot) -> bool {
+        let start = |slot: &Slot| match slot.life {
+            Life::Moving { to } => to.ipa().raw(),
+            _ => slot.start(),
+        };
+        let bytes = |slot: &Slot| slot.reach.max(slot.pages) << PAGE_SHIFT;
+        let span = |at: u64, slot: &Slot| at..at + bytes(slot);
+        let apart = |a: &Range<u64>, b: &Range<u64>| a.end <= b.start || b.end <= a.start;
+        [span(self.start(), self), span(start(self), self)]
+            .iter()
+            .any(|mine| {
+                let (now, then) = (span(other.start(), other), span(start(other), other));
+                !apart(mine, &now) || !apart(mine, &then)
+            })
     }
 
     /// Returns the page of the slot that holds `ipa`, an address inside it.
@@ -192,10 +246,7 @@ impl Slot {
     }
 
     pub(crate) fn info(&self) -> SlotInfo {
-        let extents = self.ground.pieces.iter().map(|piece| Extent {
-            pa: Pa::new(piece.pa),
-            pages: piece.pages,
-        });
+        let extents = self.extents(self.pages);
         SlotInfo {
             id: self.id,
             base: self.base,
@@ -224,7 +275,7 @@ pub(crate) enum Scope {
 
 impl Scope {
     pub(crate) fn covers(self, slot: &Slot) -> bool {
-        slot.life == Life::Usable
+        slot.life != Life::Dying
             && match self {
                 Scope::All => true,
                 Scope::One(id) => slot.id == id,
@@ -272,19 +323,44 @@ impl Layout {
         if self.slot(slot.id).is_some() {
             return Err(Error::SlotExists(slot.id));
         }
-        let index = self
-            .slots
-            .partition_point(|other| other.start() < slot.start());
-        let before = index
-            .checked_sub(1)
-            .and_then(|before| self.slots.get(before));
-        if let Some(other) = before.filter(|other| other.end() > slot.start()) {
-            return Err(Error::SlotOverlap(other.id));
+        self.require_free(slot)?;
+        Ok(self.index_of(slot.start()))
+    }
+
+    /// Returns where in the list a slot that begins there belongs.
+    fn index_of(&self, start: u64) -> usize {
+        self.slots.partition_point(|other| other.start() < start)
+    }
+
+    /// Do the slot's addresses belong to no other?
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SlotOverlap`].
+    pub(crate) fn require_free(&self, slot: &Slot) -> Result<(), Error> {
+        let mut others = self.slots.iter().filter(|other| other.id != slot.id);
+        match others.find(|other| other.meets(slot)) {
+            Some(other) => Err(Error::SlotOverlap(other.id)),
+            None => Ok(()),
         }
-        match self.slots.get(index) {
-            Some(other) if other.start() < slot.end() => Err(Error::SlotOverlap(other.id)),
-            _ => Ok(index),
-        }
+    }
+
+    /// Puts a slot that is nowhere mapped to other addresses.
+    pub(crate) fn relocate(&mut self, id: SlotId, base: Gfn) {
+        let Some(at) = self.slots.iter().position(|slot| slot.id == id) else {
+            return;
+        };
+        let mut slot = self.slots.remove(at);
+        (slot.base, slot.life) = (base, Life::Usable);
+        self.slots.insert(self.index_of(slot.start()), slot);
+    }
+
+    /// Is the address of a slot that is on its way to others?
+    #[cold]
+    pub(crate) fn is_moving(&self, ipa: Ipa) -> bool {
+        let holds = |slot: &&Slot| (slot.start()..slot.end()).contains(&ipa.raw());
+        let slot = self.slots.iter().find(holds);
+        slot.is_some_and(|slot| matches!(slot.life, Life::Moving { .. }))
     }
 
     /// Returns the usable slot that holds `ipa`.

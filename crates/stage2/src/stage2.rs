@@ -226,18 +226,25 @@ impl<H: Hardware> Stage2<H> {
     ///
     /// [`Error::NoSuchSlot`].
     pub fn delete_slot(&self, id: SlotId) -> Result<Progress, Error> {
-        let _control = self.control.lock();
+        let mut control = self.control.lock();
         let slot = self.slot(id)?;
-        if slot.life == Life::Usable {
+        if slot.life != Life::Dying {
             slot.set_unmapped(slot.start());
             self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| slot.life = Life::Dying);
+                layout.change_slot(id, |slot| {
+                    slot.life = Life::Dying;
+                    // Also what it was being made smaller by.
+                    slot.pages = slot.reach;
+                });
             });
         }
         let progress = self.unmap_step(&slot);
         if progress == Progress::Done {
             self.layouts
                 .change(|layout| layout.slots.retain(|slot| slot.id != id));
+            if control.resizing == Some(id) {
+                control.resizing = None;
+            }
         }
         Ok(progress)
     }
@@ -251,9 +258,7 @@ impl<H: Hardware> Stage2<H> {
     pub fn set_access(&self, id: SlotId, access: Access) -> Result<Progress, Error> {
         let control = self.control.lock();
         let slot = self.slot(id)?;
-        if slot.life != Life::Usable {
-            return Err(Error::SlotDying(id));
-        }
+        slot.require_still()?;
         if !control.claims.are_idle() {
             // A harvest that has passed a leaf would miss what is noted when the leaf goes.
             return Ok(self.somebody_else_steps());
@@ -281,7 +286,7 @@ impl<H: Hardware> Stage2<H> {
     }
 
     /// Returns a copy of the slot of that name.
-    fn slot(&self, id: SlotId) -> Result<Slot, Error> {
+    pub(crate) fn slot(&self, id: SlotId) -> Result<Slot, Error> {
         let found = self.layout().slot(id).cloned();
         found.ok_or(Error::NoSuchSlot(id))
     }

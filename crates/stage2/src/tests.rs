@@ -12,6 +12,7 @@ mod parallel;
 mod quota;
 mod races;
 mod random;
+mod reslot;
 mod review2014;
 mod sequences;
 mod sim;

@@ -6,14 +6,14 @@
 //! software or hardware, can reach them (invariant 5). One that got a new leaf meanwhile, of a slot
 //! beside this one, goes back in its place.
 //!
-//! A block of a slot that stays, because only its access changes, is broken (busy marker) until the
-//! invalidation is through: a fault could map it anew at once, and in another size (break-before-make).
-//! A page or a slot that goes needs no marker: the one comes back as it was, the other not at all.
-//!
 //! The value that the exchange returns says whether a leaf was dirty, and it is noted
 //! before the mutex is released, which a harvest needs to complete. A CPU that cached the leaf as clean
 //! cannot make it dirty any more, since its update compares with memory; one that cached it as dirty
 //! writes on until the invalidation, to a page that is noted.
+//!
+//! Where the slot stays, a fault may map the address again at once, and by pages what was a block. So a
+//! block of such a slot is busy until the invalidation (break-before-make, D8.14). No harvest splits
+//! blocks meanwhile, so all that is busy there is busy by this.
 
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
@@ -78,7 +78,7 @@ impl<H: Hardware> Stage2<H> {
             }
             let first = at;
             let gone = match (slot.life, place.level) {
-                (Life::Dying, _) | (_, Level::L3) => Pte::EMPTY,
+                (Life::Dying | Life::Moving { .. }, _) | (_, Level::L3) => Pte::EMPTY,
                 (Life::Usable, _) => Pte::BUSY,
             };
             for entry in place.table.0.iter().skip(place.index) {
@@ -110,16 +110,15 @@ impl<H: Hardware> Stage2<H> {
         }
         let at = at.min(slot.end());
         slot.set_unmapped(at);
-        if blocks != 0 {
-            self.tlb().everything();
-            self.clear_busy(from, at);
-        }
         for level in [Level::L2, Level::L1, Level::L0] {
             let broken = self.break_empty(level, emptied.addresses());
             // The first time round also for the leaves.
             if level == Level::L2 || broken.iter().any(Option::is_some) {
                 self.tlb().everything();
                 self.free_broken(broken);
+            }
+            if level == Level::L2 && blocks != 0 {
+                self.empty_busy(from, at);
             }
         }
         if at == slot.end() {
@@ -133,7 +132,7 @@ impl<H: Hardware> Stage2<H> {
 
     /// Ends the break of the blocks between two addresses. No harvest, split or collapse is under way, so
     /// every marker there is one of this step.
-    fn clear_busy(&self, from: u64, end: u64) {
+    fn empty_busy(&self, from: u64, end: u64) {
         let mut at = from;
         while at < end {
             let place = self.descend(at);
@@ -151,7 +150,6 @@ impl<H: Hardware> Stage2<H> {
                 }
             }
         }
-        self.hw.dsb_ishst();
     }
 
     /// Breaks the entries of `level` for these addresses that point to empty tables.

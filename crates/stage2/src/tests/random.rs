@@ -64,6 +64,12 @@ fn places(large: Large) -> [Place; 5] {
 
 /// The one whose access changes.
 const FLIPPED: usize = 4;
+/// The one that moves, and to where. EL2 does not write to it.
+const MOVED: usize = 1;
+const THERE: u64 = 3 * GIB + 7 * PAGE_SIZE;
+/// The one whose size changes, and to what.
+const RESIZED: usize = 0;
+const FEWER: u64 = P2M + 50;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Large {
@@ -103,6 +109,8 @@ enum Manage {
     Delete(usize),
     Add(usize),
     Flip,
+    Move,
+    Resize,
     Limit(usize),
     Run(Run),
 }
@@ -158,6 +166,8 @@ fn manage() -> impl Strategy<Value = Manage> {
         1 => (0..5usize).prop_map(Manage::Add),
         1 => (0..40usize).prop_map(Manage::Limit),
         1 => Just(Manage::Flip),
+        1 => Just(Manage::Move),
+        1 => Just(Manage::Resize),
         8 => run().prop_map(Manage::Run),
     ]
 }
@@ -297,7 +307,10 @@ impl Play {
         Self {
             sim,
             places,
-            pages: pages(&places),
+            pages: pages(&places)
+                .into_iter()
+                .chain([0, 1, 69].map(|page| THERE + page * PAGE_SIZE))
+                .collect(),
             tables,
             calm: history.whims.is_none(),
             state: Mutex::new(State {
@@ -338,13 +351,32 @@ impl Play {
         slot.is_some_and(|slot| slot.presence == Presence::There)
     }
 
+    /// Where a slot is, if it is there.
+    fn place(&self, id: u16) -> Option<Place> {
+        let slot = self.sim.slots.lock().unwrap().get(&id).copied();
+        let there = slot.filter(|slot| slot.presence == Presence::There);
+        there.map(|slot| slot.place)
+    }
+
+    /// Slots do not change in the middle of a harvest or of a start. What was written where is not known any more.
+    fn is_to_change(&self, slot: usize) -> Option<Place> {
+        let harvest = matches!(self.epoch(), Some((_, Taken::Partly)));
+        if harvest || self.stage() == Stage::Starting {
+            return None;
+        }
+        let place = self.place(self.places[slot].id)?;
+        self.state().starved = true;
+        Some(place)
+    }
+
     fn run(&self, run: &Run) {
         match run {
             Run::Write(page) => self.access(*page.get(&self.pages), FaultAccess::Write),
             Run::Read(page) => self.access(*page.get(&self.pages), FaultAccess::Read),
             Run::El2Write(page) => {
                 let ipa = *page.get(&self.pages);
-                if self.present(ipa) {
+                let moved = self.sim.slot_of(ipa).map(|slot| slot.place.id);
+                if self.present(ipa) && moved != Some(self.places[MOVED].id) {
                     self.sim.el2_write(ipa);
                 }
             }
@@ -352,7 +384,10 @@ impl Play {
                 let mapped = self.sim.map_ahead(self.places[*slot].id);
                 let refused = matches!(
                     mapped,
-                    Err(Error::NoSuchSlot(_) | Error::SlotDying(_) | Error::OutOfTables)
+                    Err(Error::NoSuchSlot(_)
+                        | Error::SlotDying(_)
+                        | Error::SlotChanging(_)
+                        | Error::OutOfTables)
                 );
                 assert!(mapped.is_ok() || refused, "{mapped:?}");
             }
@@ -426,7 +461,9 @@ impl Play {
             Manage::TakeStep => self.take(1, None),
             Manage::Take => self.take(usize::MAX, None),
             Manage::TakeRange(slot, from, to) => {
-                let Place { id, pages, .. } = self.places[*slot];
+                let Some(Place { id, pages, .. }) = self.place(self.places[*slot].id) else {
+                    return;
+                };
                 let words = pages.div_ceil(64) as usize;
                 let first = from.index(words) as u64 * 64;
                 let end = pages.min(first + (1 + to.index(words) as u64) * 64);
@@ -442,13 +479,13 @@ impl Play {
             Manage::Abort => self.abort(),
             Manage::Delete(slot) => {
                 let place = self.places[*slot];
-                if self.present(place.ipa) {
+                if self.place(place.id).is_some() {
                     self.sim.delete(place.id);
                 }
             }
             Manage::Add(slot) => {
                 let place = self.places[*slot];
-                if !self.present(place.ipa) {
+                if self.place(place.id).is_none() {
                     self.sim.add(place);
                 }
             }
@@ -461,6 +498,24 @@ impl Play {
                         Access::ReadWrite => Access::ReadOnly,
                     };
                     self.sim.set_access(id, access);
+                }
+            }
+            Manage::Move => {
+                if let Some(Place { id, ipa, .. }) = self.is_to_change(MOVED) {
+                    let to = if ipa == THERE {
+                        self.places[MOVED].ipa
+                    } else {
+                        THERE
+                    };
+                    self.sim.move_slot(id, to);
+                }
+            }
+            Manage::Resize => {
+                let all = self.places[RESIZED].pages;
+                match self.is_to_change(RESIZED) {
+                    Some(Place { id, pages, .. }) if pages == all => self.sim.shrink(id, FEWER),
+                    Some(Place { id, pages, .. }) => self.sim.grow(id, all - pages),
+                    None => {}
                 }
             }
             Manage::Limit(more) => {
@@ -532,13 +587,6 @@ impl Play {
         let epoch = match known {
             Some((epoch, _)) => epoch,
             None => {
-                let gone = |part: Part| {
-                    let place = self.places.iter().find(|place| place.id == part.slot.0);
-                    !self.present(place.unwrap().ipa)
-                };
-                if part.is_some_and(gone) {
-                    return;
-                }
                 self.wait_for_helpers();
                 let epoch = self.sim.world.new_epoch();
                 self.sim.written.lock().unwrap().during.clear();
@@ -565,8 +613,9 @@ impl Play {
             Some(part) => stage2.take_range(epoch, part.slot, part.first, part.pages),
         });
         match step {
-            // The slot goes, or is gone: no epoch of it can be finished.
-            Err(Error::NoSuchSlot(_) | Error::NotLogging) if part.is_some() => {}
+            // The slot goes, is gone or is another: nothing more of it is to be had.
+            Err(Error::NoSuchSlot(_) | Error::NotLogging | Error::PageRange { .. })
+                if part.is_some() => {}
             Ok(Progress::Done) => {
                 let mut state = self.state();
                 if state.epoch == Some((epoch, Taken::Partly)) {

@@ -133,6 +133,8 @@ pub enum Presence {
 #[derive(Clone, Copy, Debug)]
 pub struct Known {
     pub place: Place,
+    /// Where it will be, perhaps by now.
+    next: Place,
     pub presence: Presence,
     /// Counts changes, so that an access can tell whether there was one meanwhile.
     pub version: u64,
@@ -462,13 +464,17 @@ impl Sim {
 
     pub fn slot_of(&self, ipa: u64) -> Option<Known> {
         let slots = lock(&self.slots);
-        slots.values().find(|slot| slot.place.holds(ipa)).copied()
+        let holds = |slot: &&Known| slot.place.holds(ipa) || slot.next.holds(ipa);
+        slots.values().find(holds).copied()
     }
 
     fn set_presence(&self, id: u16, presence: Presence) {
         if let Some(slot) = lock(&self.slots).get_mut(&id) {
             slot.presence = presence;
             slot.version += 1;
+            if presence == Presence::There {
+                slot.place = slot.next;
+            }
         }
     }
 
@@ -531,8 +537,12 @@ impl Sim {
     /// An access got through to `pa`: it must be the guest's own memory.
     fn arrived(&self, ipa: u64, pa: Pa) {
         let slot = self.slot_of(ipa).unwrap();
-        let own = slot.place.pa + ((ipa - slot.place.ipa) & !(PAGE_SIZE - 1));
-        assert_eq!(pa.raw(), own, "{ipa:#x} reached foreign memory");
+        let mut places = [slot.place, slot.next].into_iter();
+        let own = |place: Place| {
+            let page = (ipa.wrapping_sub(place.ipa)) & !(PAGE_SIZE - 1);
+            place.holds(ipa) && pa.raw() == place.pa + page
+        };
+        assert!(places.any(own), "{ipa:#x} reached foreign memory");
         assert_ne!(
             slot.presence,
             Presence::Gone,
@@ -607,6 +617,7 @@ impl Sim {
         } = place;
         let known = Known {
             place,
+            next: place,
             presence: Presence::Changing,
             version: 0,
         };
@@ -655,10 +666,63 @@ impl Sim {
         self.set_presence(id, Presence::Changing);
         self.finish("set_access", |stage2| stage2.set_access(SlotId(id), access))
             .unwrap();
-        if let Some(slot) = lock(&self.slots).get_mut(&id) {
-            slot.place.access = access;
-        }
+        self.change_place(id, |place| place.access = access);
         self.set_presence(id, Presence::There);
+    }
+
+    /// What a slot will be when it is there again.
+    fn change_place(&self, id: u16, change: impl FnOnce(&mut Place)) {
+        if let Some(slot) = lock(&self.slots).get_mut(&id) {
+            change(&mut slot.next);
+        }
+    }
+
+    pub fn move_slot(&self, id: u16, ipa: u64) {
+        self.change_place(id, |place| place.ipa = ipa);
+        self.set_presence(id, Presence::Changing);
+        let base = Ipa::new(ipa).gfn();
+        self.finish("move_slot", |stage2| stage2.move_slot(SlotId(id), base))
+            .unwrap();
+        lock(&self.ghost).move_slot(id, ipa);
+        self.set_presence(id, Presence::There);
+        self.check_all();
+    }
+
+    pub fn shrink(&self, id: u16, pages: u64) {
+        self.set_presence(id, Presence::Changing);
+        let dirty = self.world.dirty(id);
+        lock(&self.ghost).resize_slot(id, pages, dirty);
+        self.finish("shrink_slot", |stage2| {
+            stage2.shrink_slot(SlotId(id), pages)
+        })
+        .unwrap();
+        self.change_place(id, |place| place.pages = pages);
+        self.set_presence(id, Presence::There);
+        self.check_all();
+    }
+
+    /// Adds `pages` pages that follow in the machine too.
+    pub fn grow(&self, id: u16, pages: u64) {
+        self.set_presence(id, Presence::Changing);
+        let place = lock(&self.slots)[&id].place;
+        self.change_place(id, |place| place.pages += pages);
+        let more = [Extent {
+            pa: Pa::new(place.pa + place.pages * PAGE_SIZE),
+            pages,
+        }];
+        loop {
+            let step = self.op("grow_slot", |stage2| stage2.grow_slot(SlotId(id), &more));
+            let (total, dirty) = (place.pages + pages, self.world.dirty(id));
+            lock(&self.ghost).resize_slot(id, total, dirty);
+            self.check_all();
+            match step.unwrap() {
+                Progress::Done => break,
+                Progress::More { .. } => self.pause(),
+            }
+        }
+        lock(&self.ghost).resized(id);
+        self.set_presence(id, Presence::There);
+        self.check_all();
     }
 
     pub fn map_ahead(&self, id: u16) -> Result<(), Error> {

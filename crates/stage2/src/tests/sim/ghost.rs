@@ -41,6 +41,8 @@ struct Slot {
     start: u64,
     pages: u64,
     dirty: Arc<Dirty>,
+    /// While it is being made larger, what it was before.
+    older: Option<Arc<Dirty>>,
     /// The bits of the epoch that mean something, by word.
     in_flight: HashMap<usize, u64>,
 }
@@ -87,6 +89,7 @@ impl Ghost {
             start,
             pages,
             dirty,
+            older: None,
             in_flight,
         };
         let (first, end) = (slot.start, slot.end());
@@ -105,6 +108,48 @@ impl Ghost {
         };
         for (_, page) in self.pages.range_mut(slot.start..slot.end()) {
             (page.committed, page.copied) = (None, None);
+        }
+    }
+
+    /// A slot that moved, and its pages with it.
+    pub fn move_slot(&mut self, id: u16, start: u64) {
+        let Some(slot) = self.slots.get_mut(&id) else {
+            return;
+        };
+        let old = slot.start..slot.end();
+        slot.start = start;
+        let moved: Vec<_> = self.pages.extract_if(old.clone(), |_, _| true).collect();
+        for (ipa, page) in moved {
+            let there = self.pages.entry(ipa - old.start + start).or_default();
+            // It may have been written at its new address already.
+            let content = page.content.max(there.content);
+            *there = Page { content, ..page };
+        }
+    }
+
+    /// A slot whose size changed. What was beyond its end is nobody's any more.
+    pub fn resize_slot(&mut self, id: u16, pages: u64, dirty: Arc<Dirty>) {
+        let Some(slot) = self.slots.get_mut(&id) else {
+            return;
+        };
+        let old_end = slot.end();
+        slot.pages = pages;
+        if !Arc::ptr_eq(&slot.dirty, &dirty) {
+            slot.older = Some(std::mem::replace(&mut slot.dirty, dirty));
+        }
+        let end = slot.end();
+        let (on, changed) = (self.on, end.min(old_end)..end.max(old_end));
+        for (_, page) in self.pages.range_mut(changed) {
+            // The host copies what is new.
+            page.committed = (on && end > old_end).then_some(page.content);
+            page.copied = None;
+        }
+    }
+
+    /// What the slot knew before it was resized, it knows still.
+    pub fn resized(&mut self, id: u16) {
+        if let Some(slot) = self.slots.get_mut(&id) {
+            slot.older = None;
         }
     }
 
@@ -305,9 +350,12 @@ impl Ghost {
     fn leaf_or_live(&self, machine: &Machine, guest: Guest, ipa: u64) -> bool {
         let live = self.slot_of(ipa).is_some_and(|slot| {
             let page = (ipa - slot.start) / PAGE_SIZE;
-            let word = slot.dirty.live().get((page / 64) as usize);
-            word.is_some_and(|word| {
-                crate::sync::raw(word).load(Ordering::SeqCst) >> (page % 64) & 1 == 1
+            let mut bitmaps = slot.older.iter().chain([&slot.dirty]);
+            bitmaps.any(|dirty| {
+                let word = dirty.live().get((page / 64) as usize);
+                word.is_some_and(|word| {
+                    crate::sync::raw(word).load(Ordering::SeqCst) >> (page % 64) & 1 == 1
+                })
             })
         });
         if live {

@@ -208,7 +208,11 @@ impl Rules {
                     self.children_of(machine, block, new, level)?;
                 }
             }
-            (false, false) => {}
+            (false, false) => {
+                if new & BUSY == 0 {
+                    self.broken.remove(&place);
+                }
+            }
         }
         if is_table(new, level)
             && let Some(table) = machine.table_at(new & OUTPUT)
