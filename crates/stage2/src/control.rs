@@ -227,6 +227,8 @@ pub(crate) struct Control {
     pub(crate) pending: Pending,
     /// A slot whose bitmaps are being exchanged or cut off: no harvest is to look at them.
     pub(crate) resizing: Option<SlotId>,
+    /// Devices that write to the memory by themselves.
+    pub(crate) unseen_writers: usize,
 }
 
 impl Control {
@@ -250,6 +252,18 @@ impl Control {
             judged: None,
             pending: Pending::new(),
             resizing: None,
+            unseen_writers: 0,
+        }
+    }
+
+    /// Without a log, and else as it is. Epochs grow as long as the VM lives, so that one that was given
+    /// up stays so.
+    pub(crate) fn without_log(&self) -> Self {
+        Self {
+            last: self.last,
+            resizing: self.resizing,
+            unseen_writers: self.unseen_writers,
+            ..Self::new()
         }
     }
 }

@@ -59,6 +59,10 @@ pub enum Error {
     },
     /// The address range touches something that is no slot. What is in slots was marked.
     NotMemory(Ipa),
+    /// A device that writes by itself was to be given to a VM that is logged.
+    UnseenWriterOfALog,
+    /// A log was to be started of a VM that has such a device.
+    LogBesideUnseenWriter,
     /// No log is running.
     NotLogging,
     /// A log is already running, or being started differently.
@@ -151,6 +155,14 @@ impl fmt::Display for Error {
                  ask for a multiple of 64, or to the end of the slot"
             ),
             Error::NotMemory(ipa) => write!(f, "{ipa} is in no memory slot"),
+            Error::UnseenWriterOfALog => f.write_str(
+                "a device that writes to memory by itself cannot be given to a VM that is logged: without an SMMU \
+                 nothing sees its writes, and the log would miss them; stop the log first",
+            ),
+            Error::LogBesideUnseenWriter => f.write_str(
+                "a device writes to this VM's memory by itself, and without an SMMU nothing sees it: a log would \
+                 miss those pages; take the device away first",
+            ),
             Error::NotLogging => f.write_str("dirty logging is off; start it first"),
             Error::AlreadyLogging => {
                 f.write_str("dirty logging is already on; stop it to change how it works")

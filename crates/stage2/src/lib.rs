@@ -49,6 +49,7 @@
 //! | `age` | the access flags |
 //! | `clear` | epochs of a range, and a log that begins with every page dirty |
 //! | `engine` | which engine is best for the next round, and the change |
+//! | `writers` | who else writes |
 //! | `quota` | the throttle: limits, and what each vCPU spent |
 //! | `stage2` | the VM: all of the above |
 //! | `vmid` | the machine: which number tags which VM's translations |
@@ -133,6 +134,7 @@ mod types;
 mod unmap;
 mod vmid;
 mod walk;
+mod writers;
 
 pub use config::vtcr_el2 as vtcr;
 pub use control::{LogStage, LogStatus};

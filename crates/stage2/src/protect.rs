@@ -45,7 +45,8 @@ impl<H: Hardware> Stage2<H> {
     /// # Errors
     ///
     /// [`Error::AlreadyLogging`] if a log is on or being started differently,
-    /// [`Error::EngineUnavailable`] if the engine needs what the machine lacks.
+    /// [`Error::EngineUnavailable`] if the engine needs what the machine lacks,
+    /// [`Error::LogBesideUnseenWriter`] while a device writes to the memory by itself.
     pub fn start_log(&self, engine: Engine, granularity: Granularity) -> Result<Progress, Error> {
         let mode = LogMode {
             engine,
@@ -92,6 +93,9 @@ impl<H: Hardware> Stage2<H> {
         }
         match control.phase {
             Phase::Off => {
+                if control.unseen_writers > 0 {
+                    return Err(Error::LogBesideUnseenWriter);
+                }
                 *control = Control {
                     phase: Phase::Starting(StartPass::Clear(0)),
                     mode: Some(mode),
@@ -265,11 +269,7 @@ impl<H: Hardware> Stage2<H> {
                     (Some(next), level) => StopPass::Collapse(level, next),
                     (None, Level::L2) => StopPass::Collapse(Level::L1, 0),
                     (None, _) => {
-                        *control = Control {
-                            last: control.last,
-                            resizing: control.resizing,
-                            ..Control::new()
-                        };
+                        *control = control.without_log();
                         return Ok(Progress::Done);
                     }
                 };

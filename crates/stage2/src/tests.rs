@@ -22,6 +22,7 @@ mod steps;
 mod stress;
 mod vmids;
 mod world;
+mod writers;
 
 /// A number from the environment, decimal or with 0x.
 fn from_env(name: &str) -> Option<u64> {

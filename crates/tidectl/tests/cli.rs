@@ -729,6 +729,10 @@ fn bundle_packs_and_explains() {
         (format!("{vm}{kernel}vcpus = 17\n"), "17 vCPUs; 1 to 16"),
         (format!("{vm}{kernel}vcpu = 2\n"), "unknown field `vcpu`"),
         (
+            format!("{vm}{kernel}passthrough = [\"0000:01:00.0\"]\n"),
+            "without an SMMU no dirty log would see it",
+        ),
+        (
             format!("[[vm]]\nname = \"a\"\nmemory = \"64MB\"\n{kernel}"),
             "is not a size",
         ),
