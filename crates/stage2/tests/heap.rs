@@ -144,7 +144,7 @@ fn a_slot_without_memory_for_its_bitmaps_is_not_added() {
                 kind: FaultKind::Translation,
                 va: None,
             };
-            assert_eq!(stage2.handle_fault(write), Outcome::Resume);
+            assert_eq!(stage2.handle_fault(write), Outcome::Dirtied(Level::L3));
             while stage2.take(Epoch(1)) != Ok(Progress::Done) {}
             assert_eq!(stage2.taken(Epoch(1)).unwrap()[0].dirty_pages, 1);
         }

@@ -185,7 +185,7 @@ impl Vm {
             let outcome = self.stage2.handle_fault(abort);
             self.saw(20, &outcome);
             match outcome {
-                Outcome::Resume | Outcome::Retry => {}
+                Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry => {}
                 Outcome::OutOfTables => return self.machine.refuse_tables(Refusal::None),
                 Outcome::NotMemory | Outcome::ReadOnly => return,
             }
