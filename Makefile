@@ -24,7 +24,7 @@ BRIEF  := $(if $(V),cat,awk '/^running 0 tests$$/ { skip = 1; next } \
 say    = @printf '\n== %s\n'
 
 .PHONY: help run test image guests tools shell bench check fmt clippy doc clean setup \
-	toolchain qemu lint host-test plants soak serial-test
+	toolchain qemu lint host-test loom plants soak serial-test
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -35,7 +35,7 @@ run: qemu image guests tools ## the demo: boot Debian's Linux, track its dirty p
 	$(say) "demo"
 	@$(HOST) run $(Q) --bin demo -- $(ARGS)
 
-test: host-test plants serial-test ## every test: the crates here, bugs planted in them, then the image in QEMU over its serial line
+test: host-test loom plants serial-test ## every test: the crates here, bugs planted in them, then the image in QEMU over its serial line
 
 shell: qemu image guests tools ## boot the guests and give you the machine's serial line
 	@$(HOST) run $(Q) --bin shell -- $(ARGS)
@@ -48,6 +48,10 @@ host-test: toolchain
 	$(say) "tests of the crates on this machine"
 	@$(HOST) test $(Q) --no-fail-fast 2>&1 | $(BRIEF)
 	@$(HOST) test $(Q) --no-fail-fast --lib -p tidemark-guests 2>&1 | $(BRIEF)
+
+loom: toolchain
+	$(say) "models under loom"
+	@tools/loom 2>&1 | $(BRIEF)
 
 plants: toolchain ## plant known bugs in the stage-2 engine: its tests must catch each (PLANTS=names: only those)
 	$(say) "planted bugs"
@@ -94,7 +98,7 @@ check: lint fmt-check clippy doc-check host-test ## formatting, lints, documenta
 fmt-check: toolchain
 	$(say) "formatting"
 	@$(HOST) fmt --all -- --check
-	@for script in .ci/run tools/cargo tools/plants tools/soak tools/setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
+	@for script in .ci/run tools/cargo tools/loom tools/plants tools/soak tools/setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
 
 fmt: lint ## put every source file into its form
 	@$(HOST) fmt --all

@@ -322,6 +322,7 @@ impl Dirty {
     }
 
     /// Is the page in either bitmap?
+    #[cfg(not(loom))]
     pub(crate) fn knows(&self, page: u64) -> bool {
         let has = |bitmap: &[AtomicU64]| {
             let word = bitmap.get((page / 64) as usize);

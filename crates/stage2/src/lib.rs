@@ -101,7 +101,7 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
-#[cfg(any(test, feature = "fake"))]
+#[cfg(any(test, feature = "fake", loom))]
 extern crate std;
 
 mod age;
@@ -112,11 +112,13 @@ mod control;
 mod dirty;
 mod engine;
 mod error;
-#[cfg(any(test, feature = "fake"))]
+#[cfg(all(any(test, feature = "fake"), not(loom)))]
 pub mod fake;
 mod fault;
 mod hardware;
 mod harvest;
+#[cfg(loom)]
+mod looms;
 mod map;
 mod protect;
 mod pte;
@@ -127,7 +129,7 @@ mod slot;
 mod split;
 mod stage2;
 mod sync;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 mod tlb;
 mod types;

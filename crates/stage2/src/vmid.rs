@@ -72,7 +72,7 @@ use crate::types::{Vmid, VmidWidth};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 /// In a slot: there was a rollover since the CPU last loaded a VM. Of the last generation, so that no
