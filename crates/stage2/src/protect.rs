@@ -57,6 +57,10 @@ impl<H: Hardware> Stage2<H> {
 
     /// Starts logging writes to one slot. Otherwise as [`start_log`](Self::start_log).
     ///
+    /// A VM has one log at a time, of one slot or of all. To log several slots apart, log all and take each
+    /// slot's epochs by [`take_range`](Self::take_range): what one epoch does not hold stays for its own. One
+    /// epoch is outstanding at a time, and their numbers grow over all slots.
+    ///
     /// # Errors
     ///
     /// As [`start_log`](Self::start_log), and [`Error::NoSuchSlot`].

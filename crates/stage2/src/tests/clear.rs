@@ -340,3 +340,38 @@ fn every_slot_begins_dirty() {
     });
     conclude(sim);
 }
+
+/// In a log of all slots each can be harvested for itself, as if it had a log of its own.
+#[test]
+fn each_slot_has_epochs_of_its_own() {
+    for (engine, features) in engines() {
+        let sim = vm(Setup::new(features, 1).calm());
+        sim.alone(|s| {
+            let other = IPA + 16 * MIB;
+            s.add(Place {
+                id: 1,
+                ipa: other,
+                pages: 70,
+                access: Access::ReadWrite,
+                pa: RAM + 16 * MIB,
+            });
+            s.map_ahead(0).unwrap();
+            s.start(engine, Granularity::Page);
+            s.write(page(3));
+            s.write(other);
+            let epoch = s.take_range(1, 0, 70);
+            assert_eq!(s.copy(epoch), set([other]));
+            // The other slot's waits.
+            let refused = s.op("take_range", |stage2| {
+                stage2.take_range(s.world.new_epoch(), SlotId(0), 0, PAGES)
+            });
+            assert_eq!(refused, Err(Error::EpochOutstanding(epoch)));
+            s.commit(epoch);
+            let epoch = s.take_range(1, 0, 70);
+            assert_eq!(s.copy(epoch), set([]));
+            s.commit(epoch);
+            assert_eq!(harvest_range(s, (0, PAGES)), set([page(3)]));
+        });
+        conclude(sim);
+    }
+}
