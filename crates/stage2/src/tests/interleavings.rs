@@ -521,7 +521,7 @@ fn a_harvest_a_deletion_and_a_touch_of_a_table_between_them() {
         },
         |sim| {
             vec![
-                Box::new(move || writes(sim, &[FAR])),
+                Box::new(move || sim.write(FAR)),
                 Box::new(move || drop(sim.harvest())),
                 Box::new(move || {
                     sim.breathe();
