@@ -25,8 +25,6 @@ const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
 /// Longest payload of an answer. A byte of it may cost some thirty instructions, and nothing is looked at meanwhile;
 /// so this bounds a request, and whoever wants more asks again.
 const ANSWER_MAX: usize = RESPONSE_PAYLOAD_MIN;
-/// Most of a guest's memory that an answer covers, in words, for the same reason: a run of zeros is two bytes long.
-const ANSWER_WORDS: usize = 768;
 /// Most bytes of an encoding in an answer: they are made, and then framed.
 const PIECE_MAX: usize = 640;
 /// Most pages of a bitmap that an answer covers.
@@ -445,8 +443,9 @@ fn memory_piece<'a>(
     }
     work::require_cleared(vm)?;
     let words = vm.memory.words(ipa).ok_or(ErrorReply::OutOfRange)?;
-    let wanted = words.iter().take((len as usize / 8).min(ANSWER_WORDS));
-    let encoded = pages::encode(wanted.map(|word| word.load(Relaxed)), room);
+    let wanted = words.get(..len as usize / 8).unwrap_or(words);
+    let word = |n: usize| wanted.get(n).map_or(0, |word| word.load(Relaxed));
+    let encoded = pages::encode(wanted.len(), word, room);
     Ok(Response::Memory {
         ipa,
         covered: (encoded.words * 8) as u32,

@@ -13,7 +13,7 @@
 //! | 1 repeat | one word, 8 bytes |
 //! | 2 zero | nothing |
 //!
-//! Invariants: the encoder reads each word exactly once, because a guest may change it
+//! Invariants: what the encoder writes of a word is one reading of it, because a guest may change it
 //! meanwhile; it stops when `out` is full and says how many words it covered, at least one
 //! when `out` has [`ROOM_MIN`] bytes. The decoder accepts only what fills its buffer exactly.
 
@@ -30,6 +30,8 @@ const COUNT_MAX: u16 = (1 << 14) - 1;
 /// Shortest run of an ordinary word that is cheaper as a run (10 bytes, and 2 more for the
 /// literal that may follow).
 const REPEAT_MIN: u16 = 3;
+/// Words looked at as one.
+const EIGHT: usize = 8;
 
 /// What [`encode`] wrote.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,36 +42,37 @@ pub struct Encoded {
     pub len: usize,
 }
 
-/// Encodes `words` (each in memory order, as `u64::from_ne_bytes` of its bytes on a
+/// Encodes words 0 to `words` (each in memory order, as `u64::from_ne_bytes` of its bytes on a
 /// little-endian machine gives it) into `out`, as many as fit.
-pub fn encode(words: impl IntoIterator<Item = u64>, out: &mut [u8]) -> Encoded {
+pub fn encode(words: usize, word: impl Fn(usize) -> u64, out: &mut [u8]) -> Encoded {
     let mut encoder = Encoder {
         out,
         len: 0,
         covered: 0,
         literal: None,
     };
-    let mut words = words.into_iter();
-    let Some(mut value) = words.next() else {
-        return encoder.result();
-    };
-    let mut count = 1;
-    for word in words {
-        if word == value && count < COUNT_MAX {
+    let mut at = 0;
+    // A run costs the same however long, but literal words may not fit: stop reading as soon as
+    // nothing more can.
+    while at < words && encoder.room() >= 2 {
+        let value = word(at);
+        let most = (words - at).min(usize::from(COUNT_MAX));
+        let mut count = 1;
+        // Most of what is asked for is zero, and long: eight words a look.
+        while value == 0
+            && count + EIGHT <= most
+            && (0..EIGHT).fold(0, |any, n| any | word(at + count + n)) == 0
+        {
+            count += EIGHT;
+        }
+        while count < most && word(at + count) == value {
             count += 1;
-            continue;
         }
-        if encoder.flush(value, count).is_none() {
-            return encoder.result();
-        }
-        (value, count) = (word, 1);
-        // A run costs the same however long, but literal words may not fit: stop reading
-        // as soon as nothing more can.
-        if encoder.room() < 2 {
+        if encoder.flush(value, count as u16).is_none() {
             break;
         }
+        at += count;
     }
-    let _ = encoder.flush(value, count);
     encoder.result()
 }
 

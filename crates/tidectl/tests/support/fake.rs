@@ -619,12 +619,9 @@ impl Target {
                     .memory
                     .get(start..start + len as usize)
                     .ok_or(ErrorReply::OutOfRange)?;
-                let words = bytes
-                    .as_chunks::<8>()
-                    .0
-                    .iter()
-                    .map(|b| u64::from_le_bytes(*b));
-                let done = pages::encode(words, piece);
+                let words = bytes.as_chunks::<8>().0;
+                let word = |n: usize| u64::from_le_bytes(words[n]);
+                let done = pages::encode(words.len(), word, piece);
                 let covered = match lie {
                     Some(Lie::NoMemory) => 0,
                     Some(Lie::TooMuchMemory) => len + 8,
