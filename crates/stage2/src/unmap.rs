@@ -20,7 +20,7 @@ use crate::pte::{Kind, Pte};
 use crate::slot::{Life, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::types::{Level, Pa, Progress};
+use crate::types::{Level, PAGE_SHIFT, Pa, Progress};
 
 /// Entries visited in a step, at most one table more.
 const BUDGET: usize = 1024;
@@ -93,9 +93,12 @@ impl<H: Hardware> Stage2<H> {
                         self.count_leaves(place.level, -1);
                         blocks += usize::from(gone == Pte::BUSY);
                         if old.is_dirty() {
-                            let pages = place.level.pages();
-                            slot.dirty.mark_run(slot.page(at), pages);
-                            visits += A_WORD * pages.div_ceil(64) as usize;
+                            // From its beginning: it may have been mapped around the cursor.
+                            let base = at & !(place.level.size() - 1);
+                            let (from, end) = (base.max(slot.start()), base + place.level.size());
+                            slot.dirty
+                                .mark_run(slot.page(from), (end - from) >> PAGE_SHIFT);
+                            visits += A_WORD * place.level.pages().div_ceil(64) as usize;
                         }
                     }
                     Kind::Empty => {}
