@@ -25,6 +25,8 @@ const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
 /// Longest payload of an answer. A byte of it may cost some thirty instructions, and nothing is looked at meanwhile;
 /// so this bounds a request, and whoever wants more asks again.
 const ANSWER_MAX: usize = RESPONSE_PAYLOAD_MIN;
+/// Most of a guest's memory that an answer covers, in words: a run of zeros is two bytes long, and is read.
+const ANSWER_WORDS: usize = 4096;
 /// Most bytes of an encoding in an answer: they are made, and then framed.
 const PIECE_MAX: usize = 640;
 /// Most pages of a bitmap that an answer covers.
@@ -443,9 +445,9 @@ fn memory_piece<'a>(
     }
     work::require_cleared(vm)?;
     let words = vm.memory.words(ipa).ok_or(ErrorReply::OutOfRange)?;
-    let wanted = words.get(..len as usize / 8).unwrap_or(words);
-    let word = |n: usize| wanted.get(n).map_or(0, |word| word.load(Relaxed));
-    let encoded = pages::encode(wanted.len(), word, room);
+    let most = (len as usize / 8).min(ANSWER_WORDS);
+    let wanted = words.get(..most).unwrap_or(words);
+    let encoded = pages::encode(wanted, |word| word.load(Relaxed), room);
     Ok(Response::Memory {
         ipa,
         covered: (encoded.words * 8) as u32,

@@ -30,8 +30,6 @@ const COUNT_MAX: u16 = (1 << 14) - 1;
 /// Shortest run of an ordinary word that is cheaper as a run (10 bytes, and 2 more for the
 /// literal that may follow).
 const REPEAT_MIN: u16 = 3;
-/// Words looked at as one.
-const EIGHT: usize = 8;
 
 /// What [`encode`] wrote.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,36 +40,43 @@ pub struct Encoded {
     pub len: usize,
 }
 
-/// Encodes words 0 to `words` (each in memory order, as `u64::from_ne_bytes` of its bytes on a
-/// little-endian machine gives it) into `out`, as many as fit.
-pub fn encode(words: usize, word: impl Fn(usize) -> u64, out: &mut [u8]) -> Encoded {
+/// Encodes `words` (as `read` gives them: in memory order, as `u64::from_ne_bytes` of a word's bytes
+/// on a little-endian machine) into `out`, as many as fit.
+pub fn encode<W>(words: &[W], read: impl Fn(&W) -> u64, out: &mut [u8]) -> Encoded {
     let mut encoder = Encoder {
         out,
         len: 0,
         covered: 0,
         literal: None,
     };
-    let mut at = 0;
+    let mut rest = words;
     // A run costs the same however long, but literal words may not fit: stop reading as soon as
     // nothing more can.
-    while at < words && encoder.room() >= 2 {
-        let value = word(at);
-        let most = (words - at).min(usize::from(COUNT_MAX));
+    while let Some((first, after)) = rest.split_first()
+        && encoder.room() >= 2
+    {
+        let value = read(first);
+        rest = after;
         let mut count = 1;
         // Most of what is asked for is zero, and long: eight words a look.
         while value == 0
-            && count + EIGHT <= most
-            && (0..EIGHT).fold(0, |any, n| any | word(at + count + n)) == 0
+            && count + 8 <= COUNT_MAX
+            && let Some((eight, after)) = rest.split_first_chunk::<8>()
+            && eight.iter().fold(0, |any, word| any | read(word)) == 0
         {
-            count += EIGHT;
+            rest = after;
+            count += 8;
         }
-        while count < most && word(at + count) == value {
+        while count < COUNT_MAX
+            && let Some((next, after)) = rest.split_first()
+            && read(next) == value
+        {
+            rest = after;
             count += 1;
         }
-        if encoder.flush(value, count as u16).is_none() {
+        if encoder.flush(value, count).is_none() {
             break;
         }
-        at += count;
     }
     encoder.result()
 }

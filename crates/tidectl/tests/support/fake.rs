@@ -620,8 +620,7 @@ impl Target {
                     .get(start..start + len as usize)
                     .ok_or(ErrorReply::OutOfRange)?;
                 let words = bytes.as_chunks::<8>().0;
-                let word = |n: usize| u64::from_le_bytes(words[n]);
-                let done = pages::encode(words.len(), word, piece);
+                let done = pages::encode(words, |word| u64::from_le_bytes(*word), piece);
                 let covered = match lie {
                     Some(Lie::NoMemory) => 0,
                     Some(Lie::TooMuchMemory) => len + 8,
