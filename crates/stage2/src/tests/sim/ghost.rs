@@ -118,7 +118,8 @@ impl Ghost {
         };
         let old = slot.start..slot.end();
         slot.start = start;
-        let moved: Vec<_> = self.pages.extract_if(old.clone(), |_, _| true).collect();
+        let mut moved = self.pages.split_off(&old.start);
+        self.pages.append(&mut moved.split_off(&old.end));
         for (ipa, page) in moved {
             let there = self.pages.entry(ipa - old.start + start).or_default();
             // It may have been written at its new address already.
