@@ -191,13 +191,9 @@ impl<H: Hardware> Stage2<H> {
             let past = (here & !(place.level.size() - 1)) + place.level.size();
             match (place.kind, place.level) {
                 (Kind::Busy, _) => return Some(here),
-                (Kind::Leaf, Level::L3) => {
-                    let (next, visited) = arm_table(slot, &place, here, mode.engine);
-                    at = next;
-                    visits += visited;
-                    continue;
-                }
-                (Kind::Leaf, level) if mode.granularity == Granularity::Page => {
+                (Kind::Leaf, level)
+                    if level != Level::L3 && mode.granularity == Granularity::Page =>
+                {
                     visits += SPLIT;
                     match self.split(place.entry(), level, here, mode.engine) {
                         Ok(block) => {
@@ -216,7 +212,13 @@ impl<H: Hardware> Stage2<H> {
                         }
                     }
                 }
-                (Kind::Leaf, level) => arm(place.entry(), level, mode.engine),
+                (Kind::Leaf, level) => {
+                    let each = |entry: &AtomicU64| arm(entry, level, mode.engine);
+                    let (next, visited) = along(slot, &place, here, BUDGET - visits, each);
+                    at = next;
+                    visits += WALK + visited;
+                    continue;
+                }
                 (Kind::Empty | Kind::Table(_), _) => {}
             }
             visits += WALK;
@@ -297,20 +299,13 @@ impl<H: Hardware> Stage2<H> {
             let place = self.descend(here);
             match (place.kind, place.level) {
                 (Kind::Busy, _) => return Some(here),
-                (Kind::Leaf, Level::L3) => {
-                    let mut reached = here;
-                    for entry in place.table.0.iter().skip(place.index) {
-                        if reached >= slot.end() {
-                            break;
-                        }
-                        release(entry, Level::L3);
-                        visits += 1;
-                        reached += PAGE_SIZE;
-                    }
-                    at = reached;
+                (Kind::Leaf, level) => {
+                    let each = |entry: &AtomicU64| release(entry, level);
+                    let (next, visited) = along(slot, &place, here, BUDGET - visits, each);
+                    at = next;
+                    visits += WALK + visited;
                     continue;
                 }
-                (Kind::Leaf, level) => release(place.entry(), level),
                 (Kind::Empty | Kind::Table(_), _) => {}
             }
             visits += WALK;
@@ -320,18 +315,28 @@ impl<H: Hardware> Stage2<H> {
     }
 }
 
-/// Arms the leaves of a level-3 table from `here` on. Returns the address reached and the entries
-/// visited.
-fn arm_table(slot: &Slot, place: &Place<'_>, here: u64, engine: Engine) -> (u64, usize) {
+/// Changes the leaves of the table at `place` from `here` on, as many as `most` or to the end of the slot:
+/// they cost one walk together. Returns the address reached and the entries visited.
+fn along(
+    slot: &Slot,
+    place: &Place<'_>,
+    here: u64,
+    most: usize,
+    each: impl Fn(&AtomicU64),
+) -> (u64, usize) {
+    let size = place.level.size();
     let mut reached = here;
     let mut visited = 0;
-    for entry in place.table.0.iter().skip(place.index) {
-        if reached >= slot.end() {
+    for entry in place.table.0.iter().skip(place.index).take(most) {
+        let kind = || Pte(entry.load(Ordering::Relaxed)).kind(place.level);
+        // Among blocks there may be a table, or an entry that somebody is changing: walk again.
+        let ends = place.level != Level::L3 && matches!(kind(), Kind::Table(_) | Kind::Busy);
+        if reached >= slot.end() || ends {
             break;
         }
-        arm(entry, Level::L3, engine);
+        each(entry);
         visited += 1;
-        reached += PAGE_SIZE;
+        reached = (reached & !(size - 1)) + size;
     }
     (reached, visited)
 }

@@ -123,10 +123,11 @@ fn build(children: &Table, model: Pte, below: Level) {
     } else {
         Permission::ReadOnly
     };
-    // The children differ in their output address alone, which a block's alignment keeps from carrying.
+    // The children differ in their output address alone, which a block's alignment keeps from carrying:
+    // a check of each addition would be a fifth of the split.
     let mut child = model.child(below, 0, state).0;
     for entry in &children.0 {
         entry.store(child, Ordering::Relaxed);
-        child += below.size();
+        child = child.wrapping_add(below.size());
     }
 }

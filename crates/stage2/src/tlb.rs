@@ -228,9 +228,7 @@ impl Pending {
             return;
         }
         for run in other.runs() {
-            for leaf in 0..run.leaves {
-                self.push(run.start + leaf * run.level.size(), run.level);
-            }
+            self.push_run(run.start, run.leaves, run.level);
         }
     }
 
