@@ -368,16 +368,20 @@ impl<H: Hardware> Stage2<H> {
                 let left = (reach - (at & (reach - 1))) >> PAGE_SHIFT;
                 let group = pages & low_bits(u64::from(first) + left);
                 pages &= !group;
-                for page in Bits(group) {
-                    let ipa = ipa + u64::from(page) * PAGE_SIZE;
-                    if place.kind == Kind::Busy {
-                        // A table that may be put back, with the page in it: look again next time.
-                        slot.dirty.mark(slot.page(ipa));
-                    } else if place.level == Level::L3
-                        && protect_page(place.table.entry(Level::L3.index(ipa)))
-                    {
-                        pending.push(ipa, Level::L3);
+                match (place.kind, place.level) {
+                    // A table that may be put back, with the pages in it: look again next time.
+                    (Kind::Busy, _) => Bits(group).for_each(|page| {
+                        slot.dirty.mark(slot.page(ipa) + u64::from(page));
+                    }),
+                    (_, Level::L3) => {
+                        for page in Bits(group) {
+                            let ipa = ipa + u64::from(page) * PAGE_SIZE;
+                            if protect_page(place.table.entry(Level::L3.index(ipa))) {
+                                pending.push(ipa, Level::L3);
+                            }
+                        }
                     }
+                    _ => {}
                 }
             }
         });

@@ -19,7 +19,7 @@ use crate::types::{Access, Engine, Granularity, Level, PAGE_SIZE, Progress, Slot
 use crate::walk::Place;
 
 /// Entries visited in a step.
-const BUDGET: usize = 1024;
+const BUDGET: usize = 768;
 /// What an entry counts for that took a walk.
 const WALK: usize = 10;
 /// What a split counts for.
