@@ -14,7 +14,7 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{Level, Pa};
 
 /// Tables looked at in a step, entry by entry.
-const BATCH: usize = 3;
+const BATCH: usize = 2;
 /// Entries passed over in a step.
 const VISITS: usize = 128;
 
