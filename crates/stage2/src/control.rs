@@ -8,6 +8,7 @@
 //! Lock order: this mutex, then a copy of the layout. The fault path takes only the latter.
 
 use crate::engine::Round;
+use crate::error::Error;
 use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::tlb::Pending;
 use crate::types::{Epoch, Level, PAGE_SIZE, SlotId};
@@ -254,6 +255,16 @@ impl Control {
             resizing: None,
             unseen_writers: 0,
         }
+    }
+
+    /// One slot is resized at a time, and no bitmap is read while one is exchanged.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SlotChanging`].
+    pub(crate) fn require_nothing_resized(&self) -> Result<(), Error> {
+        self.resizing
+            .map_or(Ok(()), |slot| Err(Error::SlotChanging(slot)))
     }
 
     /// Without a log, and else as it is. Epochs grow as long as the VM lives, so that one that was given

@@ -21,11 +21,10 @@ use crate::control::{Control, Leaves, Phase, TakePass};
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::pte::{Kind, Permission, Pte};
-use crate::slot::{Layout, Scope, Slot};
+use crate::slot::Slot;
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::types::{Engine, Level, PAGE_SIZE, Progress};
-use crate::walk::Place;
+use crate::types::{Engine, Level, Progress};
 
 /// What a write fault costs, in leaves that a harvest looks at: a fault is worth a level-3 table.
 ///
@@ -39,9 +38,6 @@ const FAULT: u64 = 512;
 /// A change there and one back visit every leaf twice and write to it, which is worth about eight scans.
 /// At four times the limit the faults of three rounds have paid for that.
 const BACK: u64 = 4;
-
-/// Entries visited in a step.
-const BUDGET: usize = 1024;
 
 /// What one harvest met.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -175,7 +171,14 @@ impl<H: Hardware> Stage2<H> {
             return Ok(self.somebody_else_steps());
         }
         let (layout, scope) = (self.layout(), control.scope);
-        let Some(next) = self.bring_step(&layout, scope, engine, from) else {
+        let each = |slot: &Slot, ipa, entry: &AtomicU64, level| {
+            let dirty = bring(entry, level, engine).is_some_and(Pte::is_dirty);
+            // A dirty block needs no bit: every harvest looks at the entry.
+            if dirty && level == Level::L3 {
+                slot.dirty.mark(slot.page(ipa));
+            }
+        };
+        let Some(next) = self.leaves_step(&layout, scope, from, each) else {
             control.leaves = Leaves::OfTheEngine;
             // The barrier for other CPUs' writes was theirs. Nothing would be lost without this, but each
             // CPU would find out about each leaf by itself.
@@ -187,49 +190,6 @@ impl<H: Hardware> Stage2<H> {
         let (done, total) = layout.progress(scope, next);
         Ok(Progress::More { done, total })
     }
-
-    /// Brings leaves from address `from` on over. Returns where to go on, or `None` at the end.
-    fn bring_step(&self, layout: &Layout, scope: Scope, engine: Engine, from: u64) -> Option<u64> {
-        let mut at = from;
-        let mut visits = 0;
-        while visits < BUDGET {
-            let (slot, here) = layout.next(scope, at)?;
-            let place = self.descend(here);
-            match (place.kind, place.level) {
-                (Kind::Busy, _) => return Some(here),
-                (Kind::Leaf, Level::L3) => {
-                    let (next, visited) = bring_table(slot, &place, here, engine);
-                    at = next;
-                    visits += visited;
-                    continue;
-                }
-                // A dirty block needs no bit: every harvest looks at the entry.
-                (Kind::Leaf, level) => drop(bring(place.entry(), level, engine)),
-                (Kind::Empty | Kind::Table(_), _) => {}
-            }
-            visits += 1;
-            at = (here & !(place.level.size() - 1)) + place.level.size();
-        }
-        Some(at)
-    }
-}
-
-/// Brings the leaves of a level-3 table from `here` on over. Returns the address reached and the entries
-/// visited.
-fn bring_table(slot: &Slot, place: &Place<'_>, here: u64, engine: Engine) -> (u64, usize) {
-    let mut reached = here;
-    let mut visited = 0;
-    for entry in place.table.0.iter().skip(place.index) {
-        if reached >= slot.end() {
-            break;
-        }
-        if bring(entry, Level::L3, engine).is_some_and(Pte::is_dirty) {
-            slot.dirty.mark(slot.page(reached));
-        }
-        visited += 1;
-        reached += PAGE_SIZE;
-    }
-    (reached, visited)
 }
 
 /// Makes a tracked leaf one of `engine`, dirty or clean as it is, and returns what it was. Ends because

@@ -480,7 +480,7 @@ impl<H: Hardware> Stage2<H> {
     pub fn taken(&self, epoch: Epoch) -> Result<Vec<SlotDirty>, Error> {
         let control = self.control.lock();
         let layout = self.layout();
-        require_whole(control.resizing)?;
+        control.require_nothing_resized()?;
         let scope = match require_taken(control.taking, epoch)?.part {
             None => control.scope,
             Some(part) => Scope::One(part.slot),
@@ -504,7 +504,7 @@ impl<H: Hardware> Stage2<H> {
         let control = self.control.lock();
         let layout = self.layout();
         require_taken(control.taking, epoch)?;
-        require_whole(control.resizing)?;
+        control.require_nothing_resized()?;
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
         Ok(Words {
             dirty: Arc::clone(&slot.dirty),
@@ -622,11 +622,6 @@ impl<H: Hardware> Stage2<H> {
 enum Stale {
     Yes,
     Invalidated,
-}
-
-/// The bitmaps are not to be read while one of them is exchanged.
-fn require_whole(resizing: Option<SlotId>) -> Result<(), Error> {
-    resizing.map_or(Ok(()), |slot| Err(Error::SlotChanging(slot)))
 }
 
 fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> {

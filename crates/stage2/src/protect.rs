@@ -213,7 +213,7 @@ impl<H: Hardware> Stage2<H> {
                     }
                 }
                 (Kind::Leaf, level) => {
-                    let each = |entry: &AtomicU64| arm(entry, level, mode.engine);
+                    let each = |_, entry: &AtomicU64| arm(entry, level, mode.engine);
                     let (next, visited) = along(slot, &place, here, BUDGET - visits, each);
                     at = next;
                     visits += WALK + visited;
@@ -256,7 +256,8 @@ impl<H: Hardware> Stage2<H> {
         let (next, total) = match pass {
             StopPass::Release(from) => {
                 let layout = self.layout();
-                let next = match self.release_step(&layout, scope, from) {
+                let each = |_: &Slot, _, entry: &AtomicU64, level| release(entry, level);
+                let next = match self.leaves_step(&layout, scope, from, each) {
                     Some(next) => {
                         self.hw.dsb_ishst();
                         StopPass::Release(next)
@@ -290,26 +291,34 @@ impl<H: Hardware> Stage2<H> {
         Ok(Progress::More { done, total })
     }
 
-    /// Releases leaves from address `from` on. Returns where to go on, or `None` at the end.
-    fn release_step(&self, layout: &Layout, scope: Scope, from: u64) -> Option<u64> {
+    /// Calls `each` with the slot, address, entry and level of leaves from address `from` on, as many as a
+    /// step may. Returns where to go on, or `None` at the end.
+    pub(crate) fn leaves_step(
+        &self,
+        layout: &Layout,
+        scope: Scope,
+        from: u64,
+        each: impl Fn(&Slot, u64, &AtomicU64, Level),
+    ) -> Option<u64> {
         let mut at = from;
         let mut visits = 0;
         while visits < BUDGET {
             let (slot, here) = layout.next(scope, at)?;
             let place = self.descend(here);
+            visits += WALK;
             match (place.kind, place.level) {
                 (Kind::Busy, _) => return Some(here),
                 (Kind::Leaf, level) => {
-                    let each = |entry: &AtomicU64| release(entry, level);
-                    let (next, visited) = along(slot, &place, here, BUDGET - visits, each);
+                    let each = |ipa, entry: &AtomicU64| each(slot, ipa, entry, level);
+                    let most = BUDGET.saturating_sub(visits).max(1);
+                    let (next, visited) = along(slot, &place, here, most, each);
                     at = next;
-                    visits += WALK + visited;
-                    continue;
+                    visits += visited;
                 }
-                (Kind::Empty | Kind::Table(_), _) => {}
+                (Kind::Empty | Kind::Table(_), _) => {
+                    at = (here & !(place.level.size() - 1)) + place.level.size();
+                }
             }
-            visits += WALK;
-            at = (here & !(place.level.size() - 1)) + place.level.size();
         }
         Some(at)
     }
@@ -322,7 +331,7 @@ fn along(
     place: &Place<'_>,
     here: u64,
     most: usize,
-    each: impl Fn(&AtomicU64),
+    each: impl Fn(u64, &AtomicU64),
 ) -> (u64, usize) {
     let size = place.level.size();
     let mut reached = here;
@@ -334,7 +343,7 @@ fn along(
         if reached >= slot.end() || ends {
             break;
         }
-        each(entry);
+        each(reached, entry);
         visited += 1;
         reached = (reached & !(size - 1)) + size;
     }

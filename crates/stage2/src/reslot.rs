@@ -82,7 +82,7 @@ impl<H: Hardware> Stage2<H> {
         };
         if slot.reach == slot.pages || slot.pages != pages || slot.life != Life::Usable {
             slot.require_still()?;
-            require_nothing_resized(&control)?;
+            control.require_nothing_resized()?;
             if slot.pages == pages {
                 return Ok(Progress::Done);
             }
@@ -149,7 +149,7 @@ impl<H: Hardware> Stage2<H> {
         };
         if slot.older.is_none() {
             slot.require_still()?;
-            require_nothing_resized(&control)?;
+            control.require_nothing_resized()?;
             let mut extents: Vec<Extent> = Vec::new();
             extents
                 .try_reserve_exact(more.len() + slot.extents(slot.pages).count())
@@ -232,11 +232,4 @@ fn require_quiet(control: &Control) -> Result<Option<()>, Error> {
         Some(taking) if taking.pass != TakePass::Taken => Err(Error::TakeUnfinished(taking.epoch)),
         _ => Ok(control.claims.are_idle().then_some(())),
     }
-}
-
-/// One slot at a time.
-fn require_nothing_resized(control: &Control) -> Result<(), Error> {
-    control
-        .resizing
-        .map_or(Ok(()), |slot| Err(Error::SlotChanging(slot)))
 }

@@ -91,6 +91,12 @@ fn every_step_of_a_log_is_short() {
                     short("take", || stage2.take(Epoch(epoch)).unwrap());
                     stage2.commit(Epoch(epoch)).unwrap();
                 }
+                let other = match engine {
+                    Engine::WriteProtect => Engine::Dbm,
+                    Engine::Dbm => Engine::WriteProtect,
+                };
+                stage2.set_engine(other).unwrap();
+                short("bring_over", || stage2.bring_over().unwrap());
                 short("stop_log", || stage2.stop_log().unwrap());
             }
         }
