@@ -26,16 +26,7 @@ fn page(number: u64) -> u64 {
 }
 
 fn vm(setup: Setup) -> Arc<Sim> {
-    let sim = Sim::new(setup);
-    let ram = Place {
-        id: 0,
-        ipa: IPA,
-        pages: PAGES,
-        access: Access::ReadWrite,
-        pa: RAM,
-    };
-    sim.alone(|sim| sim.add(ram));
-    sim
+    Sim::with_ram(setup, IPA, PAGES)
 }
 
 /// Takes, copies and commits a range.
@@ -60,9 +51,7 @@ fn guest<'a>(sim: &'a Sim, accesses: usize) -> Box<dyn FnOnce() + Send + 'a> {
 
 fn conclude(sim: Arc<Sim>) {
     sim.alone(|sim| {
-        sim.last_round();
-        sim.stop();
-        sim.check_counts();
+        sim.last_of_the_log();
         assert_eq!(sim.world.stage2.mappings().blocks_2m, 2, "blocks are back");
     });
     sim.end();
@@ -308,12 +297,7 @@ fn invariant_01_ranges_in_any_order_lose_nothing() {
                     s.map_ahead(0).unwrap();
                     s.guest(page(0), FaultAccess::Read).unwrap();
                 });
-                sim.alone(|sim| {
-                    sim.last_round();
-                    sim.stop();
-                    sim.check_counts();
-                });
-                sim.end();
+                sim.conclude();
             }
         }
     }

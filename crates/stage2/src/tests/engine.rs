@@ -24,16 +24,7 @@ fn page(number: u64) -> u64 {
 }
 
 fn vm(setup: Setup) -> Arc<Sim> {
-    let sim = Sim::new(setup);
-    let ram = Place {
-        id: 0,
-        ipa: IPA,
-        pages: PAGES,
-        access: Access::ReadWrite,
-        pa: RAM,
-    };
-    sim.alone(|sim| sim.add(ram));
-    sim
+    Sim::with_ram(setup, IPA, PAGES)
 }
 
 fn bring_over(sim: &Sim) {
@@ -57,15 +48,6 @@ fn guest<'a>(sim: &'a Sim, accesses: usize) -> Box<dyn FnOnce() + Send + 'a> {
             sim.breathe();
         }
     })
-}
-
-fn conclude(sim: Arc<Sim>) {
-    sim.alone(|sim| {
-        sim.last_round();
-        sim.stop();
-        sim.check_counts();
-    });
-    sim.end();
 }
 
 /// Leaves are brought over while guests write them, the hardware changes them, and harvests come and
@@ -108,7 +90,7 @@ fn leaves_change_their_engine_under_fire_and_lose_nothing() {
                 s.harvest();
             });
             s.run(vec![manager, guest(s, 60), guest(s, 60)]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -137,7 +119,7 @@ fn what_was_dirty_stays_so_and_what_was_clean_too() {
             s.write(page(9));
             assert_eq!(s.harvest(), set([page(9)]));
         });
-        conclude(sim);
+        sim.conclude();
     }
 }
 
@@ -185,7 +167,7 @@ fn few_pages_are_harvested_without_a_look_at_a_table() {
             assert_eq!(pte.engine(), Engine::Dbm);
         }
     });
-    conclude(sim);
+    sim.conclude();
 }
 
 /// Whole migrations as a host runs them, whatever the guest does in between: the policy decides, and
@@ -225,7 +207,7 @@ fn the_engine_follows_the_guest_and_nothing_is_lost() {
             }
         };
         s.run(vec![manager, Box::new(moody), Box::new(moody)]);
-        conclude(sim);
+        sim.conclude();
     }
     assert!(changes > 40, "{changes} changes of engine: that is no test");
 }
@@ -248,7 +230,7 @@ fn a_machine_without_dirty_state_stays_with_faults() {
         assert_eq!(engine(s), Engine::WriteProtect);
         assert_eq!(leaves_read(s), 0);
     });
-    conclude(sim);
+    sim.conclude();
 }
 
 /// A harvest that has begun brings leaves over itself; one that was given up leaves the rest to do.
@@ -283,5 +265,5 @@ fn a_harvest_in_between_finishes_what_was_begun() {
         );
         assert_eq!(s.harvest(), set([page(600)]));
     });
-    conclude(sim);
+    sim.conclude();
 }

@@ -81,14 +81,6 @@ fn writes(sim: &Sim, addresses: &[u64]) {
     }
 }
 
-/// The guests stop: nothing was lost, nothing is leaked.
-fn nothing_is_lost(sim: &Sim) {
-    sim.last_round();
-    sim.check_counts();
-    sim.stop();
-    sim.check_counts();
-}
-
 fn machines() -> Vec<(Engine, Features)> {
     let bbm2 = Features {
         bbm2: Support::Present,
@@ -126,7 +118,7 @@ fn a_harvest_and_a_write() {
                         Box::new(move || writes(sim, &[IPA, IPA])),
                     ]
                 },
-                nothing_is_lost,
+                Sim::last_of_the_log,
             );
         }
     }
@@ -150,7 +142,7 @@ fn a_harvest_and_a_first_touch() {
                         Box::new(move || writes(sim, &[IPA])),
                     ]
                 },
-                nothing_is_lost,
+                Sim::last_of_the_log,
             );
         }
     }
@@ -174,7 +166,7 @@ fn a_split_and_a_write() {
                     Box::new(move || writes(sim, &[IPA])),
                 ]
             },
-            nothing_is_lost,
+            Sim::last_of_the_log,
         );
     }
 }
@@ -206,7 +198,7 @@ fn a_split_alone_and_a_write() {
                     Box::new(move || writes(sim, &[IPA])),
                 ]
             },
-            nothing_is_lost,
+            Sim::last_of_the_log,
         );
     }
 }
@@ -240,7 +232,7 @@ fn a_harvest_and_a_change_of_access() {
                     ]
                 },
                 |sim| {
-                    nothing_is_lost(sim);
+                    sim.last_of_the_log();
                     let leaves = sim.world.leaves();
                     assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
                 },
@@ -285,7 +277,7 @@ fn a_change_of_access_and_a_split() {
                 ]
             },
             |sim| {
-                nothing_is_lost(sim);
+                sim.last_of_the_log();
                 let leaves = sim.world.leaves();
                 assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
             },
@@ -315,7 +307,7 @@ fn a_harvest_and_a_mark() {
                     }),
                 ]
             },
-            nothing_is_lost,
+            Sim::last_of_the_log,
         );
     }
 }
@@ -350,7 +342,7 @@ fn two_harvests_and_the_host() {
                 |sim| {
                     sim.commit(Epoch(1));
                     sim.world.new_epoch();
-                    nothing_is_lost(sim);
+                    sim.last_of_the_log();
                 },
             );
         }
@@ -410,7 +402,7 @@ fn a_deletion_and_a_touch_next_door() {
                     Box::new(move || writes(sim, &[DOOR])),
                 ]
             },
-            nothing_is_lost,
+            Sim::last_of_the_log,
         );
     }
 }
@@ -491,7 +483,7 @@ fn a_harvest_and_the_rest_of_a_change_of_access() {
                 }),
             ]
         },
-        nothing_is_lost,
+        Sim::last_of_the_log,
     );
 }
 
@@ -532,7 +524,7 @@ fn a_harvest_a_deletion_and_a_touch_of_a_table_between_them() {
         |sim| {
             // By the CPU that has it as writable.
             sim.write(FAR);
-            nothing_is_lost(sim);
+            sim.last_of_the_log();
         },
     );
 }

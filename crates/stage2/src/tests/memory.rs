@@ -146,9 +146,7 @@ fn run(engine: Engine, features: Features, number: usize, refusal: Refusal) -> u
         write_all(sim);
         sim.harvest();
         write_all(sim);
-        sim.last_round();
-        sim.stop();
-        sim.check_counts();
+        sim.last_of_the_log();
     });
     sim.end();
     refused

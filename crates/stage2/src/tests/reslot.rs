@@ -27,17 +27,8 @@ fn page(number: u64) -> u64 {
 }
 
 fn vm(setup: Setup) -> Arc<Sim> {
-    let sim = Sim::new(setup);
-    sim.alone(|sim| {
-        sim.add(Place {
-            id: 0,
-            ipa: IPA,
-            pages: PAGES,
-            access: Access::ReadWrite,
-            pa: RAM,
-        });
-        sim.map_ahead(0).unwrap();
-    });
+    let sim = Sim::with_ram(setup, IPA, PAGES);
+    sim.alone(|sim| sim.map_ahead(0).unwrap());
     sim
 }
 
@@ -56,15 +47,6 @@ fn large() -> Arc<Sim> {
         s.map_ahead(0).unwrap();
     });
     sim
-}
-
-fn conclude(sim: Arc<Sim>) {
-    sim.alone(|sim| {
-        sim.last_round();
-        sim.stop();
-        sim.check_counts();
-    });
-    sim.end();
 }
 
 #[test]
@@ -93,7 +75,7 @@ fn what_a_slot_knows_moves_with_it() {
             s.move_slot(0, IPA);
             assert_eq!(s.harvest(), set([]));
         });
-        conclude(sim);
+        sim.conclude();
     }
 }
 
@@ -106,7 +88,7 @@ fn a_dirty_block_that_moves_is_dirty_whole() {
         s.move_slot(0, THERE);
         assert_eq!(s.harvest(), span(THERE, 2 * MIB));
     });
-    conclude(sim);
+    sim.conclude();
 }
 
 #[test]
@@ -165,7 +147,7 @@ fn nothing_changes_while_a_log_starts() {
         s.move_slot(0, IPA);
         assert_eq!(s.harvest().len() as u64, LARGE);
     });
-    conclude(sim);
+    sim.conclude();
 }
 
 #[test]
@@ -198,7 +180,7 @@ fn nothing_changes_in_the_middle_of_a_harvest() {
         s.finish("take", |stage2| stage2.take(epoch)).unwrap();
         s.commit(epoch);
     });
-    conclude(sim);
+    sim.conclude();
 }
 
 #[test]
@@ -226,7 +208,7 @@ fn pages_that_stay_keep_their_bits_and_those_that_go_are_told_no_more() {
                 assert!(set([FEWER - 1, PAGES - 1].map(page)).is_subset(&reported));
                 assert!(!reported.contains(&page(1030)), "what went is forgotten");
             });
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -249,7 +231,7 @@ fn invariant_19_an_epoch_outlives_a_change_of_size() {
             assert_eq!(s.harvest(), set([3, 9, 70].map(page)));
             assert_eq!(s.harvest(), set([]));
         });
-        conclude(sim);
+        sim.conclude();
     }
 }
 
@@ -294,7 +276,7 @@ fn new_pages_of_a_log_that_began_dirty_are_dirty() {
         s.grow(0, 100);
         assert_eq!(s.harvest(), span(page(PAGES), 100 * PAGE_SIZE));
     });
-    conclude(sim);
+    sim.conclude();
 }
 
 /// Moves and changes of size, between harvests, while guests write.
@@ -338,7 +320,7 @@ fn invariant_05_slots_that_move_and_change_their_size_under_fire_lose_nothing() 
                     }
                 };
                 s.run(vec![manager, Box::new(guest), Box::new(guest)]);
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -379,7 +361,7 @@ fn invariant_05_a_block_that_comes_back_as_pages_was_broken_first() {
                 }
             };
             s.run(vec![manager, Box::new(guest), Box::new(guest)]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }

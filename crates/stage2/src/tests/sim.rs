@@ -310,6 +310,21 @@ impl Sim {
         self.scheduler.path()
     }
 
+    /// A run with one slot of writable memory.
+    pub fn with_ram(setup: Setup, ipa: u64, pages: u64) -> Arc<Self> {
+        let sim = Self::new(setup);
+        sim.alone(|sim| {
+            sim.add(Place {
+                id: 0,
+                ipa,
+                pages,
+                access: Access::ReadWrite,
+                pa: RAM,
+            });
+        });
+        sim
+    }
+
     /// Runs one program a CPU to the end, CPU 0 first in the list.
     pub fn run(self: &Arc<Self>, programs: Vec<Program<'_>>) {
         assert!(programs.len() <= self.setup.cpus);
@@ -878,6 +893,20 @@ impl Sim {
             (of(Level::L1), of(Level::L2), of(Level::L3))
         );
         assert_eq!(mappings.tables as usize, self.world.machine.tables_in_use());
+    }
+
+    /// The end of a log: the last round has what is missing, and the counts are right with it and without.
+    pub fn last_of_the_log(&self) {
+        self.last_round();
+        self.check_counts();
+        self.stop();
+        self.check_counts();
+    }
+
+    /// The end of a run with a log.
+    pub fn conclude(self: Arc<Self>) {
+        self.alone(Sim::last_of_the_log);
+        self.end();
     }
 
     /// Deletes all and ends the VM: nothing is leaked.

@@ -85,17 +85,6 @@ fn setups(engine_features: Features, seeds: u64) -> impl Iterator<Item = Setup> 
     })
 }
 
-/// The guests stop; nothing was lost, nothing is leaked.
-fn conclude(sim: Arc<Sim>) {
-    sim.alone(|sim| {
-        sim.last_round();
-        sim.check_counts();
-        sim.stop();
-        sim.check_counts();
-    });
-    sim.end();
-}
-
 /// The message of the panic that `run` must end in.
 fn refused(run: impl FnOnce()) -> std::string::String {
     let end = quietly(|| std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)));
@@ -116,7 +105,7 @@ fn invariant_01_in_whatever_order_nothing_is_lost() {
                     (0..3).for_each(|_| drop(s.harvest()));
                 });
                 s.run(vec![manager, guest(s, 40), guest(s, 40)]);
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -155,7 +144,7 @@ fn invariant_01_a_hole_that_is_mapped_during_a_harvest_loses_nothing() {
             };
             let manager = Box::new(|| (0..8).for_each(|_| drop(s.harvest())));
             s.run(vec![manager, toucher(0), toucher(1)]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -219,7 +208,7 @@ fn invariant_02_the_hardware_comes_between_any_two_steps_and_loses_nothing() {
                 s.harvest();
             });
             s.run(vec![manager, guest(s, 60), guest(s, 60)]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -255,7 +244,7 @@ fn invariant_03_the_host_may_copy_the_moment_a_take_is_done() {
                         s.commit(epoch);
                     }
                 });
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -285,7 +274,7 @@ fn invariant_04_a_mark_that_races_a_take_lands_in_this_round_or_the_next() {
             };
             let manager = Box::new(|| (0..8).for_each(|_| drop(s.harvest())));
             s.run(vec![manager, marks(0), marks(1)]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -332,7 +321,7 @@ fn invariant_05_a_slot_that_goes_or_changes_is_not_reached_and_loses_nothing() {
                 })
             };
             s.run(vec![manager, guest(), guest()]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -404,7 +393,7 @@ fn invariant_06_a_write_at_any_moment_of_a_split_is_known() {
                 })
             };
             s.run(vec![splitter, writer(9), writer(400)]);
-            conclude(sim);
+            sim.conclude();
         }
         assert!(seen[0] > 0 && seen[1] > 0, "both must happen: {seen:?}");
     }
@@ -425,7 +414,7 @@ fn invariant_06_what_a_block_knew_is_reported_when_it_is_split() {
             s.run(vec![manager, guest(s, 30), guest(s, 30)]);
             let left = s.world.stage2.mappings();
             assert!(left.blocks_2m < 2, "a dirty block stayed");
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -604,7 +593,7 @@ fn invariant_09_aging_never_touches_the_dirty_state() {
                 }
             });
             s.run(vec![aging, guest(s, 60), guest(s, 60)]);
-            conclude(sim);
+            sim.conclude();
         }
     }
 }
@@ -731,7 +720,7 @@ fn invariant_12_flags_of_the_guests_own_tables_dirty_their_pages() {
                     })
                 };
                 s.run(vec![manager, guest(), guest()]);
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -760,7 +749,7 @@ fn invariant_13_the_last_harvest_comes_after_a_barrier_on_every_cpu() {
         });
         late += u32::from(missing);
         // With the barrier nothing is missing, and a second harvest is empty.
-        conclude(sim);
+        sim.conclude();
     }
     assert!(late > 20, "the update was late in {late} runs of 200");
 }
@@ -785,7 +774,7 @@ fn invariant_14_engines_are_switched_under_fire_and_no_register_changes() {
                 });
                 s.run(vec![manager, guest(s, 60), guest(s, 60)]);
                 assert_eq!(s.world.stage2.vtcr(), vtcr);
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -835,7 +824,7 @@ fn invariant_15_no_walk_stops_at_an_entry_that_others_are_changing() {
                 };
                 let manager = Box::new(|| (0..4).for_each(|_| drop(s.harvest())));
                 s.run(vec![manager, helper(), helper()]);
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -879,7 +868,7 @@ fn invariant_16_operands_name_the_leaves_that_are_there() {
                         (0..2).for_each(|_| drop(s.harvest()));
                     });
                     s.run(vec![manager, runs(), runs()]);
-                    conclude(sim);
+                    sim.conclude();
                 }
             }
         }
@@ -1004,7 +993,7 @@ fn invariant_19_an_epoch_that_fails_comes_again() {
                     }
                 });
                 s.run(vec![manager, guest(s, 50), guest(s, 50)]);
-                conclude(sim);
+                sim.conclude();
             }
         }
     }
@@ -1084,7 +1073,7 @@ fn invariant_21_every_machine_and_engine_reports_the_same() {
                     }
                 });
                 let memory = s.copied();
-                conclude(sim);
+                sim.conclude();
                 (rounds, memory)
             };
             let (engine, features) = engines()[0];
