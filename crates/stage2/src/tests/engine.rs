@@ -248,7 +248,7 @@ fn a_harvest_in_between_finishes_what_was_begun() {
         let step = s.op("bring_over", |stage2| stage2.bring_over()).unwrap();
         assert_ne!(step, Progress::Done, "one step is all: this is no test");
         let epoch = s.world.new_epoch();
-        s.op("take", |stage2| stage2.take(epoch)).unwrap();
+        s.take_step(epoch, None).unwrap();
         let busy = s.op("set_engine", |stage2| stage2.set_engine(Engine::Dbm));
         assert_eq!(busy, Err(Error::TakeUnfinished(epoch)));
         assert_eq!(

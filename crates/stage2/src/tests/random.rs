@@ -608,10 +608,7 @@ impl Play {
 
     fn take_step(&self, epoch: Epoch) {
         let part = self.state().part;
-        let step = self.sim.op("take", |stage2| match part {
-            None => stage2.take(epoch),
-            Some(part) => stage2.take_range(epoch, part.slot, part.first, part.pages),
-        });
+        let step = self.sim.take_step(epoch, part);
         match step {
             // The slot goes, is gone or is another: nothing more of it is to be had.
             Err(Error::NoSuchSlot(_) | Error::NotLogging | Error::PageRange { .. })

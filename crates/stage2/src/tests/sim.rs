@@ -9,6 +9,7 @@ pub mod ghost;
 pub mod rules;
 
 use super::world::*;
+use crate::control::Part;
 use crate::fake::scheduler::{Path, Program, Scheduler};
 use crate::fake::traced::{self, Observer, Write};
 use crate::fake::{Event, Machine, Rng, Speculation, Stage1, Whims};
@@ -725,6 +726,7 @@ impl Sim {
             pa: Pa::new(place.pa + place.pages * PAGE_SIZE),
             pages,
         }];
+        lock(&self.ghost).exchanges(id);
         loop {
             let step = self.op("grow_slot", |stage2| stage2.grow_slot(SlotId(id), &more));
             let (total, dirty) = (place.pages + pages, self.world.dirty(id));
@@ -800,14 +802,37 @@ impl Sim {
         young
     }
 
+    /// A step of a take of `part`, or of everything.
+    pub fn take_step(&self, epoch: Epoch, part: Option<Part>) -> Result<Progress, Error> {
+        {
+            let (machine, guest) = (&self.world.machine, self.world.guest);
+            lock(&self.ghost).take_asked(machine, guest, epoch, part);
+        }
+        let step = match part {
+            None => self.op("take", |stage2| stage2.take(epoch)),
+            Some(Part { slot, first, pages }) => self.op("take_range", |stage2| {
+                stage2.take_range(epoch, slot, first, pages)
+            }),
+        };
+        if step == Ok(Progress::Done) {
+            let done = lock(&self.ghost).take_done(epoch);
+            self.require(done);
+        }
+        step
+    }
+
+    fn take_of(&self, part: Option<Part>) -> Epoch {
+        let epoch = self.world.new_epoch();
+        while self.take_step(epoch, part).unwrap() != Progress::Done {
+            self.pause();
+        }
+        epoch
+    }
+
     /// Takes an epoch of a range.
     pub fn take_range(&self, slot: u16, first: u64, pages: u64) -> Epoch {
-        let epoch = self.world.new_epoch();
-        self.finish("take_range", |stage2| {
-            stage2.take_range(epoch, SlotId(slot), first, pages)
-        })
-        .unwrap();
-        epoch
+        let slot = SlotId(slot);
+        self.take_of(Some(Part { slot, first, pages }))
     }
 
     pub fn stop(&self) {
@@ -817,9 +842,7 @@ impl Sim {
 
     /// Takes an epoch; it is with the host then, not copied.
     pub fn take(&self) -> Epoch {
-        let epoch = self.world.new_epoch();
-        self.finish("take", |stage2| stage2.take(epoch)).unwrap();
-        epoch
+        self.take_of(None)
     }
 
     /// Copies what the epoch holds, and returns it.

@@ -976,7 +976,7 @@ fn invariant_19_an_epoch_that_fails_comes_again() {
                         let steps = [1, 2, 3, u64::MAX][s.roll(4) as usize];
                         let mut done = Progress::More { done: 0, total: 0 };
                         for _ in 0..steps {
-                            done = s.op("take", |stage2| stage2.take(epoch)).unwrap();
+                            done = s.take_step(epoch, None).unwrap();
                             if done == Progress::Done {
                                 break;
                             }

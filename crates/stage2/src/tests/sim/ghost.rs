@@ -14,12 +14,20 @@
 //!   the bit;
 //! * an operation under way, that took one of these away itself, or the table it is in. Only until it
 //!   returns.
+//!
+//! A write-protected page of the log that is writable is none of them: no harvest looks at a leaf of that kind
+//! without the page's bit. A block is, whatever its kind.
+//!
+//! And invariant 5's second half: when a take is asked for first, the pages that the host lacks are noted.
+//! Those that no operation is at, and the hardware neither, are in the epoch when it is done, whoever is
+//! at them by then.
 
-use super::rules::{Scope, is_dirty_leaf, is_table};
+use super::rules::{Scope, is_dirty_leaf, is_table, needs_a_bit};
+use crate::control::Part;
 use crate::dirty::Dirty;
 use crate::fake::traced::{How, Write};
 use crate::fake::{Guest, Machine};
-use crate::types::PAGE_SIZE;
+use crate::types::{Epoch, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::format;
 use std::string::String;
@@ -43,6 +51,8 @@ struct Slot {
     dirty: Arc<Dirty>,
     /// While it is being made larger, what it was before.
     older: Option<Arc<Dirty>>,
+    /// Its bitmaps are being exchanged, CPU by CPU: bits may be in some that are not known here yet.
+    exchanging: bool,
     /// The bits of the epoch that mean something, by word.
     in_flight: HashMap<usize, u64>,
 }
@@ -76,6 +86,13 @@ pub struct Ghost {
     slots: BTreeMap<u16, Slot>,
     /// By CPU: what the operation it is in took away, as ranges of addresses.
     held: HashMap<usize, Vec<(u64, u64)>>,
+    owed: Option<Owed>,
+}
+
+/// What an epoch must hold when it is done. Nothing any more, once it was.
+struct Owed {
+    epoch: Epoch,
+    pages: BTreeSet<u64>,
 }
 
 impl Ghost {
@@ -90,6 +107,7 @@ impl Ghost {
             pages,
             dirty,
             older: None,
+            exchanging: false,
             in_flight,
         };
         let (first, end) = (slot.start, slot.end());
@@ -109,6 +127,7 @@ impl Ghost {
         for (_, page) in self.pages.range_mut(slot.start..slot.end()) {
             (page.committed, page.copied) = (None, None);
         }
+        self.owes_no_more(slot.start, slot.end());
     }
 
     /// A slot that moved, and its pages with it.
@@ -118,6 +137,7 @@ impl Ghost {
         };
         let old = slot.start..slot.end();
         slot.start = start;
+        self.owes_no_more(old.start, old.end);
         let mut moved = self.pages.split_off(&old.start);
         self.pages.append(&mut moved.split_off(&old.end));
         for (ipa, page) in moved {
@@ -135,6 +155,7 @@ impl Ghost {
         };
         let old_end = slot.end();
         slot.pages = pages;
+        slot.exchanging = false;
         if !Arc::ptr_eq(&slot.dirty, &dirty) {
             slot.older = Some(std::mem::replace(&mut slot.dirty, dirty));
         }
@@ -144,6 +165,14 @@ impl Ghost {
             // The host copies what is new.
             page.committed = (on && end > old_end).then_some(page.content);
             page.copied = None;
+        }
+        self.owes_no_more(end, old_end);
+    }
+
+    /// The slot gets bitmaps of another size now.
+    pub fn exchanges(&mut self, id: u16) {
+        if let Some(slot) = self.slots.get_mut(&id) {
+            slot.exchanging = true;
         }
     }
 
@@ -157,6 +186,7 @@ impl Ghost {
     /// The log has said that it is on: the host copies everything.
     pub fn start(&mut self) {
         self.on = true;
+        self.owed = None;
         for (ipa, page) in &mut self.pages {
             let known = self
                 .slots
@@ -247,6 +277,62 @@ impl Ghost {
         self.pages.iter().filter_map(copied).collect()
     }
 
+    /// An epoch of `part`, or of everything, is about to be asked for, for the first time or again.
+    pub fn take_asked(
+        &mut self,
+        machine: &Machine,
+        guest: Guest,
+        epoch: Epoch,
+        part: Option<Part>,
+    ) {
+        if !self.on || self.owed.as_ref().is_some_and(|owed| owed.epoch >= epoch) {
+            return;
+        }
+        let within = match part {
+            None => 0..u64::MAX,
+            Some(part) => match self.slots.get(&part.slot.0) {
+                Some(slot) => {
+                    let first = slot.start + part.first * PAGE_SIZE;
+                    first..first + part.pages * PAGE_SIZE
+                }
+                None => return,
+            },
+        };
+        let lacks = |page: &Page| {
+            page.committed
+                .is_some_and(|committed| committed != page.content)
+        };
+        let pages = self.pages.range(within);
+        let owed = pages.filter(|(ipa, page)| {
+            lacks(page) && !self.is_held(**ipa) && !has_late_update(machine, guest, **ipa)
+        });
+        let pages = owed.map(|(ipa, _)| *ipa).collect();
+        self.owed = Some(Owed { epoch, pages });
+    }
+
+    /// It is done, says somebody.
+    pub fn take_done(&mut self, epoch: Epoch) -> Result<(), String> {
+        let owed = self.owed.as_mut().filter(|owed| owed.epoch == epoch);
+        let pages = owed.map(|owed| std::mem::take(&mut owed.pages));
+        let lost: Vec<u64> = pages
+            .into_iter()
+            .flatten()
+            .filter(|ipa| self.slot_of(*ipa).is_some() && !self.in_flight(*ipa))
+            .collect();
+        match lost.as_slice() {
+            [] => Ok(()),
+            lost => Err(format!(
+                "{lost:x?} were written before the take of {epoch:?}, and are not in it"
+            )),
+        }
+    }
+
+    fn owes_no_more(&mut self, start: u64, end: u64) {
+        if let Some(owed) = &mut self.owed {
+            owed.pages.retain(|ipa| !(start..end).contains(ipa));
+        }
+    }
+
     /// A bitmap's word was written.
     pub fn bitmap(&mut self, cpu: usize, write: Write) {
         for slot in self.slots.values_mut() {
@@ -279,7 +365,10 @@ impl Ghost {
         // What hangs on a table that is broken off may be dirty, and is while the table may come back.
         let gone =
             |is: fn(u64, u32) -> bool| is(write.old, scope.level) && !is(write.new, scope.level);
-        if gone(is_dirty_leaf) || gone(is_table) {
+        // And until a page that needs its bit has it.
+        let made =
+            |is: fn(u64, u32) -> bool| !is(write.old, scope.level) && is(write.new, scope.level);
+        if gone(is_dirty_leaf) || gone(is_table) || made(needs_a_bit) || made(is_table) {
             let held = self.held.entry(cpu).or_default();
             held.push((scope.start, scope.end));
         }
@@ -352,24 +441,31 @@ impl Ghost {
         let live = self.slot_of(ipa).is_some_and(|slot| {
             let page = (ipa - slot.start) / PAGE_SIZE;
             let mut bitmaps = slot.older.iter().chain([&slot.dirty]);
-            bitmaps.any(|dirty| {
-                let word = dirty.live().get((page / 64) as usize);
-                word.is_some_and(|word| {
-                    crate::sync::raw(word).load(Ordering::SeqCst) >> (page % 64) & 1 == 1
+            slot.exchanging
+                || bitmaps.any(|dirty| {
+                    let word = dirty.live().get((page / 64) as usize);
+                    word.is_some_and(|word| {
+                        crate::sync::raw(word).load(Ordering::SeqCst) >> (page % 64) & 1 == 1
+                    })
                 })
-            })
         });
         if live {
             return true;
         }
         let (entry, level) = machine.walk(guest, ipa);
         let pte = crate::sync::raw(entry).load(Ordering::SeqCst);
-        let place = machine.locate(std::ptr::from_ref(entry).addr());
-        is_dirty_leaf(pte, level) || place.is_some_and(|place| machine.has_late_update(place))
+        let by_itself = is_dirty_leaf(pte, level) && !needs_a_bit(pte, level);
+        by_itself || has_late_update(machine, guest, ipa)
     }
 
     fn is_held(&self, ipa: u64) -> bool {
         let mut held = self.held.values().flatten();
         held.any(|(start, end)| (*start..*end).contains(&ipa))
     }
+}
+
+fn has_late_update(machine: &Machine, guest: Guest, ipa: u64) -> bool {
+    let (entry, _) = machine.walk(guest, ipa);
+    let place = machine.locate(std::ptr::from_ref(entry).addr());
+    place.is_some_and(|place| machine.has_late_update(place))
 }
