@@ -15,8 +15,10 @@
 //! | `pe` | a CPU: walks, hardware updates of descriptors, stage 1 |
 //! | `tlb` | what it has cached, and what an invalidation removes |
 //! | `whims` | what the architecture leaves open |
-//! | `traced`, `scheduler` | in this crate's own tests: every access to tables and bitmaps is seen, and any other CPU may come before it |
+//! | `traced`, `locks`, `scheduler` | in this crate's own tests: every access to tables, bitmaps and locks is seen, and any other CPU may come before it |
 
+#[cfg(test)]
+pub(crate) mod locks;
 mod pe;
 mod rng;
 #[cfg(test)]

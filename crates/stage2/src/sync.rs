@@ -1,9 +1,10 @@
 //! Atomics and locks, from one place.
 //!
 //! In the image and for every user of this crate they are those of `core` and `spin`. In this crate's
-//! own tests the 64-bit atomics, of which tables and bitmaps are made, tell an observer before and
-//! after each access (`fake::traced`), and a CPU that spins on a lock lets the others run. So a
-//! simulator sees every single access and can put another CPU in front of any of them.
+//! own tests the atomics tell an observer before each access, and those of 64 bits, of which tables and
+//! bitmaps are made, after it too (`fake::traced`); so do the locks, before they are taken and after they are
+//! given back (`fake::locks`), and a CPU that waits for one lets the others run. So a simulator sees every
+//! single access and can put another CPU in front of any of them.
 //!
 //! Under `cfg(loom)` they are loom's (`looms`), for the package in `loom/`.
 //!
@@ -16,7 +17,7 @@ pub(crate) mod atomic {
     pub use crate::looms::AtomicU64;
 
     #[cfg(all(test, not(loom)))]
-    pub use crate::fake::traced::AtomicU64;
+    pub use crate::fake::traced::{AtomicBool, AtomicI64, AtomicU64};
 }
 
 /// Returns the ordinary atomic: simulated hardware looks at memory without being looked at.
@@ -34,14 +35,4 @@ pub(crate) use crate::looms::{mutex, rwlock};
 pub(crate) use spin::{mutex, rwlock};
 
 #[cfg(all(test, not(loom)))]
-pub(crate) mod mutex {
-    pub(crate) type SpinMutex<T> = spin::mutex::SpinMutex<T, crate::fake::traced::Relax>;
-}
-
-#[cfg(all(test, not(loom)))]
-pub(crate) mod rwlock {
-    use crate::fake::traced::Relax;
-
-    pub(crate) type RwLock<T> = spin::rwlock::RwLock<T, Relax>;
-    pub(crate) type RwLockReadGuard<'a, T> = spin::rwlock::RwLockReadGuard<'a, T, Relax>;
-}
+pub(crate) use crate::fake::locks::{mutex, rwlock};

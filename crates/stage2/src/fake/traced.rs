@@ -37,10 +37,19 @@ pub struct Write {
     pub how: How,
 }
 
+/// Where CPUs meet, by its address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Point {
+    /// A word of 64 bits, of a table or a bitmap mostly.
+    Word(usize),
+    /// A lock, or another atomic.
+    Other(usize),
+}
+
 /// Whoever watches a thread's accesses.
 pub trait Observer {
-    /// Before an access to an address, as often as [`skip`] lets it: another CPU may come first.
-    fn point(&self, address: usize);
+    /// Before an access, as often as [`skip`] lets it: another CPU may come first.
+    fn point(&self, at: Point);
     /// Where others come first more often than elsewhere: a barrier, an invalidation.
     fn milestone(&self);
     /// A CPU waits for another one.
@@ -70,7 +79,7 @@ fn observer() -> Option<Arc<dyn Observer>> {
 
 /// A place where another CPU may come first.
 #[inline]
-fn point(address: usize) {
+pub(super) fn point(at: Point) {
     if !ON.with(Cell::get) {
         return;
     }
@@ -78,7 +87,7 @@ fn point(address: usize) {
     if left > 0 {
         UNTIL.with(|until| until.set(left - 1));
     } else if let Some(observer) = observer() {
-        observer.point(address);
+        observer.point(at);
     }
 }
 
@@ -174,7 +183,7 @@ impl AtomicU64 {
         let Some(observer) = observer() else {
             return write(&self.0).0;
         };
-        point(self.address());
+        point(Point::Word(self.address()));
         observer.settle(self.address());
         let (old, new) = write(&self.0);
         if let Some(new) = new {
@@ -191,7 +200,7 @@ impl AtomicU64 {
 
     /// As the original.
     pub fn load(&self, order: Ordering) -> u64 {
-        point(self.address());
+        point(Point::Word(self.address()));
         self.0.load(order)
     }
 
@@ -313,3 +322,30 @@ impl AtomicU64 {
         self.0.get_mut()
     }
 }
+
+/// Atomics that nobody watches, with a place for others in front of each access.
+macro_rules! passed {
+    ($name:ident of $value:ty: $($method:ident($($argument:ident: $type:ty),*) -> $result:ty),*) => {
+        /// As the original.
+        #[derive(Default, Debug)]
+        pub struct $name(atomic::$name);
+
+        impl $name {
+            /// Makes one.
+            pub const fn new(value: $value) -> Self {
+                Self(atomic::$name::new(value))
+            }
+
+            $(
+                /// As the original.
+                pub fn $method(&self, $($argument: $type,)* order: Ordering) -> $result {
+                    point(Point::Other(std::ptr::from_ref(self).addr()));
+                    self.0.$method($($argument,)* order)
+                }
+            )*
+        }
+    };
+}
+
+passed!(AtomicBool of bool: load() -> bool, store(value: bool) -> ());
+passed!(AtomicI64 of i64: load() -> i64, fetch_add(value: i64) -> i64);

@@ -15,7 +15,7 @@ use crate::pte::Kind;
 use crate::slot::{LeavesOf, Life, Slot};
 use crate::sync::atomic::Ordering;
 use crate::types::*;
-use crate::{Features, Support};
+use crate::{Error, Features, Support};
 use std::boxed::Box;
 use std::vec;
 use std::vec::Vec;
@@ -47,7 +47,7 @@ fn setup(features: Features) -> Setup {
 }
 
 /// Runs the programs that `programs` makes in every order, each time in a VM that `prepare` made, and
-/// says how many there were. CPUs meet at `pages`.
+/// says how many there were. CPUs meet at `pages`, or, where there are none, at the control mutex.
 fn in_every_order(
     setup: Setup,
     pages: &[u64],
@@ -61,7 +61,10 @@ fn in_every_order(
     while let Some(this) = path {
         let sim = Sim::on(setup, this);
         sim.alone(&prepare);
-        sim.meet_at(pages);
+        match pages {
+            [] => sim.meet_at_the_mutex(),
+            pages => sim.meet_at(pages),
+        }
         sim.run(programs(&sim));
         let gone = sim.path().unwrap();
         sim.alone(&conclude);
@@ -341,6 +344,41 @@ fn two_harvests_and_the_host() {
                 },
             );
         }
+    }
+}
+
+/// An epoch is given up by one CPU while another is on its way to begin it, or in it: it is over, or never was.
+#[test]
+fn a_take_and_its_giving_up() {
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[],
+            |sim| {
+                sim.add(SMALL);
+                sim.map_ahead(0).unwrap();
+                sim.start(engine, Granularity::Page);
+                sim.write(IPA);
+            },
+            |sim| {
+                let epoch = sim.world.new_epoch();
+                vec![
+                    Box::new(move || {
+                        for _ in 0..3 {
+                            let step = sim.take_step(epoch, None);
+                            assert!(step.is_ok() || matches!(step, Err(Error::StaleEpoch { .. })));
+                            sim.breathe();
+                        }
+                    }),
+                    Box::new(move || sim.give_up(epoch)),
+                ]
+            },
+            |sim| {
+                let status = sim.world.stage2.log_status();
+                assert_eq!(status.outstanding, None, "nobody drives it any more");
+                sim.last_of_the_log();
+            },
+        );
     }
 }
 

@@ -11,7 +11,7 @@ pub mod rules;
 use super::world::*;
 use crate::control::Part;
 use crate::fake::scheduler::{Path, Program, Scheduler};
-use crate::fake::traced::{self, Observer, Write};
+use crate::fake::traced::{self, Observer, Point, Write};
 use crate::fake::{Event, Machine, Rng, Speculation, Stage1, Whims};
 use crate::types::*;
 use crate::{Error, FaultAccess, Features, Outcome, Stage2};
@@ -187,14 +187,15 @@ pub struct Sim {
 struct Meets {
     /// By index, of descriptors in any table: a table that is not linked yet counts too.
     entries: BTreeSet<usize>,
-    bitmaps: BTreeSet<usize>,
+    /// By address, of bitmaps and locks.
+    words: BTreeSet<usize>,
 }
 
 impl Meets {
     fn at(&self, machine: &Machine, address: usize) -> bool {
         match machine.locate(address) {
             Some(place) => self.entries.contains(&place.index),
-            None => self.bitmaps.contains(&address),
+            None => self.words.contains(&address),
         }
     }
 }
@@ -207,13 +208,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Watch(Arc<Sim>);
 
 impl Observer for Watch {
-    fn point(&self, address: usize) {
-        if self
-            .0
-            .meets
-            .get()
-            .is_none_or(|meets| meets.at(&self.0.world.machine, address))
-        {
+    fn point(&self, at: Point) {
+        let (Point::Word(address) | Point::Other(address)) = at;
+        let here = |meets: &Meets| meets.at(&self.0.world.machine, address);
+        if self.0.meets.get().is_none_or(here) {
             self.0.scheduler.point();
         }
     }
@@ -290,7 +288,7 @@ impl Sim {
     pub fn meet_at(&self, addresses: &[u64]) {
         let mut meets = Meets {
             entries: BTreeSet::new(),
-            bitmaps: BTreeSet::new(),
+            words: BTreeSet::new(),
         };
         for &ipa in addresses {
             meets.entries.extend(LEVELS.map(|level| level.index(ipa)));
@@ -298,11 +296,18 @@ impl Sim {
             let word = ((ipa - place.ipa) / PAGE_SIZE / 64) as usize;
             let dirty = self.world.dirty(place.id);
             for bitmap in [dirty.live(), dirty.in_flight()] {
-                meets
-                    .bitmaps
-                    .insert(std::ptr::from_ref(&bitmap[word]).addr());
+                meets.words.insert(std::ptr::from_ref(&bitmap[word]).addr());
             }
         }
+        assert!(self.meets.set(meets).is_ok(), "said twice");
+    }
+
+    /// The same for the control mutex: in front of it, and behind it.
+    pub fn meet_at_the_mutex(&self) {
+        let meets = Meets {
+            entries: BTreeSet::new(),
+            words: [self.world.stage2.control.address()].into(),
+        };
         assert!(self.meets.set(meets).is_ok(), "said twice");
     }
 
@@ -870,6 +875,15 @@ impl Sim {
     pub fn commit(&self, epoch: Epoch) {
         self.op("commit", |stage2| stage2.commit(epoch)).unwrap();
         lock(&self.ghost).commit();
+        self.check_all();
+    }
+
+    /// Aborts an epoch that may not have begun.
+    pub fn give_up(&self, epoch: Epoch) {
+        self.op("give_up", |stage2| stage2.give_up(epoch));
+        lock(&self.ghost).abort();
+        let outstanding = self.world.stage2.log_status().outstanding;
+        assert_ne!(outstanding, Some(epoch), "it was given up");
         self.check_all();
     }
 

@@ -4,7 +4,7 @@
 
 use super::world::*;
 use crate::fake::Event;
-use crate::fake::traced::{self, Observer, Write};
+use crate::fake::traced::{self, Observer, Point, Write};
 use crate::types::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,8 +16,9 @@ const MOST: u64 = 4096 + 768;
 struct Count(AtomicU64);
 
 impl Observer for Count {
-    fn point(&self, _: usize) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+    fn point(&self, at: Point) {
+        let word = matches!(at, Point::Word(_));
+        self.0.fetch_add(u64::from(word), Ordering::Relaxed);
     }
     fn milestone(&self) {}
     fn wait(&self) {}
