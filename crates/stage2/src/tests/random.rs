@@ -58,7 +58,7 @@ fn places(large: Large) -> [Place; 5] {
         ),
         place(2, GIB + 8 * MIB, P2M, read_only, RAM + 32 * MIB),
         place(3, 4 * GIB, pages, writable, RAM + 4 * GIB),
-        place(4, 2 * GIB, P2M + 7, writable, RAM + 64 * MIB + page),
+        place(4, 2 * GIB, P2M + 7, writable, RAM + 64 * MIB),
     ]
 }
 
@@ -106,9 +106,9 @@ enum Manage {
     Copy,
     Commit,
     Abort,
+    GiveUp,
     Delete(usize),
     Add(usize),
-    Flip,
     Move,
     Resize,
     Limit(usize),
@@ -123,6 +123,8 @@ enum Run {
     El2Write(prop::sample::Index),
     MapAhead(usize),
     Age(usize),
+    /// Changes a slot's access.
+    Flip,
     /// One step of whatever the manager is about.
     Help,
     /// The vCPU exits, with its barrier.
@@ -162,10 +164,11 @@ fn manage() -> impl Strategy<Value = Manage> {
         2 => Just(Manage::Copy),
         4 => Just(Manage::Commit),
         2 => Just(Manage::Abort),
+        1 => Just(Manage::GiveUp),
         1 => (0..5usize).prop_map(Manage::Delete),
         1 => (0..5usize).prop_map(Manage::Add),
         1 => (0..40usize).prop_map(Manage::Limit),
-        1 => Just(Manage::Flip),
+        1 => Just(Manage::Run(Run::Flip)),
         1 => Just(Manage::Move),
         1 => Just(Manage::Resize),
         8 => run().prop_map(Manage::Run),
@@ -180,6 +183,7 @@ fn run() -> impl Strategy<Value = Run> {
         1 => page().prop_map(Run::El2Write),
         1 => (0..5usize).prop_map(Run::MapAhead),
         1 => (0..5usize).prop_map(Run::Age),
+        1 => Just(Run::Flip),
         2 => Just(Run::Help),
         1 => Just(Run::Exit),
     ]
@@ -392,6 +396,7 @@ impl Play {
                 assert!(mapped.is_ok() || refused, "{mapped:?}");
             }
             Run::Age(slot) => drop(self.sim.young(self.places[*slot].id)),
+            Run::Flip => self.flip(),
             Run::Help => self.help(),
             Run::Exit => {
                 let machine = &self.sim.world.machine;
@@ -400,17 +405,30 @@ impl Play {
         }
     }
 
+    fn flip(&self) {
+        let slot = self.place(self.places[FLIPPED].id);
+        if let Some(Place { id, access, .. }) = slot {
+            let other = match access {
+                Access::ReadOnly => Access::ReadWrite,
+                Access::ReadWrite => Access::ReadOnly,
+            };
+            self.sim.set_access(id, other);
+        }
+    }
+
     fn help(&self) {
-        let (stage, epoch) = {
+        let (stage, epoch, part) = {
             let state = self.state();
             if state.alone {
                 return;
             }
-            (state.stage, state.epoch)
+            (state.stage, state.epoch, state.part)
         };
         match (stage, epoch) {
             (Stage::Starting, _) => self.helped(|| self.start_step()),
-            (Stage::On, Some((epoch, Taken::Partly))) => self.helped(|| self.take_step(epoch)),
+            (Stage::On, Some((epoch, Taken::Partly))) => {
+                self.helped(|| self.take_step(epoch, part))
+            }
             (Stage::Stopping, _) => self.helped(|| self.stop_step()),
             _ => {}
         }
@@ -444,10 +462,8 @@ impl Play {
                 let changed = self
                     .sim
                     .op("set_engine", |stage2| stage2.set_engine(*engine));
-                let state = self.state();
-                if changed.is_ok() {
-                    assert_eq!(state.stage, Stage::On);
-                }
+                // A stop may have found somebody in its way each time.
+                assert!(changed.is_err() || matches!(self.stage(), Stage::On | Stage::Stopping));
             }
             Manage::AdaptEngine => {
                 let now = self.sim.op("adapt_engine", |stage2| stage2.adapt_engine());
@@ -485,21 +501,12 @@ impl Play {
             }
             Manage::Add(slot) => {
                 let place = self.places[*slot];
-                if self.place(place.id).is_none() {
+                let known = self.sim.slots.lock().unwrap().get(&place.id).copied();
+                if known.is_none_or(|slot| slot.presence == Presence::Gone) {
                     self.sim.add(place);
                 }
             }
-            Manage::Flip => {
-                let Place { id, ipa, .. } = self.places[FLIPPED];
-                let slot = self.sim.slot_of(ipa).unwrap();
-                if slot.presence == Presence::There {
-                    let access = match slot.place.access {
-                        Access::ReadOnly => Access::ReadWrite,
-                        Access::ReadWrite => Access::ReadOnly,
-                    };
-                    self.sim.set_access(id, access);
-                }
-            }
+            Manage::GiveUp => self.give_up(),
             Manage::Move => {
                 if let Some(Place { id, ipa, .. }) = self.is_to_change(MOVED) {
                     let to = if ipa == THERE {
@@ -581,25 +588,28 @@ impl Play {
         }
     }
 
+    /// Says that an epoch is being taken: from now on others help. Who is still at one that was given up goes
+    /// on, and meets it.
+    fn new_epoch(&self, part: Option<Part>) -> Epoch {
+        let epoch = self.sim.world.new_epoch();
+        self.sim.written.lock().unwrap().during.clear();
+        let mut state = self.state();
+        state.epoch = Some((epoch, Taken::Partly));
+        state.part = part;
+        epoch
+    }
+
     fn take(&self, steps: usize, part: Option<Part>) {
         if self.stage() != Stage::On {
             return;
         }
-        let known = self.epoch();
-        let epoch = match known {
+        let epoch = match self.epoch() {
             Some((epoch, _)) => epoch,
-            None => {
-                self.wait_for_helpers();
-                let epoch = self.sim.world.new_epoch();
-                self.sim.written.lock().unwrap().during.clear();
-                let mut state = self.state();
-                state.epoch = Some((epoch, Taken::Partly));
-                state.part = part;
-                epoch
-            }
+            None => self.new_epoch(part),
         };
         for _ in 0..steps {
-            self.take_step(epoch);
+            let part = self.state().part;
+            self.take_step(epoch, part);
             let taken = self.epoch();
             if taken.is_none_or(|(_, taken)| taken != Taken::Partly) {
                 return;
@@ -608,8 +618,7 @@ impl Play {
         }
     }
 
-    fn take_step(&self, epoch: Epoch) {
-        let part = self.state().part;
+    fn take_step(&self, epoch: Epoch, part: Option<Part>) {
         let step = self.sim.take_step(epoch, part);
         match step {
             // The slot goes, is gone or is another: nothing more of it is to be had.
@@ -622,8 +631,8 @@ impl Play {
                 }
             }
             Ok(Progress::More { .. }) => {}
-            // Settled while somebody was on the way to help.
-            Err(Error::StaleEpoch { .. }) => {
+            // Settled while somebody was on the way to help, and perhaps the next one has begun.
+            Err(Error::StaleEpoch { .. } | Error::EpochOutstanding(_)) => {
                 assert_ne!(
                     self.epoch().map(|(outstanding, _)| outstanding),
                     Some(epoch)
@@ -642,7 +651,8 @@ impl Play {
             self.wait_for_helpers();
             if self.epoch() == Some((epoch, Taken::Partly)) {
                 let early = self.sim.op("commit", |stage2| stage2.commit(epoch));
-                assert_eq!(early, Err(Error::TakeUnfinished(epoch)));
+                let begun = early == Err(Error::TakeUnfinished(epoch));
+                assert!(begun || !self.has_begun(epoch), "{early:?}");
             }
             self.state().alone = false;
             return;
@@ -705,22 +715,52 @@ impl Play {
             let pages = self.sim.copy(epoch);
             self.state().aborted.extend(pages);
         }
-        self.sim.abort(epoch);
+        if self.has_begun(epoch) {
+            self.sim.abort(epoch);
+        } else {
+            self.sim.give_up(epoch);
+        }
         self.state().epoch = None;
+    }
+
+    /// It may not have, if others were in the way each time.
+    fn has_begun(&self, epoch: Epoch) -> bool {
+        self.sim.world.stage2.log_status().outstanding == Some(epoch)
+    }
+
+    /// Gives up an epoch that is being taken, or one that perhaps nobody has begun.
+    fn give_up(&self) {
+        match (self.stage(), self.epoch()) {
+            (Stage::On, None) => {
+                self.new_epoch(None);
+                self.sim.breathe();
+            }
+            (_, Some((_, Taken::Partly))) => {}
+            _ => return,
+        }
+        // Somebody may have taken all of it meanwhile.
+        if let Some((epoch, Taken::Partly)) = self.epoch() {
+            let written = self.sim.written.lock().unwrap().unreported.clone();
+            self.state().aborted.extend(written);
+            self.sim.give_up(epoch);
+            self.state().epoch = None;
+        }
     }
 
     fn stop(&self) {
         let stage = self.stage();
         if stage == Stage::Off {
             let refused = self.sim.op("stop_log", |stage2| stage2.stop_log());
-            assert_eq!(refused, Err(Error::NotLogging));
+            assert!(refused == Err(Error::NotLogging) || self.may_be_busy(refused));
             return;
         }
-        if let Some((epoch, _)) = self.epoch() {
+        if let Some((epoch, taken)) = self.epoch() {
+            if taken == Taken::Partly && !self.has_begun(epoch) {
+                return self.give_up();
+            }
             let refused = self.sim.op("stop_log", |stage2| stage2.stop_log());
-            // A step that somebody else is in comes first.
-            let busy = matches!(refused, Ok(Progress::More { .. })) && self.state().helping > 0;
-            assert!(refused == Err(Error::EpochOutstanding(epoch)) || busy);
+            let outstanding = refused == Err(Error::EpochOutstanding(epoch));
+            assert!(outstanding || self.may_be_busy(refused));
             return;
         }
         if stage != Stage::Stopping {
@@ -732,6 +772,17 @@ impl Play {
             self.state().stage = Stage::Stopping;
         }
         self.stop_step();
+        // Until it has begun: somebody may be in its way.
+        while let LogStage::Starting | LogStage::On = self.sim.world.stage2.log_status().stage {
+            self.sim.pause();
+            self.stop_step();
+        }
+    }
+
+    /// Is it only that somebody else is in a step?
+    fn may_be_busy(&self, step: Result<Progress, Error>) -> bool {
+        let others = self.state().helping > 0 || !self.sim.slots_are_still();
+        others && matches!(step, Ok(Progress::More { .. }))
     }
 
     fn stop_step(&self) {
@@ -750,7 +801,12 @@ impl Play {
             Ok(Progress::More { .. }) => {}
             // Somebody else was faster, and has perhaps not said so yet.
             Err(Error::NotLogging) => {
-                assert!(matches!(self.stage(), Stage::Stopping | Stage::Off));
+                let mut state = self.state();
+                assert!(matches!(state.stage, Stage::Stopping | Stage::Off));
+                if state.helping == 0 {
+                    // Nor will: the log was never begun, because somebody was in the way.
+                    (state.stage, state.mode) = (Stage::Off, None);
+                }
             }
             other => panic!("{other:?}"),
         }
