@@ -40,6 +40,8 @@ use pe::Pe;
 use std::boxed::Box;
 use std::cell::Cell;
 use std::collections::BTreeMap;
+#[cfg(test)]
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::vec::Vec;
@@ -586,17 +588,52 @@ impl Machine {
         let is_table = level < 3 && pte & 3 == 3;
         self.cpus.iter().enumerate().find_map(|(number, cpu)| {
             let cached = lock(&cpu.pe).tlb.overlapping(vmid, start, end);
-            let stale = cached.into_iter().find(|(ipa, leaf)| {
+            let stale = cached.into_iter().find(|(at, leaf)| {
                 if is_table {
-                    return !bbm2;
-                }
-                if bbm2 {
-                    !leaf.is_equivalent(&made, *ipa)
+                    // Under FEAT_BBM level 2 it is as good as what the table says there.
+                    !bbm2 || !self.leads_to(pte, level + 1, start, at, leaf)
+                } else if bbm2 {
+                    !leaf.is_equivalent(&made, at.start)
                 } else {
-                    !leaf.agrees(&made, *ipa)
+                    !leaf.agrees(&made, at.start)
                 }
             });
-            stale.map(|(ipa, leaf)| (number, ipa, leaf.pte))
+            stale.map(|(at, leaf)| (number, at.start, leaf.pte))
+        })
+    }
+}
+
+#[cfg(test)]
+impl Machine {
+    /// Does the table of `level` for addresses from `base` on lead, at each of `at`, to where the cached leaf
+    /// does, or nowhere?
+    fn leads_to(
+        &self,
+        table: u64,
+        level: u32,
+        base: u64,
+        at: &Range<u64>,
+        cached: &tlb::Leaf,
+    ) -> bool {
+        let Some(table) = self.table_at(table & 0x0000_ffff_ffff_f000) else {
+            return false;
+        };
+        let size = 1 << tlb::shift(level);
+        (0..512).all(|index| {
+            let from = base + index as u64 * size;
+            if from >= at.end || from + size <= at.start {
+                return true;
+            }
+            let pte = self.descriptor(Entry { table, index });
+            if level < 3 && pte & 3 == 3 {
+                return self.leads_to(pte, level + 1, from, at, cached);
+            }
+            let leaf = tlb::Leaf {
+                pte,
+                level,
+                hd: false,
+            };
+            pte & tlb::VALID == 0 || cached.is_equivalent(&leaf, from.max(at.start))
         })
     }
 }

@@ -5,6 +5,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 #[cfg(test)]
+use std::ops::Range;
+#[cfg(test)]
 use std::vec::Vec;
 
 pub(super) const VALID: u64 = 1;
@@ -195,8 +197,8 @@ impl Tlb {
     }
 
     #[cfg(test)]
-    /// Returns what is cached about `start..end`, with an address each.
-    pub(super) fn overlapping(&self, vmid: u16, start: u64, end: u64) -> Vec<(u64, Leaf)> {
+    /// Returns what is cached about `start..end`, with the addresses of it that each is about.
+    pub(super) fn overlapping(&self, vmid: u16, start: u64, end: u64) -> Vec<(Range<u64>, Leaf)> {
         let leaves = self.stage2.iter().map(|((tag, shift, number), leaf)| {
             (*tag, number << shift, (number + 1) << shift, *leaf)
         });
@@ -207,7 +209,7 @@ impl Tlb {
         leaves
             .chain(combined)
             .filter(|(tag, from, to, _)| *tag == vmid && *from < end && *to > start)
-            .map(|(_, from, _, leaf)| (from.max(start), leaf))
+            .map(|(_, from, to, leaf)| (from.max(start)..to.min(end), leaf))
             .collect()
     }
 

@@ -463,6 +463,38 @@ fn invariant_06_a_size_that_changes_without_a_break_ends_the_run() {
     assert!(why.contains("TLB conflict"), "{why}");
 }
 
+/// A table in the place of a block that is gone from the entry and not from a TLB: its pages must be the block's,
+/// even under FEAT_BBM level 2, which lets them live side by side.
+#[test]
+fn invariant_06_a_table_over_what_a_tlb_holds_ends_the_run_unless_it_is_the_same() {
+    use crate::hardware::Hardware;
+    let link = |features: Features, other: usize| {
+        let sim = vm(Setup::new(features, 1));
+        sim.alone(|sim| {
+            sim.read(page(3));
+            let machine = &sim.world.machine;
+            let entry = sim.world.entry(page(3));
+            let block = Pte(entry.swap(Pte::EMPTY.0, Ordering::SeqCst));
+            let table = machine.alloc_tables(1).unwrap();
+            for (index, entry) in machine.table(table).entries().iter().enumerate() {
+                let child = block.child(Level::L3, index ^ other, Permission::Untracked);
+                entry.store(child.0, Ordering::SeqCst);
+            }
+            machine.dsb_ishst();
+            entry.swap(Pte::table(table).0, Ordering::SeqCst);
+        });
+    };
+    let bbm2 = Features {
+        bbm2: Support::Present,
+        ..Features::BASELINE
+    };
+    link(bbm2, 0);
+    for (features, other) in [(bbm2, 1), (Features::BASELINE, 0)] {
+        let why = refused(|| link(features, other));
+        assert!(why.contains("cached for"), "{why}");
+    }
+}
+
 /// Blocks come back under guests that run, and what is written then is known to the next log.
 #[test]
 fn invariant_07_blocks_come_back_while_guests_write() {
