@@ -382,6 +382,30 @@ fn a_take_and_its_giving_up() {
     }
 }
 
+/// A slot loses its end while the guest writes its first page: the fault maps a block over the new end, after the
+/// shrink has looked for one.
+#[test]
+fn a_change_of_size_and_a_first_touch() {
+    const FEWER: u64 = 100;
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[IPA],
+            |sim| {
+                sim.add(BLOCK);
+                sim.start(engine, Granularity::Adaptive);
+            },
+            |sim| {
+                vec![
+                    Box::new(|| sim.shrink(0, FEWER)),
+                    Box::new(|| writes(sim, &[IPA])),
+                ]
+            },
+            Sim::last_of_the_log,
+        );
+    }
+}
+
 /// A log is stopped, and its table becomes a block, under a guest that writes.
 #[test]
 fn a_stop_and_a_write() {

@@ -699,8 +699,8 @@ impl Play {
         if matches!(self.epoch(), Some((_, Taken::Whole | Taken::Copied))) {
             self.copy();
             let (epoch, _) = self.epoch().unwrap();
-            self.sim.commit(epoch);
             self.state().epoch = None;
+            self.sim.commit(epoch);
         }
     }
 
@@ -715,12 +715,12 @@ impl Play {
             let pages = self.sim.copy(epoch);
             self.state().aborted.extend(pages);
         }
+        self.state().epoch = None;
         if self.has_begun(epoch) {
             self.sim.abort(epoch);
         } else {
             self.sim.give_up(epoch);
         }
-        self.state().epoch = None;
     }
 
     /// It may not have, if others were in the way each time.
@@ -742,8 +742,8 @@ impl Play {
         if let Some((epoch, Taken::Partly)) = self.epoch() {
             let written = self.sim.written.lock().unwrap().unreported.clone();
             self.state().aborted.extend(written);
-            self.sim.give_up(epoch);
             self.state().epoch = None;
+            self.sim.give_up(epoch);
         }
     }
 
