@@ -471,8 +471,9 @@ impl Play {
                 assert!(usable || now != Ok(Engine::Dbm));
             }
             Manage::BringOver => {
+                let on = self.stage() == Stage::On;
                 let step = self.sim.op("bring_over", |stage2| stage2.bring_over());
-                assert!(step.is_ok() || self.stage() != Stage::On, "{step:?}");
+                assert!(step.is_ok() || !on, "{step:?}");
             }
             Manage::TakeStep => self.take(1, None),
             Manage::Take => self.take(usize::MAX, None),
@@ -779,10 +780,10 @@ impl Play {
         }
     }
 
-    /// Is it only that somebody else is in a step?
-    fn may_be_busy(&self, step: Result<Progress, Error>) -> bool {
-        let others = self.state().helping > 0 || !self.sim.slots_are_still();
-        others && matches!(step, Ok(Progress::More { .. }))
+    /// Is it only that somebody else was in a step?
+    fn may_be_busy(&self, stop: Result<Progress, Error>) -> bool {
+        let stage = self.sim.world.stage2.log_status().stage;
+        matches!(stop, Ok(Progress::More { .. })) && stage != LogStage::Stopping
     }
 
     fn stop_step(&self) {
