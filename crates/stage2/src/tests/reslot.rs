@@ -183,6 +183,35 @@ fn nothing_changes_in_the_middle_of_a_harvest() {
     sim.conclude();
 }
 
+/// The bits of a slot that grows are in its old bitmaps until they are all in the new ones: no harvest is done before.
+#[test]
+fn no_harvest_is_done_before_a_slot_has_grown() {
+    // More than a step adds.
+    const PAGES: u64 = 70_000;
+    for (engine, features) in engines() {
+        let sim = Sim::with_ram(Setup::new(features, 1).calm(), IPA, PAGES);
+        sim.alone(|s| {
+            s.start(engine, Granularity::Page);
+            s.write(page(PAGES - 1));
+            s.el2_write(page(3));
+            let more = [Extent {
+                pa: Pa::new(RAM + PAGES * PAGE_SIZE),
+                pages: 9,
+            }];
+            let step = s.world.stage2.grow_slot(SlotId(0), &more);
+            assert!(matches!(step, Ok(Progress::More { .. })));
+            let epoch = s.world.new_epoch();
+            for _ in 0..9 {
+                assert_ne!(s.take_step(epoch, None), Ok(Progress::Done));
+            }
+            finish(|| s.world.stage2.grow_slot(SlotId(0), &more)).unwrap();
+            finish(|| s.world.stage2.take(epoch)).unwrap();
+            let reported = s.world.read_epoch(epoch);
+            assert_eq!(reported, set([3, PAGES - 1].map(page)));
+        });
+    }
+}
+
 #[test]
 fn pages_that_stay_keep_their_bits_and_those_that_go_are_told_no_more() {
     for (engine, features) in engines() {
