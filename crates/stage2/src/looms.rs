@@ -138,7 +138,8 @@ pub(crate) mod rwlock {
 mod models {
     use crate::dirty::Dirty;
     use crate::hardware::Table;
-    use crate::pte::{Kind, Permission, Pte};
+    use crate::pte::{Kind, Permission};
+    use crate::slot::LeavesOf;
     use crate::tlb::{IpaOperand, RangeOperand};
     use crate::*;
     use loom::sync::Arc;
@@ -213,7 +214,10 @@ mod models {
             .unwrap();
         while vm.map_ahead(id, 0) != Ok(Progress::Done) {}
         while vm.start_log(engine, granularity) != Ok(Progress::Done) {}
-        vm.descend(IPA).entry().watch();
+        // All the way down: an order in which a table goes first must be seen to differ.
+        for level in [Level::L1, Level::L2, Level::L3] {
+            vm.descend_to(IPA, level).entry().watch();
+        }
         let layout = vm.layout();
         layout.slots[0].dirty.live()[0].watch();
         layout.slots[0].dirty.in_flight()[0].watch();
@@ -243,15 +247,15 @@ mod models {
                 .is_ok()
     }
 
+    /// A write fault. Did it make the leaf dirty?
     fn write_fault(vm: &Vm) -> bool {
-        let before = Pte(vm.descend(IPA).entry().load(Ordering::Relaxed)).is_clean();
         let fault = Fault {
             ipa: Ipa::new(IPA),
             access: FaultAccess::Write,
             kind: FaultKind::Permission,
             va: None,
         };
-        vm.handle_fault(fault) == Outcome::Resume && before
+        matches!(vm.handle_fault(fault), Outcome::Dirtied(_))
     }
 
     /// A thread on which the engine's functions have room, in words.
@@ -319,13 +323,7 @@ mod models {
 
     #[test]
     fn a_split_and_an_update_or_a_fault() {
-        let dirty = |engine| {
-            move || {
-                let vm = vm(engine, Granularity::Block, 512);
-                vm.descend_to(IPA, Level::L2).entry().watch();
-                vm
-            }
-        };
+        let dirty = |engine| move || vm(engine, Granularity::Block, 512);
         // What the exchange returned is what the caller marks.
         let split = |engine: Engine, other: fn(&Vm) -> bool| {
             let make = dirty(engine);
@@ -344,18 +342,43 @@ mod models {
         split(Engine::WriteProtect, write_fault);
     }
 
+    /// Makes the slot read-only: its leaf goes.
+    fn make_read_only(vm: &Vm) {
+        while vm.set_access(SlotId(0), Access::ReadOnly) != Ok(Progress::Done) {
+            thread::yield_now();
+        }
+    }
+
+    /// What was dirty before the harvest began is in it, wherever the leaf went. The first step of the change,
+    /// which waits for those who read the list of slots, is done.
     #[test]
-    fn a_harvest_and_a_change_of_access() {
-        let make = || {
+    fn a_harvest_and_the_rest_of_a_change_of_access() {
+        check(|| {
             let vm = vm(Engine::Dbm, Granularity::Page, 2);
             assert!(update(&vm));
-            vm
-        };
-        nothing_is_lost(make, |vm| {
-            while vm.set_access(SlotId(0), Access::ReadOnly) != Ok(Progress::Done) {
-                thread::yield_now();
-            }
-            true
+            vm.layouts.change(|layout| {
+                layout.change_slot(SlotId(0), |slot| {
+                    slot.access = Access::ReadOnly;
+                    slot.leaves = LeavesOf::Older;
+                });
+            });
+            let there = Arc::clone(&vm);
+            let other = spawn(move || make_read_only(&there));
+            assert!(harvest(&vm, 1), "lost");
+            other.join().unwrap();
+            assert!(!harvest(&vm, 2), "reported twice");
+        });
+    }
+
+    #[test]
+    fn a_change_of_access_and_an_update_by_the_hardware() {
+        check(|| {
+            let vm = vm(Engine::Dbm, Granularity::Page, 2);
+            let there = Arc::clone(&vm);
+            let other = spawn(move || update(&there));
+            make_read_only(&vm);
+            let dirtied = other.join().unwrap();
+            assert_eq!(harvest(&vm, 1), dirtied);
         });
     }
 

@@ -462,8 +462,7 @@ impl Play {
                 let changed = self
                     .sim
                     .op("set_engine", |stage2| stage2.set_engine(*engine));
-                // A stop may have found somebody in its way each time.
-                assert!(changed.is_err() || matches!(self.stage(), Stage::On | Stage::Stopping));
+                assert!(changed.is_err() || self.stage() != Stage::Off);
             }
             Manage::AdaptEngine => {
                 let now = self.sim.op("adapt_engine", |stage2| stage2.adapt_engine());
