@@ -71,16 +71,11 @@ impl AtomicU64 {
         &self,
         set: Ordering,
         fetch: Ordering,
-        mut change: impl FnMut(u64) -> Option<u64>,
+        change: impl FnMut(u64) -> Option<u64>,
     ) -> Result<u64, u64> {
-        let mut seen = self.load(fetch);
-        while let Some(new) = change(seen) {
-            match self.compare_exchange(seen, new, set, fetch) {
-                Ok(old) => return Ok(old),
-                Err(now) => seen = now,
-            }
-        }
-        Err(seen)
+        let load = || self.load(fetch);
+        let swap = |old, new| self.compare_exchange(old, new, set, fetch);
+        crate::sync::fetch_update(load, swap, change)
     }
 }
 

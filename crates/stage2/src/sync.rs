@@ -28,6 +28,23 @@ pub(crate) fn raw(word: &atomic::AtomicU64) -> &core::sync::atomic::AtomicU64 {
     word
 }
 
+/// An atomic's `fetch_update`, made of its load and its compare-and-swap, with room for others between them.
+#[cfg(any(test, loom))]
+pub(crate) fn fetch_update(
+    load: impl FnOnce() -> u64,
+    swap: impl Fn(u64, u64) -> Result<u64, u64>,
+    mut change: impl FnMut(u64) -> Option<u64>,
+) -> Result<u64, u64> {
+    let mut seen = load();
+    while let Some(new) = change(seen) {
+        match swap(seen, new) {
+            Ok(old) => return Ok(old),
+            Err(now) => seen = now,
+        }
+    }
+    Err(seen)
+}
+
 #[cfg(loom)]
 pub(crate) use crate::looms::{mutex, rwlock};
 

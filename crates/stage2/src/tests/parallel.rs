@@ -270,52 +270,6 @@ fn at_the_invalidation(
     ran
 }
 
-/// Somebody begins to read on another CPU, and reads for a while. No table may be freed meanwhile.
-fn read_for_a_while(world: &Arc<World>) {
-    let in_use = world.machine.tables_in_use();
-    let (began, begins) = mpsc::channel();
-    let there = Arc::clone(world);
-    thread::spawn(move || {
-        there.machine.become_pe(1);
-        let reading = there.stage2.layout();
-        began.send(()).unwrap();
-        thread::sleep(Duration::from_millis(30));
-        let now = there.machine.tables_in_use();
-        drop(reading);
-        READER_SAW.fetch_max(u64::from(now < in_use), Ordering::SeqCst);
-        READERS.fetch_add(1, Ordering::SeqCst);
-    });
-    begins.recv().unwrap();
-}
-
-static READERS: AtomicU64 = AtomicU64::new(0);
-static READER_SAW: AtomicU64 = AtomicU64::new(0);
-
-/// A table that was unlinked is freed only when everyone who may have found it has left (invariant 5).
-#[test]
-fn inv05_tables_are_freed_after_a_grace_period() {
-    let deleted = || {
-        let world = Arc::new(World::sized(dbm(), 39, 64, 2));
-        world.slot(0, IPA, P2M, Access::ReadWrite, RAM + PAGE_SIZE);
-        world.map_all(0);
-        let ran = at_the_invalidation(&world, read_for_a_while);
-        world.delete(0);
-        ran
-    };
-    let collapsed = || {
-        let (world, ran) = about_to_collapse(|world, _| read_for_a_while(world));
-        world.stop();
-        ran
-    };
-    for (number, ran) in [(1, deleted()), (2, collapsed())] {
-        assert!(ran.load(Ordering::SeqCst));
-        while READERS.load(Ordering::SeqCst) < number {
-            thread::yield_now();
-        }
-        assert_eq!(READER_SAW.load(Ordering::SeqCst), 0, "freed under a reader");
-    }
-}
-
 /// A log that is being stopped, with all but the collapse of one table done; `other` happens between
 /// the invalidation and the rest of that, and is told where the first leaf is.
 fn about_to_collapse(

@@ -1,0 +1,172 @@
+//! What a random history is made of: who does what, on which machine. In which order is for a seed to say.
+
+use crate::control::Initially;
+use crate::fake::{Machine, Speculation};
+use crate::types::*;
+use crate::{Features, Support};
+use proptest::prelude::*;
+use std::vec;
+use std::vec::Vec;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Large {
+    /// A slot with a block of 1 GiB.
+    Gib,
+    None,
+}
+
+/// Something the manager does.
+#[derive(Clone, Debug)]
+pub(super) enum Manage {
+    Start(Engine, Granularity, Initially),
+    StartStep,
+    StopStep,
+    SetEngine(Engine),
+    AdaptEngine,
+    BringOver,
+    TakeStep,
+    Take,
+    TakeRange(usize, prop::sample::Index, prop::sample::Index),
+    Copy,
+    Commit,
+    Abort,
+    GiveUp,
+    Delete(usize),
+    Add(usize),
+    Move,
+    Resize,
+    Limit(usize),
+    Run(Run),
+}
+
+/// Something any CPU does.
+#[derive(Clone, Debug)]
+pub(super) enum Run {
+    Write(prop::sample::Index),
+    Read(prop::sample::Index),
+    El2Write(prop::sample::Index),
+    MapAhead(usize),
+    Age(usize),
+    /// Changes a slot's access.
+    Flip,
+    /// One step of whatever the manager is about.
+    Help,
+    /// The vCPU exits, with its barrier.
+    Exit,
+}
+
+pub(super) fn engine() -> impl Strategy<Value = Engine> {
+    prop_oneof![Just(Engine::WriteProtect), Just(Engine::Dbm)]
+}
+
+pub(super) fn initially() -> impl Strategy<Value = Initially> {
+    prop_oneof![3 => Just(Initially::Clean), 1 => Just(Initially::Dirty)]
+}
+
+pub(super) fn granularity() -> impl Strategy<Value = Granularity> {
+    prop_oneof![
+        Just(Granularity::Page),
+        Just(Granularity::Adaptive),
+        Just(Granularity::Block)
+    ]
+}
+
+pub(super) fn manage() -> impl Strategy<Value = Manage> {
+    prop_oneof![
+        4 => (engine(), granularity(), initially()).prop_map(|(engine, granularity, initially)| {
+            Manage::Start(engine, granularity, initially)
+        }),
+        2 => Just(Manage::StartStep),
+        1 => Just(Manage::StopStep),
+        2 => engine().prop_map(Manage::SetEngine),
+        1 => Just(Manage::AdaptEngine),
+        2 => Just(Manage::BringOver),
+        5 => Just(Manage::TakeStep),
+        4 => Just(Manage::Take),
+        3 => (0..5usize, any::<prop::sample::Index>(), any::<prop::sample::Index>())
+            .prop_map(|(slot, from, to)| Manage::TakeRange(slot, from, to)),
+        2 => Just(Manage::Copy),
+        4 => Just(Manage::Commit),
+        2 => Just(Manage::Abort),
+        1 => Just(Manage::GiveUp),
+        1 => (0..5usize).prop_map(Manage::Delete),
+        1 => (0..5usize).prop_map(Manage::Add),
+        1 => (0..40usize).prop_map(Manage::Limit),
+        1 => Just(Manage::Run(Run::Flip)),
+        1 => Just(Manage::Move),
+        1 => Just(Manage::Resize),
+        8 => run().prop_map(Manage::Run),
+    ]
+}
+
+pub(super) fn run() -> impl Strategy<Value = Run> {
+    let page = any::<prop::sample::Index>;
+    prop_oneof![
+        12 => page().prop_map(Run::Write),
+        5 => page().prop_map(Run::Read),
+        1 => page().prop_map(Run::El2Write),
+        1 => (0..5usize).prop_map(Run::MapAhead),
+        1 => (0..5usize).prop_map(Run::Age),
+        1 => Just(Run::Flip),
+        2 => Just(Run::Help),
+        1 => Just(Run::Exit),
+    ]
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct History {
+    pub(super) features: Features,
+    pub(super) large: Large,
+    pub(super) seed: u64,
+    pub(super) every: Option<u32>,
+    pub(super) whims: Option<Speculation>,
+    pub(super) manager: Vec<Manage>,
+    pub(super) cpus: [Vec<Run>; 2],
+}
+
+pub(super) fn features() -> impl Strategy<Value = Features> {
+    let support = || prop_oneof![Just(Support::Present), Just(Support::Absent)];
+    (support(), support(), support(), support()).prop_map(|(dbm, bbm2, tlb_range, ttl)| Features {
+        dbm,
+        bbm2,
+        tlb_range,
+        ttl,
+        ..Machine::everything()
+    })
+}
+
+pub(super) fn history() -> impl Strategy<Value = History> {
+    let large = prop_oneof![1 => Just(Large::Gib), 500 => Just(Large::None)];
+    let every = prop_oneof![
+        2 => Just(None),
+        3 => (2..40u32).prop_map(Some),
+        3 => (40..3000u32).prop_map(Some)
+    ];
+    let whims = prop_oneof![
+        2 => Just(None),
+        3 => Just(Some(Speculation::Never)),
+        1 => Just(Some(Speculation::Sometimes))
+    ];
+    let run = || prop::collection::vec(run(), 0..30);
+    let manager = prop::collection::vec(manage(), 1..40);
+    (
+        features(),
+        large,
+        any::<u64>(),
+        every,
+        whims,
+        manager,
+        [run(), run()],
+    )
+        .prop_map(
+            |(features, large, seed, every, whims, manager, cpus)| History {
+                features,
+                large,
+                seed,
+                every,
+                whims,
+                manager,
+                cpus,
+            },
+        )
+}
