@@ -1,8 +1,9 @@
 //! The fuzzer's targets without a fuzzer: the corpus is replayed, and on request mutated for a time.
 //!
 //! `TIDEMARK_FUZZ=SECONDS` mutates, from `TIDEMARK_SEED` or the time; what calls the engine in a way that no
-//! input of the corpus did is kept for that run, and written to `TIDEMARK_CORPUS`, a directory, if given. An
-//! input that fails is printed in hex; put it into `fuzz/corpus/TARGET/` to have it replayed from then on.
+//! input of the corpus did is kept for that run. `TIDEMARK_CORPUS`, a directory with one for each target in it, is
+//! written the inputs that do all of it, as few and as short as are easily found: the next corpus. An input that
+//! fails is printed in hex; put it into `fuzz/corpus/TARGET/` to have it replayed from then on.
 
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
@@ -95,9 +96,8 @@ fn replay_and_mutate(target: &str, run: fn(&[u8]) -> Seen) {
     let mut corpus = corpus(target);
     assert!(!corpus.is_empty(), "there is nothing to replay");
     let mut seen = Seen::new();
-    for input in &corpus {
-        seen.append(&mut try_one(run, input));
-    }
+    let mut each: Vec<Seen> = corpus.iter().map(|input| try_one(run, input)).collect();
+    each.iter().for_each(|of| seen.extend(of));
     eprintln!(
         "{target}: {} inputs, {} different things seen",
         corpus.len(),
@@ -116,20 +116,18 @@ fn replay_and_mutate(target: &str, run: fn(&[u8]) -> Seen) {
     let (began, mut runs) = (Instant::now(), 0u64);
     while began.elapsed() < Duration::from_secs(seconds) {
         let input = mutate(&mut dice, &corpus);
-        let mut new = try_one(run, &input);
+        let new = try_one(run, &input);
         runs += 1;
         if !new.is_subset(&seen) {
-            seen.append(&mut new);
-            if let Ok(directory) = env::var("TIDEMARK_CORPUS") {
-                fs::write(
-                    Path::new(&directory)
-                        .join(target)
-                        .join(format!("{:04}", corpus.len())),
-                    &input,
-                )
-                .unwrap();
-            }
+            seen.extend(&new);
+            each.push(new);
             corpus.push(input);
+        }
+    }
+    if let Ok(directory) = env::var("TIDEMARK_CORPUS") {
+        let directory = Path::new(&directory).join(target);
+        for (number, input) in few(run, &corpus, each).iter().enumerate() {
+            fs::write(directory.join(format!("{number:04}")), input).unwrap();
         }
     }
     eprintln!(
@@ -137,6 +135,29 @@ fn replay_and_mutate(target: &str, run: fn(&[u8]) -> Seen) {
         corpus.len(),
         seen.len()
     );
+}
+
+/// Inputs of `corpus` that do together all that it does, the one that adds most first, and each without what
+/// it does not need for that at its end.
+fn few(run: fn(&[u8]) -> Seen, corpus: &[Vec<u8>], mut each: Vec<Seen>) -> Vec<Vec<u8>> {
+    let mut few = Vec::new();
+    while let Some((at, most)) = (0..each.len())
+        .map(|at| (at, each[at].len()))
+        .max_by_key(|(_, adds)| *adds)
+        && most > 0
+    {
+        let added = each[at].clone();
+        let mut input = corpus[at].clone();
+        for cut in [64, 16, 4, 1] {
+            while input.len() > cut && added.is_subset(&run(&input[..input.len() - cut])) {
+                input.truncate(input.len() - cut);
+            }
+        }
+        few.push(input);
+        each.iter_mut()
+            .for_each(|of| of.retain(|one| !added.contains(one)));
+    }
+    few
 }
 
 #[test]

@@ -94,6 +94,8 @@ struct Vm {
     guest: Guest,
     model: Model,
     epoch: u64,
+    /// A change of access that is half way: until it is done a guest may try in vain.
+    changing: Option<(SlotId, Access)>,
     seen: Seen,
 }
 
@@ -130,17 +132,20 @@ impl Vm {
             guest,
             model: Model::default(),
             epoch: 0,
+            changing: None,
             seen: Seen::new(),
         }
     }
 
-    /// Notes that `call` ended so; two errors are one if they have the same name.
+    /// Notes that `call` ended so, and what the log is at; two errors are one if they have the same name.
     fn saw(&mut self, call: u8, how: &dyn std::fmt::Debug) {
         let text = format!("{how:?}");
         let name = text.split(|c: char| !c.is_alphanumeric()).take(2);
+        let log = self.stage2.log_status();
+        let at = log.stage as u64 | u64::from(log.outstanding.is_some()) << 2;
         let hash = name
             .flat_map(str::bytes)
-            .fold(u64::from(call), |hash, byte| {
+            .fold(at << 8 | u64::from(call), |hash, byte| {
                 (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
             });
         self.seen.insert(hash);
@@ -163,6 +168,16 @@ impl Vm {
         Ok(last)
     }
 
+    /// Where the page of `ipa` is in the machine. A slot that goes may be reached until it is gone.
+    fn backing(&self, ipa: u64) -> Option<u64> {
+        let gfn = Ipa::new(ipa).gfn().raw();
+        let slots = self.stage2.slots();
+        let holds =
+            |slot: &&SlotInfo| (slot.base.raw()..slot.base.raw() + slot.pages).contains(&gfn);
+        let slot = slots.iter().find(holds)?;
+        Some(slot.extents.first()?.pa.raw() + (gfn - slot.base.raw()) * PAGE_SIZE)
+    }
+
     fn access(&mut self, ipa: u64, access: FaultAccess) {
         for _ in 0..64 {
             let reached = self
@@ -170,11 +185,11 @@ impl Vm {
                 .access(0, self.guest, ipa, access, |pa| pa.raw());
             let abort = match reached {
                 Ok(pa) => {
-                    let own = self
-                        .stage2
-                        .translate(Ipa::new(ipa))
-                        .map(|t| t.pa.raw() & !0xfff);
-                    assert_eq!(Some(pa), own, "{ipa:#x} reached foreign memory");
+                    assert_eq!(
+                        Some(pa),
+                        self.backing(ipa),
+                        "{ipa:#x} reached foreign memory"
+                    );
                     if access == FaultAccess::Write {
                         self.model.wrote(ipa);
                     }
@@ -185,7 +200,12 @@ impl Vm {
             let outcome = self.stage2.handle_fault(abort);
             self.saw(20, &outcome);
             match outcome {
-                Outcome::Resume | Outcome::Dirtied(_) | Outcome::Retry => {}
+                Outcome::Resume | Outcome::Dirtied(_) => {}
+                Outcome::Retry => {
+                    if let Some((name, access)) = self.changing.take() {
+                        let _ = self.finish(1, |stage2| stage2.set_access(name, access));
+                    }
+                }
                 Outcome::OutOfTables => return self.machine.refuse_tables(Refusal::None),
                 Outcome::NotMemory | Outcome::ReadOnly => return,
             }
@@ -232,7 +252,7 @@ impl Vm {
 
     /// One call. `None` where the bytes end.
     fn call(&mut self, bytes: &mut Bytes<'_>) -> Option<()> {
-        let call = bytes.byte()? % 16;
+        let call = bytes.byte()? % 20;
         let argument = bytes.byte()?;
         let id = u16::from(argument & 3);
         let name = SlotId(id);
@@ -266,6 +286,8 @@ impl Vm {
                 let access = [Access::ReadWrite, Access::ReadOnly][usize::from(argument >> 7)];
                 let set = self.finish(argument >> 4, |stage2| stage2.set_access(name, access));
                 self.saw(call, &set);
+                let half = matches!(set, Ok(Progress::More { .. }));
+                self.changing = half.then_some((name, access));
             }
             3 => {
                 let mapped = self.stage2.map_ahead(name, bytes.short()?);
@@ -275,10 +297,14 @@ impl Vm {
                 let engine = [Engine::WriteProtect, Engine::Dbm][usize::from(argument & 1)];
                 let size = [Granularity::Page, Granularity::Adaptive, Granularity::Block];
                 let size = size[usize::from(argument >> 1) % 3];
-                let started = self.finish(argument >> 4, |stage2| stage2.start_log(engine, size));
+                let dirty = argument & 8 != 0;
+                let started = self.finish(argument >> 4, |stage2| match dirty {
+                    true => stage2.start_log_all_dirty(engine, size),
+                    false => stage2.start_log(engine, size),
+                });
                 self.saw(call, &started);
                 if started == Ok(Progress::Done) && !self.model.on {
-                    (self.model.on, self.epoch) = (true, 0);
+                    self.model.on = true;
                 }
             }
             5 => {
@@ -359,6 +385,33 @@ impl Vm {
                 let outcome = self.stage2.handle_fault(fault);
                 self.saw(call, &outcome);
             }
+            16 => {
+                let mut young = [0; 8];
+                let first = u64::from(bytes.byte()?) * 64;
+                let pages = u64::from(argument >> 2) * 16;
+                let asked = (self.stage2).test_and_clear_young(name, first, pages, &mut young);
+                self.saw(call, &asked);
+                assert!(asked.is_err() || asked.unwrap() <= pages.min(512));
+            }
+            17 => {
+                let now = match argument & 4 {
+                    0 => self.stage2.adapt_engine().map(|_| Progress::Done),
+                    _ => self.finish(argument >> 4, |stage2| stage2.bring_over()),
+                };
+                self.saw(call, &now);
+            }
+            18 => {
+                let admitted = self.stage2.admit_unseen_writer();
+                self.saw(call, &admitted);
+                assert_eq!(
+                    admitted.is_ok(),
+                    self.stage2.log_status().stage == LogStage::Off
+                );
+                if argument & 4 == 0 && admitted.is_ok() {
+                    self.stage2.remove_unseen_writer();
+                }
+            }
+            19 => self.stage2.remove_unseen_writer(),
             _ => {
                 let access =
                     [FaultAccess::Write, FaultAccess::Read][usize::from(argument & 7 == 0)];
