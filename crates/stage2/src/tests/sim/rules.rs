@@ -3,7 +3,9 @@
 //! | rule | invariant |
 //! |---|---|
 //! | no plain store | 2 |
-//! | a block becomes a table of the same memory, attributes and kind; nothing valid becomes something else that is valid without FEAT_BBM level 2, and never with another output address or memory type | 6, 7 |
+//! | a block becomes a table of the same memory, attributes and kind | 6 |
+//! | nothing valid becomes something else that is valid without FEAT_BBM level 2 | 6, 7 |
+//! | nor, with it, with another output address or memory type | 6, 7 |
 //! | nothing is made valid while a TLB holds something else there | 5, 6, 7 |
 //! | read-only stays read-only | 8 |
 //! | no dirty leaf without the access flag | 9 |
