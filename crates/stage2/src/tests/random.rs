@@ -16,12 +16,11 @@ mod history;
 
 use super::from_env;
 use super::sim::*;
-use super::world::*;
 use crate::control::{Initially, Part};
 
 use crate::types::*;
 use crate::{Error, FaultAccess, LogStage, Outcome, Support};
-use history::{History, Large, Manage, Run, history};
+use history::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 use std::collections::BTreeSet;
@@ -31,61 +30,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::vec::Vec;
 use std::{boxed::Box, vec};
-
-/// Slots that begin and end inside blocks, lie on unaligned memory, share tables, are read-only, change
-/// their access, or hold a block of 1 GiB.
-fn places(large: Large) -> [Place; 5] {
-    let place = |id, ipa, pages, access, pa| Place {
-        id,
-        ipa,
-        pages,
-        access,
-        pa,
-    };
-    let (pages, page) = (
-        match large {
-            Large::Gib => P1G + 33,
-            Large::None => 2 * P2M + 33,
-        },
-        PAGE_SIZE,
-    );
-    let (writable, read_only) = (Access::ReadWrite, Access::ReadOnly);
-    [
-        place(0, GIB + 3 * page, 2 * P2M + 100, writable, RAM + 3 * page),
-        place(
-            1,
-            GIB + 4 * MIB + 103 * page,
-            70,
-            writable,
-            RAM + 16 * MIB + 5 * page,
-        ),
-        place(2, GIB + 8 * MIB, P2M, read_only, RAM + 32 * MIB),
-        place(3, 4 * GIB, pages, writable, RAM + 4 * GIB),
-        place(4, 2 * GIB, P2M + 7, writable, RAM + 64 * MIB),
-    ]
-}
-
-/// The one whose access changes.
-const FLIPPED: usize = 4;
-/// The one that moves, and to where. EL2 does not write to it.
-const MOVED: usize = 1;
-const THERE: u64 = 3 * GIB + 7 * PAGE_SIZE;
-/// The one whose size changes, and to what.
-const RESIZED: usize = 0;
-const FEWER: u64 = P2M + 50;
-
-/// Pages worth touching: edges of slots and blocks, and a few in the middle.
-fn pages(places: &[Place]) -> Vec<u64> {
-    let mut pages = BTreeSet::new();
-    for Place { ipa, pages: n, .. } in places {
-        let blocks = [P2M, 2 * P2M, 100 * P2M].map(|block| block - (ipa >> 12) % P2M);
-        let around = blocks.iter().flat_map(|at| [at - 1, *at, at + 1]);
-        let few = [0, 1, 62, 63, 64, 65, n / 2, n / 2 + 1, n - 2, n - 1];
-        let wanted = few.into_iter().chain(around).filter(|page| page < n);
-        pages.extend(wanted.map(|page| ipa + page * PAGE_SIZE));
-    }
-    pages.into_iter().collect()
-}
 
 /// Where the manager is, for those who help it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
