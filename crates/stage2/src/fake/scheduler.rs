@@ -21,7 +21,7 @@ use std::vec::Vec;
 const STACK: usize = 64 << 10;
 
 /// Turns after which a run counts as one that never ends.
-const TURNS: u64 = 20_000_000;
+const TURNS: u64 = 5_000_000;
 
 /// What a CPU does.
 pub(crate) type Program<'a> = Box<dyn FnOnce() + Send + 'a>;
