@@ -11,7 +11,7 @@ use crate::engine::Round;
 use crate::error::Error;
 use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::tlb::Pending;
-use crate::types::{Epoch, Level, PAGE_SIZE, SlotId};
+use crate::types::{Epoch, Level, PAGE_SHIFT, PAGE_SIZE, SlotId};
 
 /// The life of a log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -112,17 +112,29 @@ impl Stretch {
     };
 }
 
+/// Where a harvest looks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Ground {
+    /// Everywhere.
+    All,
+    /// Where live bits are.
+    Live,
+}
+
 /// What of a harvest is given out, and what is still to be.
 ///
 /// Whoever asks gets what another one left before anything new, so there are never more stretches
 /// about than CPUs that harvest.
 pub(crate) struct Claims {
+    ground: Ground,
     next: u64,
     /// Where the harvest ends.
     limit: u64,
     /// How long a stretch is, a power of two.
     stretch: u64,
-    left: [Option<Stretch>; Self::MOST],
+    /// What was left of stretches, as many as `kept`.
+    left: [Stretch; Self::MOST],
+    kept: usize,
     /// Stretches that somebody is at.
     working: usize,
 }
@@ -138,30 +150,37 @@ impl Claims {
 
     const fn new() -> Self {
         Self {
+            ground: Ground::All,
             next: 0,
             limit: u64::MAX,
             stretch: Self::SHORTEST,
-            left: [None; Self::MOST],
+            left: [Stretch::ALL; Self::MOST],
+            kept: 0,
             working: 0,
         }
     }
 
     /// Begins, with the `pages` there are `within` to give out to `cpus`. Stretches of an aborted
     /// harvest that are still worked at are handed in to this one.
-    pub(crate) fn begin(&mut self, within: Stretch, pages: u64, cpus: usize) {
+    pub(crate) fn begin(&mut self, ground: Ground, within: Stretch, pages: u64, cpus: usize) {
         let share = pages.saturating_mul(PAGE_SIZE) / (Self::SHARES * cpus.max(1) as u64);
+        self.ground = ground;
         self.next = within.from;
         self.limit = within.end;
         self.stretch = share
             .clamp(Self::SHORTEST, Self::LONGEST)
             .next_power_of_two();
-        self.left = [None; Self::MOST];
+        self.kept = 0;
     }
 
     /// Gives out a stretch, if any is left.
     pub(crate) fn claim(&mut self, layout: &Layout, scope: Scope) -> Option<Stretch> {
-        let stretch = match self.left.iter_mut().find_map(Option::take) {
-            Some(left) => left,
+        let last = self.kept.checked_sub(1);
+        let stretch = match last.and_then(|last| self.left.get(last)) {
+            Some(left) => {
+                self.kept -= 1;
+                *left
+            }
             None => {
                 let (slot, from) = self.next(layout, scope)?;
                 let end = ((from & !(self.stretch - 1)) + self.stretch)
@@ -176,16 +195,29 @@ impl Claims {
     }
 
     fn next<'a>(&self, layout: &'a Layout, scope: Scope) -> Option<(&'a Slot, u64)> {
-        let next = layout.next(scope, self.next);
-        next.filter(|(_, from)| *from < self.limit)
+        let mut from = self.next;
+        loop {
+            let (slot, here) = layout.next(scope, from)?;
+            let here = match self.ground {
+                Ground::All => here,
+                Ground::Live => slot.start() + (slot.dirty.next_due(slot.page(here)) << PAGE_SHIFT),
+            };
+            if here < slot.end() {
+                return (here < self.limit).then_some((slot, here));
+            }
+            from = slot.end();
+        }
     }
 
     /// Takes back what is left of a stretch.
     pub(crate) fn hand_in(&mut self, left: Option<Stretch>) {
         self.working = self.working.saturating_sub(1);
         let Some(left) = left else { return };
-        match self.left.iter_mut().find(|place| place.is_none()) {
-            Some(place) => *place = Some(left),
+        match self.left.get_mut(self.kept) {
+            Some(place) => {
+                *place = left;
+                self.kept += 1;
+            }
             // More CPUs than places: a part is looked at twice.
             None => self.next = self.next.min(left.from),
         }
@@ -198,7 +230,7 @@ impl Claims {
 
     /// Was everything given out?
     pub(crate) fn are_given_out(&self, layout: &Layout, scope: Scope) -> bool {
-        self.left.iter().all(Option::is_none) && self.next(layout, scope).is_none()
+        self.kept == 0 && self.next(layout, scope).is_none()
     }
 
     /// Returns the address up to which everything was given out.

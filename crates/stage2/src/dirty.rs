@@ -9,17 +9,33 @@
 //! looks first and skips, because the look could be older than a take.
 //!
 //! Bit 0 is the slot's first page, whatever its alignment: KVM's layout.
+//!
+//! Most of a bitmap is empty most of the time, and reading it is what is left of a harvest under write
+//! protection. So one word each tells in which 64ths of the slot bits may be set. Whoever sets a bit sets
+//! the word's *after* it and never looks first; a harvest exchanges the word before it reads any bit:
+//! either it finds the mark, or the mark comes after and is there for the next harvest, with the bit. One
+//! word rather than a level of the bitmap, because that is no memory and as good for all but the largest
+//! VMs, whose harvest then reads the parts in which somebody wrote.
 
 use crate::error::Error;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::types::Level;
 use alloc::vec::Vec;
 
 pub(crate) struct Dirty {
     pages: u64,
+    /// Pages of a part, as a power of two: a level-3 table's at least.
+    part: u32,
     live: Vec<AtomicU64>,
+    /// Parts in which bits were set in `live` since a harvest began, which moves them to `due`.
+    live_parts: AtomicU64,
+    /// Parts in which the harvest under way, or one that was given up, finds the bits that it is to take.
+    due: AtomicU64,
     /// Bits set in `live`, modulo 2^64: the one who takes a bit may count it before the one who set it.
     live_pages: AtomicU64,
     in_flight: Vec<AtomicU64>,
+    /// Parts in which bits may be set in `in_flight`.
+    in_flight_parts: AtomicU64,
     /// Bits set in `in_flight`, kept in step with it by the harvest.
     in_flight_pages: AtomicU64,
 }
@@ -33,9 +49,13 @@ impl Dirty {
         let words = usize::try_from(pages.div_ceil(64)).map_err(|_| Error::OutOfMemory)?;
         Ok(Self {
             pages,
+            part: part_of(pages),
             live: zeroed(words)?,
+            live_parts: AtomicU64::new(0),
+            due: AtomicU64::new(0),
             live_pages: AtomicU64::new(0),
             in_flight: zeroed(words)?,
+            in_flight_parts: AtomicU64::new(0),
             in_flight_pages: AtomicU64::new(0),
         })
     }
@@ -70,7 +90,82 @@ impl Dirty {
                 new += u64::from((mask & !before).count_ones());
             }
         }
+        self.live_parts
+            .fetch_or(self.parts(first, count), Ordering::Release);
         self.live_pages.fetch_add(new, Ordering::Relaxed);
+    }
+
+    /// Begins a harvest of all live bits. Those set from now on may be left to the next one.
+    ///
+    /// Under the control mutex, which whoever reads the bits has held since.
+    pub(crate) fn begin_harvest(&self) {
+        let parts = self.live_parts.load(Ordering::Relaxed);
+        if parts != 0 {
+            // At no moment is a part in neither.
+            self.due.fetch_or(parts, Ordering::Relaxed);
+            self.live_parts.fetch_and(!parts, Ordering::AcqRel);
+        }
+    }
+
+    /// Ends it: all bits it was to take are taken, and nobody is at it any more.
+    pub(crate) fn end_harvest(&self) {
+        self.due.store(0, Ordering::Relaxed);
+    }
+
+    /// Returns the first page from `page` on that may have a live bit for the harvest that was begun; one
+    /// behind the end if there is none.
+    pub(crate) fn next_due(&self, page: u64) -> u64 {
+        self.next_in(self.due.load(Ordering::Relaxed), page)
+            .min(self.pages)
+    }
+
+    /// Returns how many pages from `first` on, of `count`, the harvest that was begun finds no live bit of,
+    /// and how many words of the bitmap it took to see it.
+    pub(crate) fn quiet(&self, first: u64, count: u64) -> (u64, u64) {
+        let end = first.saturating_add(count).min(self.pages);
+        let due = self.due.load(Ordering::Relaxed);
+        let (mut at, mut read) = (first, 0);
+        while at < end {
+            let here = self.next_in(due, at);
+            if here != at {
+                at = here;
+                continue;
+            }
+            let stop = end.min(((at >> self.part) + 1) << self.part);
+            let words = part(&self.live, at, stop - at);
+            let idle = words.chunks(8).take_while(|line| is_clear(line)).count() * 8;
+            let rest = words.get(idle..).unwrap_or(&[]);
+            let clear = rest
+                .iter()
+                .take_while(|word| word.load(Ordering::Relaxed) == 0);
+            let clear = idle.min(words.len()) + clear.count();
+            read += clear as u64;
+            if clear < words.len() {
+                at = at.max((at / 64 + clear as u64) * 64);
+                break;
+            }
+            at = stop;
+        }
+        (at.min(end) - first, read)
+    }
+
+    /// Returns the first page from `at` on in one of `parts`; far behind the slot if there is none.
+    fn next_in(&self, parts: u64, at: u64) -> u64 {
+        let here = at >> self.part;
+        let ahead = parts.checked_shr(here as u32).unwrap_or(0).trailing_zeros();
+        match ahead {
+            0 => at,
+            ahead => (here + u64::from(ahead)) << self.part,
+        }
+    }
+
+    /// Returns the parts that the pages `first..first + count` are in, a bit for each.
+    fn parts(&self, first: u64, count: u64) -> u64 {
+        let Some(last) = first.saturating_add(count).min(self.pages).checked_sub(1) else {
+            return 0;
+        };
+        let (from, to) = (first >> self.part, last >> self.part);
+        low_bits(to + 1) & !low_bits(from)
     }
 
     /// Returns how many pages from `first` on, of `count`, have no live bit; perhaps too few, by a cache
@@ -84,34 +179,37 @@ impl Dirty {
         }
     }
 
-    /// Moves the live bits of a run of pages to the epoch and calls `each` for every word of them, with
-    /// its first page and the bits moved.
+    /// Moves the live bits of a run of pages that the harvest is to take to the epoch, and calls `each` for
+    /// every word of them, with its first page and the bits moved.
     pub(crate) fn take_live(&self, first: u64, count: u64, mut each: impl FnMut(u64, u64)) {
-        if self.idle(first, count) == count {
+        let due = self.due.load(Ordering::Relaxed);
+        if due & self.parts(first, count) == 0 {
             return;
         }
+        let end = first.saturating_add(count).min(self.pages);
         let mut added = 0;
-        for (index, mask) in words(first, count, self.pages) {
-            let Some(word) = self.live.get(index) else {
-                break;
-            };
-            if word.load(Ordering::Relaxed) & mask == 0 {
+        for (word, at) in part(&self.live, first, end.saturating_sub(first))
+            .iter()
+            .zip(first / 64..)
+        {
+            if word.load(Ordering::Relaxed) == 0 {
                 continue;
             }
             // Not a swap: a word may be shared with pages of another table.
+            let mask = mask(at, first, end);
             let taken = word.fetch_and(!mask, Ordering::AcqRel) & mask;
-            self.live_pages
-                .fetch_sub(u64::from(taken.count_ones()), Ordering::Relaxed);
-            added += self.add_word(index, taken);
             if taken != 0 {
-                each(index as u64 * 64, taken);
+                self.live_pages
+                    .fetch_sub(u64::from(taken.count_ones()), Ordering::Relaxed);
+                added += self.add_word(at as usize, taken);
+                each(at * 64, taken);
             }
         }
-        self.count(added);
+        self.added(first, count, added);
     }
 
     /// Adds pages `page + n` to the epoch for each bit n of `mask`. Returns how many are new, which is
-    /// for [`count`](Self::count).
+    /// for [`added`](Self::added).
     #[must_use]
     pub(crate) fn add(&self, page: u64, mask: u64) -> u64 {
         let (index, shift) = ((page / 64) as usize, page % 64);
@@ -127,23 +225,28 @@ impl Dirty {
         // A block of 1 GiB is 4096 words, and all of them whole.
         let end = first.saturating_add(count).min(self.pages);
         let whole = first.div_ceil(64)..end / 64;
+        let mut added = 0;
         if let Some(words) = self.in_flight.get(whole.start as usize..whole.end as usize) {
-            self.add_partly(first, whole.start * 64 - first);
-            self.count(words.iter().map(fill).sum());
-            self.add_partly(whole.end * 64, end - whole.end * 64);
+            added += self.add_partly(first, whole.start * 64 - first);
+            added += words.iter().map(fill).sum::<u64>();
+            added += self.add_partly(whole.end * 64, end - whole.end * 64);
         } else {
-            self.add_partly(first, count);
+            added += self.add_partly(first, count);
         }
+        self.added(first, count, added);
     }
 
-    fn add_partly(&self, first: u64, count: u64) {
+    fn add_partly(&self, first: u64, count: u64) -> u64 {
         let add = |(index, mask)| self.add_word(index, mask);
-        self.count(words(first, count, self.pages).map(add).sum());
+        words(first, count, self.pages).map(add).sum()
     }
 
-    /// Counts pages that were added: one write to a shared line for many words.
-    pub(crate) fn count(&self, added: u64) {
+    /// Notes that of the pages `first..first + count` so many were added: two writes to a shared line for
+    /// many words.
+    pub(crate) fn added(&self, first: u64, count: u64, added: u64) {
         if added != 0 {
+            self.in_flight_parts
+                .fetch_or(self.parts(first, count), Ordering::Relaxed);
             self.in_flight_pages.fetch_add(added, Ordering::Relaxed);
         }
     }
@@ -174,6 +277,8 @@ impl Dirty {
                 && pages != 0
             {
                 let new = pages & !live.fetch_or(pages, Ordering::AcqRel);
+                self.live_parts
+                    .fetch_or(self.parts(index as u64 * 64, 64), Ordering::Release);
                 self.live_pages
                     .fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
                 word.store(0, Ordering::Relaxed);
@@ -212,26 +317,71 @@ impl Dirty {
             for bit in Bits(live) {
                 self.mark(index as u64 * 64 + u64::from(bit));
             }
-            self.count(self.add_word(index, in_flight));
+            self.added(index as u64 * 64, 64, self.add_word(index, in_flight));
         }
         end < older.live.len()
     }
 
-    /// Forgets a settled epoch in words `first..first + count`.
-    pub(crate) fn clear_in_flight(&self, first: usize, count: usize) {
+    /// Forgets a settled epoch from word `first` on, as far as clearing `count` words goes. Returns the word
+    /// to go on at.
+    pub(crate) fn clear_in_flight(&self, first: usize, count: usize) -> usize {
         if first == 0 {
             self.in_flight_pages.store(0, Ordering::Relaxed);
         }
-        clear(&self.in_flight, first, count);
+        let parts = self.in_flight_parts.load(Ordering::Relaxed);
+        let next = self.clear(&self.in_flight, parts, first, count);
+        if next >= self.in_flight.len() {
+            self.in_flight_parts.store(0, Ordering::Relaxed);
+        }
+        next
     }
 
-    /// Forgets what was noted before a log started. Nobody marks while no log is on.
-    pub(crate) fn clear_live(&self, first: usize, count: usize) {
+    /// Forgets what was noted before a log started. Otherwise as [`clear_in_flight`](Self::clear_in_flight).
+    /// Nobody marks while no log is on.
+    pub(crate) fn clear_live(&self, first: usize, count: usize) -> usize {
         if first == 0 {
             self.live_pages.store(0, Ordering::Relaxed);
         }
-        clear(&self.live, first, count);
+        let parts = self.live_parts.load(Ordering::Relaxed) | self.due.load(Ordering::Relaxed);
+        let next = self.clear(&self.live, parts, first, count);
+        if next >= self.live.len() {
+            self.live_parts.store(0, Ordering::Relaxed);
+            self.due.store(0, Ordering::Relaxed);
+        }
+        next
     }
+
+    /// Clears as many as `count` words of `parts` from `first` on. Returns the word to go on at, which is in
+    /// one of them or behind the end.
+    ///
+    /// What is clear already costs no store: a bitmap of a large VM is hardly ever more than a few lines
+    /// of pages.
+    fn clear(&self, bitmap: &[AtomicU64], parts: u64, first: usize, count: usize) -> usize {
+        let next = |word: usize| (self.next_in(parts, word as u64 * 64) / 64) as usize;
+        let a_part = (1 << self.part) / 64;
+        let mut at = next(first);
+        let mut left = count;
+        while left > 0 && at < bitmap.len() {
+            let most = left.min(a_part - at % a_part);
+            let rest = bitmap.get(at..).unwrap_or(&[]);
+            let words = rest.get(..most).unwrap_or(rest);
+            for line in words.chunks(8).filter(|line| !is_clear(line)) {
+                for word in line {
+                    word.store(0, Ordering::Relaxed);
+                }
+            }
+            left -= words.len();
+            at = next(at + words.len());
+        }
+        at
+    }
+}
+
+/// Returns how many pages of a slot of `pages` are a part, as a power of two: 64 parts are enough.
+const fn part_of(pages: u64) -> u32 {
+    let part = pages.div_ceil(64).next_power_of_two();
+    let table = Level::L2.pages();
+    (if part < table { table } else { part }).trailing_zeros()
 }
 
 /// Sets all bits of a word and returns how many were not set.
@@ -239,18 +389,6 @@ fn fill(word: &AtomicU64) -> u64 {
     match word.fetch_or(u64::MAX, Ordering::AcqRel) {
         0 => 64,
         before => u64::from(before.count_zeros()),
-    }
-}
-
-/// Clears words `first..first + count`. What is clear already costs no store: a bitmap of a large VM
-/// is hardly ever more than a few lines of pages.
-fn clear(bitmap: &[AtomicU64], first: usize, count: usize) {
-    let rest = bitmap.get(first..).unwrap_or(&[]);
-    let words = rest.get(..count).unwrap_or(rest);
-    for line in words.chunks(8).filter(|line| !is_clear(line)) {
-        for word in line {
-            word.store(0, Ordering::Relaxed);
-        }
     }
 }
 
@@ -291,11 +429,13 @@ fn words(first: u64, count: u64, limit: u64) -> impl Iterator<Item = (usize, u64
     } else {
         0..0
     };
-    range.map(move |index| {
-        let base = index * 64;
-        let mask = low_bits(end - base) & !low_bits(first.saturating_sub(base));
-        (index as usize, mask)
-    })
+    range.map(move |index| (index as usize, mask(index, first, end)))
+}
+
+/// Returns the bits of word `index` that stand for pages from `first` to before `end`.
+const fn mask(index: u64, first: u64, end: u64) -> u64 {
+    let base = index * 64;
+    low_bits(end - base) & !low_bits(first.saturating_sub(base))
 }
 
 /// Yields the positions of the bits set, lowest first.
@@ -321,13 +461,21 @@ impl Dirty {
         &self.live
     }
 
-    /// Is the page in either bitmap?
+    /// The parts in which bits were set since a harvest began, and those in which it is to look.
+    pub(crate) fn marked_parts(&self) -> [&AtomicU64; 2] {
+        [&self.live_parts, &self.due]
+    }
+
+    /// Is the page in either bitmap, where those look who read it?
     #[cfg(not(loom))]
     pub(crate) fn knows(&self, page: u64) -> bool {
-        let has = |bitmap: &[AtomicU64]| {
+        let has = |bitmap: &[AtomicU64], parts: u64| {
             let word = bitmap.get((page / 64) as usize);
-            word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % 64) & 1 == 1)
+            let set = word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % 64) & 1 == 1);
+            set && parts & self.parts(page, 1) != 0
         };
-        has(&self.live) || has(&self.in_flight)
+        let of = |parts: &AtomicU64| parts.load(Ordering::SeqCst);
+        has(&self.live, of(&self.live_parts) | of(&self.due))
+            || has(&self.in_flight, of(&self.in_flight_parts))
     }
 }

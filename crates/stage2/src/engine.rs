@@ -173,8 +173,7 @@ impl<H: Hardware> Stage2<H> {
         let (layout, scope) = (self.layout(), control.scope);
         let each = |slot: &Slot, ipa, entry: &AtomicU64, level| {
             let dirty = bring(entry, level, engine).is_some_and(Pte::is_dirty);
-            // A dirty block needs no bit: every harvest looks at the entry.
-            if dirty && level == Level::L3 {
+            if dirty {
                 slot.dirty.mark(slot.page(ipa));
             }
         };

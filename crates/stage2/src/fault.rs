@@ -3,7 +3,8 @@
 //! Runs on any number of CPUs at once, with nothing locked but this CPU's own copy of the layout, and
 //! allocates nothing but table pages.
 //! Under write protection the order is: compare-and-swap WC to WD, then set the bit. So a WD page has
-//! its bit set or a CPU on its way to set it, and a harvest in between takes it one round later.
+//! its bit set or a CPU on its way to set it, and a harvest in between takes it one round later. A block
+//! has the bit of the page that was written first; it stands for the block.
 //! Setting the bit first was rejected: a harvest between the two would take the bit, find the leaf
 //! clean, and the leaf would then become WD with no bit.
 
@@ -140,7 +141,7 @@ impl<H: Hardware> Stage2<H> {
             match entry.compare_exchange(pte.0, wanted.0, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
                     let dirtied = wanted.is_dirty() && pte.is_clean();
-                    if dirtied && place.level == Level::L3 {
+                    if dirtied {
                         slot.dirty.mark(slot.page(page));
                     }
                     if fault.kind == FaultKind::Permission {

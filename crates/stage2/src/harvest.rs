@@ -6,67 +6,29 @@
 //! may be read (invariant 3). [`commit`](Stage2::commit) forgets it, [`abort`](Stage2::abort) gives it
 //! back, whenever the host fails.
 //!
-//! Under DBM every leaf is looked at: a table is 512 loads, ORed together a cache line at a time, and
-//! only a line with a writable leaf in it is looked at again. What is found is added to the epoch 64
-//! pages at a time; 64 clean pages cost no store. Under write protection the live bitmap says which
-//! pages to look at, 64 at a load. Blocks cost a load of their entry and of their live bits under both;
-//! one found dirty is reported whole and, unless the log is to keep blocks, split for the next round.
-//!
 //! Between clearing a permission and the invalidation the guest may go on writing through a stale TLB
 //! entry. Those pages are in this epoch already, and the host reads them after it.
 
-use crate::control::{Control, Fate, Leaves, Part, Phase, Stretch, TakePass, Taking};
-use crate::dirty::{Bits, Dirty, low_bits};
+mod scan;
+
+use crate::control::{Control, Fate, Ground, Leaves, Part, Phase, Stretch, TakePass, Taking};
+use crate::dirty::Dirty;
 use crate::engine::Round;
 use crate::error::Error;
 use crate::hardware::Hardware;
-use crate::protect::{FILL, WORDS, arm, clear_step};
-use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
-use crate::slot::{Layout, LogMode, Scope, Slot};
+use crate::protect::{FILL, WORDS, words_step};
+use crate::slot::{Layout, Scope, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::tlb::Pending;
-use crate::types::{
-    Engine, Epoch, Gfn, Granularity, Ipa, Level, PAGE_SHIFT, PAGE_SIZE, Progress, SlotId,
-};
-use crate::walk::Place;
+use crate::types::{Engine, Epoch, Gfn, Ipa, PAGE_SHIFT, Progress, SlotId};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Deref;
+use scan::{BUDGET, Harvest, Search};
 
-/// What a step may cost, in loads of entries.
-const BUDGET: u64 = 2048;
-/// What a dirty page counts for.
-const DIRTY: u64 = 8;
-/// What a split counts for.
-const SPLIT: u64 = 1024;
-
-/// How much of a hole a visit covers: one may be 512 GiB wide, and full of writes by EL2.
-const HOLE: u64 = 16 << 20;
-
-/// How a harvest finds dirty level-3 leaves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Search {
-    /// Look at every leaf.
-    Leaves,
-    /// Look at the pages the live bitmap names.
-    Live,
-    /// Look at every leaf and bring it over to the engine.
-    Convert,
-}
-
-/// One harvest step's view of the log.
-struct Harvest<'a> {
-    mode: LogMode,
-    search: Search,
-    /// What the epoch is of.
-    within: Stretch,
-    pending: &'a mut Pending,
-    round: Round,
-}
-
-/// An entry is being changed by another CPU: come back to it.
-struct Stall;
+/// Words of the last epoch that a step forgets: half of it, for the harvest begins in the same step.
+const FORGET: usize = WORDS / 2;
 
 /// How many pages of a slot an epoch holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -157,45 +119,59 @@ impl<H: Hardware> Stage2<H> {
         };
         let layout = self.layout();
         let (scope, within) = layout.extent(control.scope, part);
-        if part.is_some() && taking.pass != TakePass::Scan && !control.claims.are_idle() {
+        if taking.pass != TakePass::Scan && !control.claims.are_idle() {
             // Who is still at a stretch of a harvest that was given up adds pages of that.
             return Ok(match taking.pass {
                 TakePass::Taken => Progress::Done,
                 _ => self.somebody_else_steps(),
             });
         }
+        let search = match (control.leaves, mode.engine) {
+            (Leaves::Mixed { .. } | Leaves::Unarmed { .. }, _) => Search::Convert,
+            (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
+            (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
+        };
+        let mut cost = 0;
         match taking.pass {
             TakePass::Taken => return Ok(Progress::Done),
             TakePass::Clear => {
+                if control.stale.is_some() {
+                    cost = FORGET as u64 / 2;
+                }
                 control.stale = control.stale.and_then(|from| {
-                    clear_step(&layout, from, WORDS, |slot, first, count| {
+                    words_step(&layout, from, FORGET, |slot, first, count| {
                         slot.dirty.clear_in_flight(first, count)
                     })
                 });
                 let total = layout.progress(scope, u64::MAX).1;
-                if control.stale.is_none() {
-                    taking.pass = TakePass::Scan;
-                    control.round = Round::default();
-                    control.claims.begin(within, total, self.hw.cpus());
+                if control.stale.is_some() {
+                    return Ok(Progress::More { done: 0, total });
                 }
-                return Ok(Progress::More { done: 0, total });
+                // The bit of a dirty block may be another page's: an epoch of some pages looks at all of them.
+                let ground = match (search, part) {
+                    (Search::Live, None) => Ground::Live,
+                    _ => Ground::All,
+                };
+                taking.pass = TakePass::Scan;
+                control.round = Round::default();
+                let begun = layout.covered(scope);
+                begun.for_each(|slot| slot.dirty.begin_harvest());
+                control.claims.begin(ground, within, total, self.hw.cpus());
+                if ground == Ground::All {
+                    return Ok(Progress::More { done: 0, total });
+                }
             }
             TakePass::GiveBack(from) => {
-                let next = clear_step(&layout, from, FILL, |slot, first, count| {
-                    slot.dirty.give_back(first, count)
+                let next = words_step(&layout, from, FILL, |slot, first, count| {
+                    slot.dirty.give_back(first, count);
+                    first + count
                 });
                 taking.pass = next.map_or(TakePass::Clear, TakePass::GiveBack);
                 return Ok(self.somebody_else_steps());
             }
             TakePass::Scan => {}
         }
-        let search = match (control.leaves, mode.engine) {
-            (Leaves::Mixed { .. } | Leaves::Unarmed { .. }, _) => Search::Convert,
-            (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
-            (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
-        };
         drop(layout);
-        let mut cost = 0;
         loop {
             let layout = self.layout();
             let Some(stretch) = guard.claims.claim(&layout, scope) else {
@@ -249,23 +225,33 @@ impl<H: Hardware> Stage2<H> {
         // Of the harvest that is under way now: the caller's may have been given up meanwhile.
         let part = control.taking.and_then(|taking| taking.part);
         let (scope, within) = layout.extent(control.scope, part);
-        let (done, total) = layout.progress(scope, control.claims.reached());
-        let more = Progress::More { done, total };
+        let more = |control: &Control| {
+            let (done, total) = layout.progress(scope, control.claims.reached());
+            Progress::More { done, total }
+        };
         let drained = control.claims.are_given_out(layout, scope);
         let idle = control.claims.are_idle();
         self.drained.store(drained && !idle, Ordering::Relaxed);
-        let Some(taking) = &mut control.taking else {
-            return more;
-        };
-        if taking.pass != TakePass::Scan || !drained || !idle {
-            return more;
+        let collecting = |taking: &Taking| taking.pass == TakePass::Scan;
+        if !control.taking.as_ref().is_some_and(collecting) || !drained || !idle {
+            return more(control);
         }
         if control.leaves != Leaves::OfTheEngine {
             control.leaves = control.leaves.after(within, layout, control.scope);
             control.pending.push_everything();
         }
         self.tlb().pending(&mut control.pending);
-        taking.pass = TakePass::Taken;
+        if let Some(taking) = &mut control.taking {
+            taking.pass = TakePass::Taken;
+        }
+        if part.is_none() {
+            let ended = layout.covered(scope);
+            ended.for_each(|slot| slot.dirty.end_harvest());
+        }
+        // No matter which of them this harvest looked at.
+        let leaves = self.mappings().pages_4k;
+        let pages = part.map_or_else(|| layout.progress(scope, 0).1, |part| part.pages);
+        control.round.leaves = leaves.min(pages);
         control.judged = Some(control.round);
         self.counters.harvests.fetch_add(1, Ordering::Relaxed);
         self.counters
@@ -274,201 +260,11 @@ impl<H: Hardware> Stage2<H> {
         Progress::Done
     }
 
-    /// Harvests a stretch as far as a step goes. Returns what is left of it.
-    fn harvest_stretch(
-        &self,
-        harvest: &mut Harvest<'_>,
-        layout: &Layout,
-        scope: Scope,
-        stretch: Stretch,
-        cost: &mut u64,
-    ) -> Option<Stretch> {
-        let Stretch { mut from, end } = stretch;
-        // Slot by slot, and looked up each time: they may have gone, or others come, since the stretch
-        // was given out.
-        while let Some((slot, here)) = layout.next(scope, from)
-            && here < end
-        {
-            let rest = Stretch { from: here, end };
-            if *cost >= BUDGET {
-                return Some(rest);
-            }
-            let within = Stretch {
-                from: here,
-                end: end.min(slot.end()),
-            };
-            match self.harvest_at(harvest, slot, within, cost) {
-                Ok(next) => from = next,
-                // Never passed over: whoever holds the entry may be about to publish dirty leaves.
-                Err(Stall) => return Some(rest),
-            }
-        }
-        None
-    }
-
-    /// Harvests one table, block or hole of `slot` where a stretch begins, as far as it reaches into
-    /// the stretch. Returns the address behind it.
-    fn harvest_at(
-        &self,
-        harvest: &mut Harvest<'_>,
-        slot: &Slot,
-        Stretch { from: here, end }: Stretch,
-        cost: &mut u64,
-    ) -> Result<u64, Stall> {
-        let place = self.descend(here);
-        let within = |size: u64| ((here & !(size - 1)) + size).min(end);
-        match (place.kind, place.level) {
-            (Kind::Busy, _) => Err(Stall),
-            (_, Level::L3) => {
-                let end = within(Level::L2.size());
-                harvest.table(slot, &place, here, end, cost);
-                Ok(end)
-            }
-            (Kind::Leaf, level) => {
-                let clean = harvest.clean_blocks(slot, &place, here, end, cost);
-                if clean > here {
-                    return Ok(clean);
-                }
-                let end = within(level.size().min(HOLE));
-                self.take_outside_tables(harvest, slot, here, end, cost);
-                self.harvest_block(harvest, slot, &place, here, cost)?;
-                Ok(end)
-            }
-            _ => {
-                let end = within(place.level.size().min(HOLE));
-                self.take_outside_tables(harvest, slot, here, end, cost);
-                Ok(end)
-            }
-        }
-    }
-
-    /// Takes the live bits where a moment ago there was no level-3 table. Most are writes by EL2.
-    ///
-    /// But a fault may have mapped a table since, or another CPU may have split the block, and now the
-    /// page is dirty and its bit set. Who takes that bit must take the permission too, else nothing
-    /// would ever note the page again.
-    fn take_outside_tables(
-        &self,
-        harvest: &mut Harvest<'_>,
-        slot: &Slot,
-        here: u64,
-        end: u64,
-        cost: &mut u64,
-    ) {
-        harvest.take_live(slot, here, end, cost, |pending, ipa, mut pages| {
-            while pages != 0 {
-                let first = pages.trailing_zeros();
-                let at = ipa + u64::from(first) * PAGE_SIZE;
-                // Where one walk ends, those of its neighbours in the same table or entry do.
-                let place = self.descend(at);
-                let reach = match place.level {
-                    Level::L3 => Level::L2.size(),
-                    above => above.size(),
-                };
-                let left = (reach - (at & (reach - 1))) >> PAGE_SHIFT;
-                let group = pages & low_bits(u64::from(first) + left);
-                pages &= !group;
-                match (place.kind, place.level) {
-                    // A table that may be put back, with the pages in it: look again next time.
-                    (Kind::Busy, _) => Bits(group).for_each(|page| {
-                        slot.dirty.mark(slot.page(ipa) + u64::from(page));
-                    }),
-                    (_, Level::L3) => {
-                        for page in Bits(group) {
-                            let ipa = ipa + u64::from(page) * PAGE_SIZE;
-                            if protect_page(place.table.entry(Level::L3.index(ipa))) {
-                                pending.push(ipa, Level::L3);
-                            }
-                        }
-                    }
-                    _ => {}
-                }
-            }
-        });
-    }
-
-    fn harvest_block(
-        &self,
-        harvest: &mut Harvest<'_>,
-        slot: &Slot,
-        place: &Place<'_>,
-        here: u64,
-        cost: &mut u64,
-    ) -> Result<(), Stall> {
-        let engine = harvest.mode.engine;
-        let level = place.level;
-        if harvest.search == Search::Convert && place.pte.is_untracked_writable() {
-            return self.arm_block(harvest, place, here);
-        }
-        if !place.pte.is_tracked() {
-            return Ok(());
-        }
-        if level != Level::L2 && place.pte.is_dirty() && *cost > BUDGET / 8 {
-            // Its bits are a step of their own.
-            return Err(Stall);
-        }
-        let mut old = None;
-        if place.pte.is_dirty() && harvest.mode.granularity != Granularity::Block {
-            *cost += SPLIT;
-            // Out of memory leaves the block tracked and reported whole.
-            match self.split(place.entry(), level, here, engine) {
-                Ok(block) => old = Some((block, Stale::Invalidated)),
-                Err(crate::split::Unsplit::NoTables) => {}
-                Err(crate::split::Unsplit::Raced) => return Err(Stall),
-            }
-        }
-        if old.is_none() && !place.pte.is_dirty() && harvest.search != Search::Convert {
-            return Ok(());
-        }
-        let (block, stale) = match old {
-            Some(old) => old,
-            None => (
-                clean(place, harvest.search, engine).ok_or(Stall)?,
-                Stale::Yes,
-            ),
-        };
-        if block.is_dirty() {
-            harvest.round.dirty += 1;
-            // From its beginning: a block may have been mapped around the cursor, over a hole of which
-            // the harvest had passed a part.
-            let base = here & !(level.size() - 1);
-            let (end, within) = (base + level.size(), harvest.within);
-            let (from, to) = (base.max(within.from), end.min(within.end));
-            *cost += level.pages() / 4;
-            slot.dirty
-                .add_run(slot.page(from), (to - from) >> PAGE_SHIFT);
-            // Of the rest of it a later epoch tells, and no leaf will.
-            slot.dirty
-                .mark_run(slot.page(base), (from - base) >> PAGE_SHIFT);
-            if to < end {
-                slot.dirty.mark_run(slot.page(to), (end - to) >> PAGE_SHIFT);
-            }
-            if stale == Stale::Yes {
-                harvest.pending.push(base, level);
-            }
-        }
-        Ok(())
-    }
-
-    /// Arms a block that no harvest came to since the log started. Its pages were all noted then, and
-    /// those that were not taken yet are still.
-    fn arm_block(
-        &self,
-        harvest: &mut Harvest<'_>,
-        place: &Place<'_>,
-        here: u64,
-    ) -> Result<(), Stall> {
-        let (level, engine) = (place.level, harvest.mode.engine);
-        if harvest.mode.granularity == Granularity::Page {
-            match self.split(place.entry(), level, here, engine) {
-                Ok(_) => return Ok(()),
-                Err(crate::split::Unsplit::Raced) => return Err(Stall),
-                Err(crate::split::Unsplit::NoTables) => {}
-            }
-        }
-        // Such a harvest ends with an invalidation of everything.
-        arm(place.entry(), level, engine);
-        Ok(())
+    /// Returns which addresses of `slot` a harvest collects at the moment, if any.
+    pub(crate) fn harvested(&self, control: &Control, slot: &Slot) -> Option<Stretch> {
+        let taking = control.taking?;
+        let (scope, within) = self.layout().extent(control.scope, taking.part);
+        (taking.pass == TakePass::Scan && scope.covers(slot)).then_some(within)
     }
 
     /// Returns how many pages of each slot the epoch holds; of one slot only, if the epoch is of a part
@@ -485,14 +281,13 @@ impl<H: Hardware> Stage2<H> {
             None => control.scope,
             Some(part) => Scope::One(part.slot),
         };
-        let covered = layout.slots.iter().filter(|slot| scope.covers(slot));
         let dirty = |slot: &Slot| SlotDirty {
             slot: slot.id,
             base: slot.base,
             pages: slot.pages,
             dirty_pages: slot.dirty.in_flight_pages(),
         };
-        Ok(covered.map(dirty).collect())
+        Ok(layout.covered(scope).map(dirty).collect())
     }
 
     /// Returns the bitmap of a slot in the epoch.
@@ -617,13 +412,6 @@ impl<H: Hardware> Stage2<H> {
     }
 }
 
-/// Is the block's old translation still in some TLB?
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Stale {
-    Yes,
-    Invalidated,
-}
-
 fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> {
     match taking {
         Some(taking) if taking.epoch == epoch => match taking.pass {
@@ -637,199 +425,19 @@ fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> 
     }
 }
 
-/// Makes one tracked leaf clean and returns what it was, or `None` if it is no leaf any more.
-fn clean(place: &Place<'_>, search: Search, engine: Engine) -> Option<Pte> {
-    if search == Search::Convert {
-        return convert(place.entry(), place.level, engine);
-    }
-    let old = Pte(place.entry().fetch_and(CLEAR_WRITE, Ordering::AcqRel));
-    (old.kind(place.level) == Kind::Leaf).then_some(old)
-}
-
-/// Makes one tracked leaf a clean one of `engine` and returns what it was; `None` if it is no such
-/// leaf. One that nobody armed yet is such a leaf too, and counts as dirty. Never gives up, like the
-/// change of a leaf when a log starts, and for the same reasons.
-fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
-    let old = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
-        let seen = Pte(seen);
-        let logged = seen.is_tracked() || seen.is_untracked_writable();
-        (seen.kind(level) == Kind::Leaf && logged).then(|| seen.with(Permission::Clean(engine)).0)
-    });
-    old.ok().map(Pte)
-}
-
-impl Harvest<'_> {
-    /// Harvests the level-3 table at `place` from `here` to `end`.
-    fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
-        self.round.leaves += (end - here) >> PAGE_SHIFT;
-        match self.search {
-            Search::Live => {
-                self.round.dirty += self.take_live(slot, here, end, cost, |pending, ipa, pages| {
-                    let mut stale = 0;
-                    for page in Bits(pages) {
-                        let index = Level::L3.index(ipa) + page as usize;
-                        stale |= u64::from(protect_page(place.table.entry(index))) << page;
-                    }
-                    pending.push_pages(ipa, stale);
-                });
-            }
-            Search::Leaves => {
-                self.take_live(slot, here, end, cost, |_, _, _| {});
-                let found = self.scan(slot, place, here, end, collect);
-                *cost += ((end - here) >> PAGE_SHIFT) + DIRTY * found;
-            }
-            Search::Convert => {
-                let engine = self.mode.engine;
-                self.take_live(slot, here, end, cost, |_, _, _| {});
-                let found = self.scan(slot, place, here, end, |group, wanted| {
-                    collect_converting(group, wanted, engine)
-                });
-                *cost += 4 * ((end - here) >> PAGE_SHIFT) + DIRTY * found;
-            }
+impl Slot {
+    /// Adds what of `dirty` lies in `within` to the epoch. Of the rest a later epoch tells, and perhaps no leaf.
+    pub(crate) fn note(&self, dirty: Stretch, within: Stretch) {
+        let Stretch { from, end } = dirty;
+        let first = within.from.clamp(from, end);
+        let last = within.end.clamp(first, end);
+        let pages = |from: u64, end: u64| (end - from) >> PAGE_SHIFT;
+        self.dirty.add_run(self.page(first), pages(first, last));
+        self.dirty.mark_run(self.page(from), pages(from, first));
+        if last < end {
+            self.dirty.mark_run(self.page(last), pages(last, end));
         }
     }
-
-    /// Passes the blocks from `here` on that need nothing, which is most of them: one walk for many, and
-    /// for each a look at its entry and at its live bits. Returns the address reached.
-    fn clean_blocks(
-        &self,
-        slot: &Slot,
-        place: &Place<'_>,
-        here: u64,
-        end: u64,
-        cost: &mut u64,
-    ) -> u64 {
-        if self.search == Search::Convert {
-            return here;
-        }
-        let (size, an_entry) = (place.level.size(), 2 + place.level.pages() / 64);
-        let room = (BUDGET.saturating_sub(*cost) / an_entry).max(1);
-        let clean = |entry: &&AtomicU64| {
-            let pte = Pte(entry.load(Ordering::Relaxed));
-            pte.kind(place.level) == Kind::Leaf && !pte.is_writable()
-        };
-        let entries = place.table.0.iter().skip(place.index);
-        let blocks = entries.take(room as usize).take_while(clean).count() as u64;
-        let reach = ((here & !(size - 1)) + blocks * size).clamp(here, end);
-        *cost += blocks * an_entry;
-        let pages = (reach - here) >> PAGE_SHIFT;
-        match slot.dirty.idle(slot.page(here), pages) {
-            all if all == pages => reach,
-            some => ((here + (some << PAGE_SHIFT)) & !(size - 1)).max(here),
-        }
-    }
-
-    /// Folds the table's entries into words of 64 pages and adds them to the epoch. Returns how many
-    /// were dirty.
-    fn scan(
-        &mut self,
-        slot: &Slot,
-        place: &Place<'_>,
-        here: u64,
-        end: u64,
-        collect: impl Fn(&[AtomicU64; 64], u64) -> u64,
-    ) -> u64 {
-        let (groups, _) = place.table.0.as_chunks::<64>();
-        let mut base = here & !(Level::L2.size() - 1);
-        let (mut dirty, mut added) = (0, 0);
-        for group in groups {
-            let next = base + 64 * PAGE_SIZE;
-            if base < end && next > here {
-                // Entries before `here` and behind `end` belong to other slots.
-                let skip = (here.max(base) - base) >> PAGE_SHIFT;
-                let keep = (end.min(next) - base) >> PAGE_SHIFT;
-                let wanted = (u64::MAX << skip) & (u64::MAX >> (64 - keep));
-                let found = collect(group, wanted);
-                if found != 0 {
-                    let first = slot.page(base + skip * PAGE_SIZE);
-                    dirty += u64::from(found.count_ones());
-                    added += slot.dirty.add(first, found >> skip);
-                    self.pending.push_pages(base, found);
-                }
-            }
-            base = next;
-        }
-        slot.dirty.count(added);
-        self.round.dirty += dirty;
-        self.round.read += (end - here) >> PAGE_SHIFT;
-        dirty
-    }
-
-    /// Moves the live bits of `here..end` to the epoch and returns how many. Hands them to `each`, 64 at
-    /// a time: an address and, as bits, the pages from there on.
-    fn take_live(
-        &mut self,
-        slot: &Slot,
-        here: u64,
-        end: u64,
-        cost: &mut u64,
-        mut each: impl FnMut(&mut Pending, u64, u64),
-    ) -> u64 {
-        let pages = (end - here) >> PAGE_SHIFT;
-        let pending = &mut *self.pending;
-        let mut taken = 0;
-        slot.dirty
-            .take_live(slot.page(here), pages, |first, pages| {
-                taken += u64::from(pages.count_ones());
-                each(pending, slot.start() + (first << PAGE_SHIFT), pages);
-            });
-        *cost += 4 + pages / 64 + DIRTY * taken;
-        taken
-    }
-}
-
-/// Makes the page of a live bit clean again. May some TLB still hold it as writable?
-fn protect_page(entry: &AtomicU64) -> bool {
-    // Memory nobody tracks has live bits too, from writes by EL2; its permission is not ours to take.
-    Pte(entry.load(Ordering::Relaxed)).is_tracked()
-        && Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel)).is_dirty()
-}
-
-/// Cleans the dirty leaves among 64 and returns which they were.
-fn collect(group: &[AtomicU64; 64], wanted: u64) -> u64 {
-    let mut found = 0;
-    let (lines, _) = group.as_chunks::<8>();
-    for (line, entries) in lines.iter().enumerate() {
-        // Under a log hardly a leaf is writable, so a cache line is looked at as one.
-        let any = entries
-            .iter()
-            .fold(0, |any, entry| any | entry.load(Ordering::Relaxed));
-        if Pte(any).is_writable() {
-            found |= collect_line(entries, wanted >> (8 * line)) << (8 * line);
-        }
-    }
-    found
-}
-
-/// As [`collect`], of eight. The mask is made without a branch, because nothing foretells which of
-/// them are dirty.
-fn collect_line(line: &[AtomicU64; 8], wanted: u64) -> u64 {
-    let mut dirty = 0;
-    for (bit, entry) in line.iter().enumerate() {
-        dirty |= Pte(entry.load(Ordering::Relaxed)).dirty_bit() << bit;
-    }
-    let mut found = 0;
-    for bit in Bits(dirty & wanted) {
-        if let Some(entry) = line.get(bit as usize) {
-            // The load above only said where to look. This value decides.
-            let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
-            found |= u64::from(old.is_dirty()) << bit;
-        }
-    }
-    found
-}
-
-/// As [`collect`], and brings every leaf over to `engine`.
-fn collect_converting(group: &[AtomicU64; 64], wanted: u64, engine: Engine) -> u64 {
-    let mut found = 0;
-    for bit in Bits(wanted) {
-        if let Some(entry) = group.get(bit as usize)
-            && let Some(old) = convert(entry, Level::L3, engine)
-        {
-            found |= u64::from(old.is_writable()) << bit;
-        }
-    }
-    found
 }
 
 impl Leaves {

@@ -383,16 +383,22 @@ mod models {
             let dirty = Arc::new(Dirty::new(64).unwrap());
             dirty.live()[0].watch();
             dirty.in_flight()[0].watch();
+            dirty.marked_parts().iter().for_each(|parts| parts.watch());
             let marks = |page| {
                 let dirty = Arc::clone(&dirty);
                 spawn(move || dirty.mark(page))
             };
             let markers = [marks(3), marks(4)];
             let mut taken = 0;
-            dirty.take_live(0, 64, |_, pages| taken |= pages);
+            dirty.begin_harvest();
+            if dirty.next_due(0) < 64 {
+                dirty.take_live(0, 64, |_, pages| taken |= pages);
+            }
+            dirty.end_harvest();
             markers
                 .into_iter()
                 .for_each(|marker| marker.join().unwrap());
+            dirty.begin_harvest();
             dirty.take_live(0, 64, |_, pages| {
                 assert_eq!(taken & pages, 0, "taken twice");
                 taken |= pages;

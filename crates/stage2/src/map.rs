@@ -141,6 +141,7 @@ impl<H: Hardware> Stage2<H> {
                         }
                         self.hw.dsb_ishst();
                         self.count_leaves(level, 1);
+                        Self::note_touch(slot, ipa, touched);
                         let end = (ipa & !(level.size() - 1)) + level.size();
                         return Mapped::Leaf { level, end };
                     }
@@ -196,13 +197,16 @@ impl<H: Hardware> Stage2<H> {
         self.mapped_pages(slot, ipa, touched)
     }
 
-    /// Notes the touched page and says how far the table reaches.
-    ///
-    /// A page that starts dirty is noted after it is mapped, like any other write fault.
-    fn mapped_pages(&self, slot: &Slot, ipa: u64, touched: Permission) -> Mapped {
+    /// Notes a page whose leaf starts dirty: after it is mapped, like any other write fault.
+    fn note_touch(slot: &Slot, ipa: u64, touched: Permission) {
         if matches!(touched, Permission::Dirty(_)) {
             slot.dirty.mark(slot.page(ipa));
         }
+    }
+
+    /// Notes the touched page and says how far the table reaches.
+    fn mapped_pages(&self, slot: &Slot, ipa: u64, touched: Permission) -> Mapped {
+        Self::note_touch(slot, ipa, touched);
         let end = (ipa & !(Level::L2.size() - 1)) + Level::L2.size();
         Mapped::Leaf {
             level: Level::L3,

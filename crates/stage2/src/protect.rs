@@ -120,10 +120,10 @@ impl<H: Hardware> Stage2<H> {
             Phase::Starting(StartPass::Clear(from)) => {
                 let layout = self.layout();
                 let clear = |slot: &Slot, first, count| {
-                    slot.dirty.clear_live(first, count);
-                    slot.dirty.clear_in_flight(first, count);
+                    let live = slot.dirty.clear_live(first, count);
+                    live.min(slot.dirty.clear_in_flight(first, count))
                 };
-                let next = clear_step(&layout, from, WORDS, clear);
+                let next = words_step(&layout, from, WORDS, clear);
                 let total = layout.progress(scope, u64::MAX).1;
                 drop(layout);
                 if let Some(next) = next {
@@ -148,8 +148,9 @@ impl<H: Hardware> Stage2<H> {
                         let pages = slot.pages.saturating_sub(first).min(count as u64 * 64);
                         slot.dirty.mark_run(first, pages);
                     }
+                    first + count
                 };
-                let Some(next) = clear_step(&layout, from, FILL, fill) else {
+                let Some(next) = words_step(&layout, from, FILL, fill) else {
                     control.leaves = Leaves::Unarmed { from: 0 };
                     control.phase = Phase::On;
                     return Ok(Progress::Done);
@@ -378,18 +379,18 @@ fn change(entry: &AtomicU64, level: Level, wanted: impl Fn(Pte) -> Option<Pte>) 
     });
 }
 
-/// Calls `clear(slot, first word, words)` for a part of `words` of the bitmaps, from address `from` on.
-/// Returns where to go on, or `None` at the end.
-pub(crate) fn clear_step(
+/// Calls `each(slot, first word, words)` for some words of the bitmaps, from address `from` on, which
+/// returns the word to go on at. Returns where to go on, or `None` at the end.
+pub(crate) fn words_step(
     layout: &Layout,
     from: u64,
     words: usize,
-    clear: impl Fn(&Slot, usize, usize),
+    each: impl Fn(&Slot, usize, usize) -> usize,
 ) -> Option<u64> {
-    let pages = words as u64 * 64;
     let (slot, here) = layout.next(Scope::All, from)?;
     // Steps begin on the word that holds the address, so an odd start only clears a word twice.
     let first = slot.page(here) / 64;
-    clear(slot, first as usize, words);
-    Some((slot.start() + (first * 64 + pages) * PAGE_SIZE).min(slot.end()))
+    let next = each(slot, first as usize, words) as u64;
+    let past = (slot.start() + next.saturating_mul(64 * PAGE_SIZE)).min(slot.end());
+    layout.next(Scope::All, past).map(|_| past)
 }

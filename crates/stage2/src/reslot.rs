@@ -59,7 +59,7 @@ impl<H: Hardware> Stage2<H> {
                 layout.change_slot(id, |slot| slot.life = Life::Moving { to: base });
             });
         }
-        let progress = self.unmap_step(&slot);
+        let progress = self.unmap_step(&slot, None);
         if progress == Progress::Done {
             self.layouts.change(|layout| layout.relocate(id, base));
         }
@@ -114,7 +114,7 @@ impl<H: Hardware> Stage2<H> {
         let before = slot.unmapped();
         let mut whole = slot.clone();
         whole.pages = slot.reach;
-        self.unmap_step(&whole);
+        self.unmap_step(&whole, None);
         // Not further than the bits that a step can forget.
         let at = slot.unmapped().min(before + FILL as u64 * 64 * PAGE_SIZE);
         slot.set_unmapped(at);

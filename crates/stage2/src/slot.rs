@@ -387,10 +387,14 @@ impl Layout {
         Some((slot, from.max(slot.start())))
     }
 
+    /// Returns the slots of `scope`.
+    pub(crate) fn covered(&self, scope: Scope) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(move |slot| scope.covers(slot))
+    }
+
     /// Returns (pages below `from`, pages in all) of the slots of `scope`.
     pub(crate) fn progress(&self, scope: Scope, from: u64) -> (u64, u64) {
-        let covered = self.slots.iter().filter(|slot| scope.covers(slot));
-        covered.fold((0, 0), |(done, total), slot| {
+        self.covered(scope).fold((0, 0), |(done, total), slot| {
             let behind = from.clamp(slot.start(), slot.end()) - slot.start();
             (done + (behind >> PAGE_SHIFT), total + slot.pages)
         })

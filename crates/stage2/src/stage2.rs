@@ -238,7 +238,7 @@ impl<H: Hardware> Stage2<H> {
                 });
             });
         }
-        let progress = self.unmap_step(&slot);
+        let progress = self.unmap_step(&slot, None);
         if progress == Progress::Done {
             self.layouts
                 .change(|layout| layout.slots.retain(|slot| slot.id != id));
@@ -276,7 +276,8 @@ impl<H: Hardware> Stage2<H> {
         }
         // Leaves mapped meanwhile are of the new kind already; those in front of the cursor go once
         // more, which costs a fault.
-        let progress = self.unmap_step(&slot);
+        let harvested = self.harvested(&control, &slot);
+        let progress = self.unmap_step(&slot, harvested);
         if progress == Progress::Done {
             self.layouts.change(|layout| {
                 layout.change_slot(id, |slot| slot.leaves = LeavesOf::ItsAccess);

@@ -242,7 +242,7 @@ impl Pending {
     }
 
     pub(crate) fn clear(&mut self) {
-        *self = Self::new();
+        (self.len, self.leaves, self.everything) = (0, 0, Everything::No);
     }
 
     fn runs(&self) -> &[Run] {

@@ -7,7 +7,8 @@
 //! beside this one, goes back in its place.
 //!
 //! The value that the exchange returns says whether a leaf was dirty, and it is noted
-//! before the mutex is released, which a harvest needs to complete. A CPU that cached the leaf as clean
+//! before the mutex is released, which a harvest needs to complete. A harvest that is collecting gets the page
+//! in its epoch at once: it looks for bits that were there when it began, and may be past this one's place. A CPU that cached the leaf as clean
 //! cannot make it dirty any more, since its update compares with memory; one that cached it as dirty
 //! writes on until the invalidation, to a page that is noted.
 //!
@@ -15,12 +16,13 @@
 //! block of such a slot is busy until the invalidation (break-before-make, D8.14). No harvest splits
 //! blocks meanwhile, so all that is busy there is busy by this.
 
+use crate::control::Stretch;
 use crate::hardware::{Hardware, Table};
 use crate::pte::{Kind, Pte};
 use crate::slot::{Life, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::types::{Level, PAGE_SHIFT, Pa, Progress};
+use crate::types::{Level, Pa, Progress};
 
 /// Entries visited in a step, at most one table more.
 const BUDGET: usize = 1024;
@@ -60,8 +62,9 @@ struct Broken<'a> {
 }
 
 impl<H: Hardware> Stage2<H> {
-    /// Unmaps a bounded part of `slot`, from where the last step ended.
-    pub(crate) fn unmap_step(&self, slot: &Slot) -> Progress {
+    /// Unmaps a bounded part of `slot`, from where the last step ended. What is dirty in `harvested` goes into
+    /// the epoch that is being taken.
+    pub(crate) fn unmap_step(&self, slot: &Slot, harvested: Option<Stretch>) -> Progress {
         let from = slot.unmapped().max(slot.start());
         let mut at = from;
         let mut visits = 0;
@@ -96,8 +99,8 @@ impl<H: Hardware> Stage2<H> {
                             // From its beginning: it may have been mapped around the cursor.
                             let base = at & !(place.level.size() - 1);
                             let (from, end) = (base.max(slot.start()), base + place.level.size());
-                            slot.dirty
-                                .mark_run(slot.page(from), (end - from) >> PAGE_SHIFT);
+                            let gone = Stretch { from, end };
+                            slot.note(gone, harvested.unwrap_or(Stretch { from, end: from }));
                             visits += A_WORD * place.level.pages().div_ceil(64) as usize;
                         }
                     }

@@ -151,6 +151,107 @@ fn a_harvest_and_a_first_touch() {
     }
 }
 
+/// A harvest that looks where EL2 wrote while nothing was mapped, and the fault that maps a block there.
+#[test]
+fn a_harvest_of_a_hole_and_the_block_that_fills_it() {
+    for (engine, features) in machines() {
+        for granularity in [Granularity::Block, Granularity::Adaptive] {
+            in_every_order(
+                setup(features),
+                &[IPA],
+                |sim| {
+                    sim.add(BLOCK);
+                    sim.start(engine, granularity);
+                    sim.el2_write(IPA);
+                },
+                move |sim| {
+                    vec![
+                        Box::new(move || drop(sim.harvest())),
+                        Box::new(move || writes(sim, &[IPA, IPA + PAGE_SIZE])),
+                    ]
+                },
+                |sim| {
+                    sim.harvest();
+                    sim.write(IPA + 2 * PAGE_SIZE);
+                    sim.last_of_the_log();
+                },
+            );
+        }
+    }
+}
+
+/// A CPU that is still at a range whose epoch was given up sends what lies beside it to a later epoch.
+#[test]
+fn a_full_harvest_waits_for_a_straggler_of_a_range() {
+    let far = IPA + 256 * PAGE_SIZE;
+    in_every_order(
+        setup(Features::BASELINE),
+        &[IPA, far],
+        |sim| {
+            sim.add(BLOCK);
+            sim.start(Engine::WriteProtect, Granularity::Block);
+            sim.write(IPA);
+            sim.write(far);
+        },
+        move |sim| {
+            let first = sim.world.new_epoch();
+            let part = crate::control::Part {
+                slot: SlotId(0),
+                first: 0,
+                pages: 64,
+            };
+            vec![
+                Box::new(move || {
+                    for _ in 0..4 {
+                        let _ = sim.take_step(first, Some(part));
+                    }
+                }),
+                Box::new(move || {
+                    sim.breathe();
+                    sim.give_up(first);
+                    sim.take();
+                }),
+            ]
+        },
+        |_| {},
+    );
+}
+
+/// The same hole, with a harvest that brings leaves over to write protection.
+#[test]
+fn a_converting_harvest_of_a_hole_and_the_block_that_fills_it() {
+    for switch in [false, true] {
+        in_every_order(
+            setup(dbm()),
+            &[IPA],
+            |sim| {
+                sim.add(BLOCK);
+                if switch {
+                    sim.start(Engine::Dbm, Granularity::Block);
+                    sim.el2_write(IPA);
+                    sim.op("set_engine", |stage2| {
+                        stage2.set_engine(Engine::WriteProtect)
+                    })
+                    .unwrap();
+                } else {
+                    sim.start_all_dirty(Engine::WriteProtect, Granularity::Block);
+                }
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || drop(sim.harvest())),
+                    Box::new(move || writes(sim, &[IPA, IPA + PAGE_SIZE])),
+                ]
+            },
+            |sim| {
+                sim.harvest();
+                sim.write(IPA + 2 * PAGE_SIZE);
+                sim.last_of_the_log();
+            },
+        );
+    }
+}
+
 /// A dirty block that is split while the guest writes to it.
 #[test]
 fn a_split_and_a_write() {
@@ -301,7 +402,9 @@ fn a_harvest_and_a_mark() {
                     Box::new(move || drop(sim.harvest())),
                     Box::new(move || {
                         sim.breathe();
+                        // A page that the harvest takes anyway, and one that it knows by this alone.
                         sim.el2_write(IPA);
+                        sim.el2_write(IPA + PAGE_SIZE);
                     }),
                 ]
             },
@@ -382,7 +485,7 @@ fn a_take_and_its_giving_up() {
     }
 }
 
-/// A slot loses its end while the guest writes its first page: the fault maps a block over the new end, after the
+/// A slot loses its end while the guest writes its first pages: the fault maps a block over the new end, after the
 /// shrink has looked for one.
 #[test]
 fn a_change_of_size_and_a_first_touch() {
@@ -398,7 +501,8 @@ fn a_change_of_size_and_a_first_touch() {
             |sim| {
                 vec![
                     Box::new(|| sim.shrink(0, FEWER)),
-                    Box::new(|| writes(sim, &[IPA])),
+                    // The second one only the block itself knows.
+                    Box::new(|| writes(sim, &[IPA, IPA + PAGE_SIZE])),
                 ]
             },
             Sim::last_of_the_log,

@@ -624,7 +624,7 @@ fn invariant_18_marking_takes_any_range_and_names_what_is_no_memory() {
 fn invariant_19_bits_past_the_end_are_never_set() {
     use crate::dirty::Dirty;
     let dirty = Dirty::new(70).unwrap();
-    let add = |page, mask| dirty.count(dirty.add(page, mask));
+    let add = |page, mask| dirty.added(page, 64, dirty.add(page, mask));
     add(64, u64::MAX);
     add(69, u64::MAX);
     dirty.mark_run(66, u64::MAX);

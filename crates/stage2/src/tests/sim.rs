@@ -262,6 +262,9 @@ impl Sim {
             for bitmap in [dirty.live(), dirty.in_flight()] {
                 meets.words.insert(std::ptr::from_ref(&bitmap[word]).addr());
             }
+            for parts in dirty.marked_parts() {
+                meets.words.insert(std::ptr::from_ref(parts).addr());
+            }
         }
         assert!(self.meets.set(meets).is_ok(), "said twice");
     }

@@ -90,6 +90,8 @@ fn every_step_of_a_log_is_short() {
                 }
                 for epoch in 1..=2 {
                     short("take", || stage2.take(Epoch(epoch)).unwrap());
+                    let dirty = stage2.taken(Epoch(epoch)).unwrap()[0].dirty_pages;
+                    assert_eq!(dirty, if epoch == 1 { bytes / PAGE_SIZE } else { 0 });
                     stage2.commit(Epoch(epoch)).unwrap();
                 }
                 let other = match engine {

@@ -34,8 +34,11 @@ impl Longest {
         Ok(())
     }
 
-    /// Makes the row.
+    /// Makes the row, if anything was measured.
     pub fn report(&self, report: &mut Report) -> Result<()> {
+        if self.0 == 0.0 {
+            return Ok(());
+        }
         report.add("longest_el2", self.0)
     }
 }

@@ -1,0 +1,489 @@
+//! Looking for dirty leaves in a stretch of guest memory.
+//!
+//! Under DBM every leaf is looked at: a table is 512 loads, ORed together a cache line at a time, and
+//! only a line with a writable leaf in it is looked at again. What is found is added to the epoch 64
+//! pages at a time; 64 clean pages cost no store. Blocks cost a load of their entry and of their live bits;
+//! one found dirty is reported whole and, unless the log is to keep blocks, split for the next round.
+//!
+//! Under write protection the live bits alone say where to look, in tables and in blocks: a leaf that became
+//! dirty has a bit, or a CPU on its way to set one. What nobody wrote costs no walk.
+//!
+//! Each CPU is at stretches of its own, but tables, words of the bitmaps and blocks reach over their ends:
+//! every change is one atomic operation.
+
+use crate::control::Stretch;
+use crate::dirty::{Bits, low_bits};
+use crate::engine::Round;
+use crate::hardware::Hardware;
+use crate::protect::arm;
+use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
+use crate::slot::{Layout, LogMode, Scope, Slot};
+use crate::stage2::Stage2;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::tlb::Pending;
+use crate::types::{Engine, Granularity, Level, PAGE_SHIFT, PAGE_SIZE};
+use crate::walk::Place;
+
+/// What a step may cost, in loads of entries.
+pub(super) const BUDGET: u64 = 2048;
+/// What a walk counts for.
+const WALK: u64 = 16;
+/// What a dirty page counts for.
+const DIRTY: u64 = 8;
+/// What a split counts for.
+const SPLIT: u64 = 1024;
+
+/// How much of a hole a visit covers: one may be 512 GiB wide, and full of writes by EL2.
+const HOLE: u64 = 16 << 20;
+
+/// How a harvest finds dirty level-3 leaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Search {
+    /// Look at every leaf.
+    Leaves,
+    /// Look at the pages the live bitmap names.
+    Live,
+    /// Look at every leaf and bring it over to the engine.
+    Convert,
+}
+
+/// One harvest step's view of the log.
+pub(super) struct Harvest<'a> {
+    pub(super) mode: LogMode,
+    pub(super) search: Search,
+    /// What the epoch is of.
+    pub(super) within: Stretch,
+    pub(super) pending: &'a mut Pending,
+    pub(super) round: Round,
+}
+
+/// An entry is being changed by another CPU: come back to it.
+struct Stall;
+
+impl<H: Hardware> Stage2<H> {
+    /// Harvests a stretch as far as a step goes. Returns what is left of it.
+    pub(super) fn harvest_stretch(
+        &self,
+        harvest: &mut Harvest<'_>,
+        layout: &Layout,
+        scope: Scope,
+        stretch: Stretch,
+        cost: &mut u64,
+    ) -> Option<Stretch> {
+        let Stretch { mut from, end } = stretch;
+        // Slot by slot: they may have gone, or others come, since the stretch was given out.
+        while let Some((slot, here)) = layout.next(scope, from)
+            && here < end
+        {
+            let stop = end.min(slot.end());
+            from = here;
+            while from < stop {
+                if *cost >= BUDGET {
+                    return Some(Stretch { from, end });
+                }
+                if harvest.search == Search::Live {
+                    from = harvest.first_live(slot, from, stop, cost);
+                    if from >= stop {
+                        break;
+                    }
+                }
+                match self.harvest_at(harvest, slot, Stretch { from, end: stop }, cost) {
+                    Ok(next) => from = next,
+                    // Never passed over: whoever holds the entry may be about to publish dirty leaves.
+                    Err(Stall) => return Some(Stretch { from, end }),
+                }
+            }
+        }
+        None
+    }
+
+    /// Harvests one table, block or hole of `slot` where a stretch begins, as far as it reaches into
+    /// the stretch. Returns the address behind it.
+    fn harvest_at(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        Stretch { from: here, end }: Stretch,
+        cost: &mut u64,
+    ) -> Result<u64, Stall> {
+        *cost += WALK;
+        let place = self.descend(here);
+        let within = |size: u64| ((here & !(size - 1)) + size).min(end);
+        match (place.kind, place.level) {
+            (Kind::Busy, _) => Err(Stall),
+            (_, Level::L3) => {
+                let end = within(Level::L2.size());
+                harvest.table(slot, &place, here, end, cost);
+                Ok(end)
+            }
+            (Kind::Leaf, level) => {
+                if harvest.search != Search::Convert {
+                    let clean = harvest.clean_blocks(slot, &place, here, end, cost);
+                    if clean > here {
+                        return Ok(clean);
+                    }
+                }
+                let end = within(level.size().min(HOLE));
+                self.take_outside_tables(harvest, slot, here, end, Some(level), cost)?;
+                // Its bit is taken, so what it is must be looked at after that, and not be put off without one.
+                let place = self.descend(here);
+                let harvested = match (place.kind, place.level) {
+                    (_, Level::L3) => Ok(()),
+                    (Kind::Leaf, _) => self.harvest_block(harvest, slot, &place, here, cost),
+                    _ => Err(Stall),
+                };
+                if harvested.is_err() && harvest.search == Search::Live {
+                    slot.dirty.mark(slot.page(here));
+                }
+                harvested.map(|()| end)
+            }
+            _ => {
+                let end = within(place.level.size().min(HOLE));
+                self.take_outside_tables(harvest, slot, here, end, None, cost)?;
+                Ok(end)
+            }
+        }
+    }
+
+    /// Takes the live bits where a moment ago there was no level-3 table. Most are writes by EL2.
+    ///
+    /// But a fault may have mapped a table since, or another CPU may have split the block, and now the
+    /// page is dirty and its bit set. Who takes that bit must take the permission too, else nothing
+    /// would ever note the page again. Where the fault mapped a block, the bit is given back, for that to
+    /// be harvested as one.
+    fn take_outside_tables(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        here: u64,
+        end: u64,
+        over: Option<Level>,
+        cost: &mut u64,
+    ) -> Result<(), Stall> {
+        let mut met = Ok(());
+        harvest.take_live(slot, here, end, cost, |pending, ipa, mut pages| {
+            while pages != 0 {
+                let first = pages.trailing_zeros();
+                let at = ipa + u64::from(first) * PAGE_SIZE;
+                // Where one walk ends, those of its neighbours in the same table or entry do.
+                let place = self.descend(at);
+                let reach = match place.level {
+                    Level::L3 => Level::L2.size(),
+                    above => above.size(),
+                };
+                let give_back = |pages| {
+                    Bits(pages).for_each(|page| slot.dirty.mark(slot.page(ipa) + u64::from(page)));
+                };
+                let left = (reach - (at & (reach - 1))) >> PAGE_SHIFT;
+                let group = pages & low_bits(u64::from(first) + left);
+                pages &= !group;
+                match (place.kind, place.level) {
+                    // A table that may be put back, with the pages in it: look again next time.
+                    (Kind::Busy, _) => give_back(group),
+                    (_, Level::L3) => {
+                        for page in Bits(group) {
+                            let ipa = ipa + u64::from(page) * PAGE_SIZE;
+                            if protect_page(place.table.entry(Level::L3.index(ipa))) {
+                                pending.push(ipa, Level::L3);
+                            }
+                        }
+                    }
+                    (Kind::Leaf, level) if over != Some(level) && place.pte.is_dirty() => {
+                        give_back(group);
+                        met = Err(Stall);
+                    }
+                    _ => {}
+                }
+            }
+        });
+        met
+    }
+
+    fn harvest_block(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        place: &Place<'_>,
+        here: u64,
+        cost: &mut u64,
+    ) -> Result<(), Stall> {
+        let engine = harvest.mode.engine;
+        let level = place.level;
+        if harvest.search == Search::Convert && place.pte.is_untracked_writable() {
+            return self.arm_block(harvest, place, here);
+        }
+        if !place.pte.is_tracked() {
+            return Ok(());
+        }
+        if level != Level::L2 && place.pte.is_dirty() && *cost > BUDGET / 8 {
+            // Its bits are a step of their own.
+            return Err(Stall);
+        }
+        let mut old = None;
+        if place.pte.is_dirty() && harvest.mode.granularity != Granularity::Block {
+            *cost += SPLIT;
+            // Out of memory leaves the block tracked and reported whole.
+            match self.split(place.entry(), level, here, engine) {
+                Ok(block) => old = Some((block, Stale::Invalidated)),
+                Err(crate::split::Unsplit::NoTables) => {}
+                Err(crate::split::Unsplit::Raced) => return Err(Stall),
+            }
+        }
+        if old.is_none() && !place.pte.is_dirty() && harvest.search != Search::Convert {
+            return Ok(());
+        }
+        let (block, stale) = match old {
+            Some(old) => old,
+            None => (
+                clean(place, harvest.search, engine).ok_or(Stall)?,
+                Stale::Yes,
+            ),
+        };
+        if block.is_dirty() {
+            harvest.round.dirty += 1;
+            // From its beginning: a block may have been mapped around the cursor, over a hole of which
+            // the harvest had passed a part.
+            let base = here & !(level.size() - 1);
+            *cost += level.pages() / 4;
+            let end = base + level.size();
+            slot.note(Stretch { from: base, end }, harvest.within);
+            if stale == Stale::Yes {
+                harvest.pending.push(base, level);
+            }
+        }
+        Ok(())
+    }
+
+    /// Arms a block that no harvest came to since the log started. Its pages were all noted then, and
+    /// those that were not taken yet are still.
+    fn arm_block(
+        &self,
+        harvest: &mut Harvest<'_>,
+        place: &Place<'_>,
+        here: u64,
+    ) -> Result<(), Stall> {
+        let (level, engine) = (place.level, harvest.mode.engine);
+        if harvest.mode.granularity == Granularity::Page {
+            match self.split(place.entry(), level, here, engine) {
+                Ok(_) => return Ok(()),
+                Err(crate::split::Unsplit::Raced) => return Err(Stall),
+                Err(crate::split::Unsplit::NoTables) => {}
+            }
+        }
+        // Such a harvest ends with an invalidation of everything.
+        arm(place.entry(), level, engine);
+        Ok(())
+    }
+}
+
+/// Is the block's old translation still in some TLB?
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stale {
+    Yes,
+    Invalidated,
+}
+
+/// Makes one tracked leaf clean and returns what it was, or `None` if it is no leaf any more.
+fn clean(place: &Place<'_>, search: Search, engine: Engine) -> Option<Pte> {
+    if search == Search::Convert {
+        return convert(place.entry(), place.level, engine);
+    }
+    let old = Pte(place.entry().fetch_and(CLEAR_WRITE, Ordering::AcqRel));
+    (old.kind(place.level) == Kind::Leaf).then_some(old)
+}
+
+/// Makes one tracked leaf a clean one of `engine` and returns what it was; `None` if it is no such
+/// leaf. One that nobody armed yet is such a leaf too, and counts as dirty. Never gives up, like the
+/// change of a leaf when a log starts, and for the same reasons.
+fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
+    let old = entry.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |seen| {
+        let seen = Pte(seen);
+        let logged = seen.is_tracked() || seen.is_untracked_writable();
+        (seen.kind(level) == Kind::Leaf && logged).then(|| seen.with(Permission::Clean(engine)).0)
+    });
+    old.ok().map(Pte)
+}
+
+impl Harvest<'_> {
+    /// Returns the first address of a word of live bits in `here..end` that has any, or an address behind.
+    ///
+    /// An epoch of some pages looks at all of them: the bit of a dirty block may be another page's.
+    fn first_live(&self, slot: &Slot, here: u64, end: u64, cost: &mut u64) -> u64 {
+        if self.within != Stretch::ALL {
+            return here;
+        }
+        let pages = (end - here) >> PAGE_SHIFT;
+        let (quiet, read) = slot.dirty.quiet(slot.page(here), pages);
+        *cost += 1 + read;
+        here + (quiet << PAGE_SHIFT)
+    }
+
+    /// Harvests the level-3 table at `place` from `here` to `end`.
+    fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
+        match self.search {
+            Search::Live => {
+                self.round.dirty += self.take_live(slot, here, end, cost, |pending, ipa, pages| {
+                    let mut stale = 0;
+                    for page in Bits(pages) {
+                        let index = Level::L3.index(ipa) + page as usize;
+                        stale |= u64::from(protect_page(place.table.entry(index))) << page;
+                    }
+                    pending.push_pages(ipa, stale);
+                });
+            }
+            Search::Leaves => {
+                self.take_live(slot, here, end, cost, |_, _, _| {});
+                let found = self.scan(slot, place, here, end, collect);
+                *cost += ((end - here) >> PAGE_SHIFT) + DIRTY * found;
+            }
+            Search::Convert => {
+                let engine = self.mode.engine;
+                self.take_live(slot, here, end, cost, |_, _, _| {});
+                let found = self.scan(slot, place, here, end, |group, wanted| {
+                    collect_converting(group, wanted, engine)
+                });
+                *cost += 4 * ((end - here) >> PAGE_SHIFT) + DIRTY * found;
+            }
+        }
+    }
+
+    /// Passes the blocks from `here` on that need nothing, which is most of them: one walk for many, and
+    /// for each a look at its entry and at its live bits. Returns the address reached.
+    fn clean_blocks(
+        &self,
+        slot: &Slot,
+        place: &Place<'_>,
+        here: u64,
+        end: u64,
+        cost: &mut u64,
+    ) -> u64 {
+        let (size, an_entry) = (place.level.size(), 2 + place.level.pages() / 64);
+        let room = (BUDGET.saturating_sub(*cost) / an_entry).max(1);
+        let clean = |entry: &&AtomicU64| {
+            let pte = Pte(entry.load(Ordering::Relaxed));
+            pte.kind(place.level) == Kind::Leaf && !pte.is_writable()
+        };
+        let entries = place.table.0.iter().skip(place.index);
+        let blocks = entries.take(room as usize).take_while(clean).count() as u64;
+        let reach = ((here & !(size - 1)) + blocks * size).clamp(here, end);
+        *cost += blocks * an_entry;
+        let pages = (reach - here) >> PAGE_SHIFT;
+        match slot.dirty.idle(slot.page(here), pages) {
+            all if all == pages => reach,
+            some => ((here + (some << PAGE_SHIFT)) & !(size - 1)).max(here),
+        }
+    }
+
+    /// Folds the table's entries into words of 64 pages and adds them to the epoch. Returns how many
+    /// were dirty.
+    fn scan(
+        &mut self,
+        slot: &Slot,
+        place: &Place<'_>,
+        here: u64,
+        end: u64,
+        collect: impl Fn(&[AtomicU64; 64], u64) -> u64,
+    ) -> u64 {
+        let (groups, _) = place.table.0.as_chunks::<64>();
+        let mut base = here & !(Level::L2.size() - 1);
+        let (mut dirty, mut added) = (0, 0);
+        for group in groups {
+            let next = base + 64 * PAGE_SIZE;
+            if base < end && next > here {
+                // Entries before `here` and behind `end` belong to other slots.
+                let skip = (here.max(base) - base) >> PAGE_SHIFT;
+                let keep = (end.min(next) - base) >> PAGE_SHIFT;
+                let wanted = (u64::MAX << skip) & (u64::MAX >> (64 - keep));
+                let found = collect(group, wanted);
+                if found != 0 {
+                    let first = slot.page(base + skip * PAGE_SIZE);
+                    dirty += u64::from(found.count_ones());
+                    added += slot.dirty.add(first, found >> skip);
+                    self.pending.push_pages(base, found);
+                }
+            }
+            base = next;
+        }
+        slot.dirty
+            .added(slot.page(here), (end - here) >> PAGE_SHIFT, added);
+        self.round.dirty += dirty;
+        self.round.read += (end - here) >> PAGE_SHIFT;
+        dirty
+    }
+
+    /// Moves the live bits of `here..end` to the epoch and returns how many. Hands them to `each`, 64 at
+    /// a time: an address and, as bits, the pages from there on.
+    fn take_live(
+        &mut self,
+        slot: &Slot,
+        here: u64,
+        end: u64,
+        cost: &mut u64,
+        mut each: impl FnMut(&mut Pending, u64, u64),
+    ) -> u64 {
+        let pages = (end - here) >> PAGE_SHIFT;
+        let pending = &mut *self.pending;
+        let mut taken = 0;
+        slot.dirty
+            .take_live(slot.page(here), pages, |first, pages| {
+                taken += u64::from(pages.count_ones());
+                each(pending, slot.start() + (first << PAGE_SHIFT), pages);
+            });
+        *cost += 4 + pages / 64 + DIRTY * taken;
+        taken
+    }
+}
+
+/// Makes the page of a live bit clean again. May some TLB still hold it as writable?
+fn protect_page(entry: &AtomicU64) -> bool {
+    // Memory nobody tracks has live bits too, from writes by EL2; its permission is not ours to take.
+    Pte(entry.load(Ordering::Relaxed)).is_tracked()
+        && Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel)).is_dirty()
+}
+
+/// Cleans the dirty leaves among 64 and returns which they were.
+fn collect(group: &[AtomicU64; 64], wanted: u64) -> u64 {
+    let mut found = 0;
+    let (lines, _) = group.as_chunks::<8>();
+    for (line, entries) in lines.iter().enumerate() {
+        // Under a log hardly a leaf is writable, so a cache line is looked at as one.
+        let any = entries
+            .iter()
+            .fold(0, |any, entry| any | entry.load(Ordering::Relaxed));
+        if Pte(any).is_writable() {
+            found |= collect_line(entries, wanted >> (8 * line)) << (8 * line);
+        }
+    }
+    found
+}
+
+/// As [`collect`], of eight. The mask is made without a branch, because nothing foretells which of
+/// them are dirty.
+fn collect_line(line: &[AtomicU64; 8], wanted: u64) -> u64 {
+    let mut dirty = 0;
+    for (bit, entry) in line.iter().enumerate() {
+        dirty |= Pte(entry.load(Ordering::Relaxed)).dirty_bit() << bit;
+    }
+    let mut found = 0;
+    for bit in Bits(dirty & wanted) {
+        if let Some(entry) = line.get(bit as usize) {
+            // The load above only said where to look. This value decides.
+            let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
+            found |= u64::from(old.is_dirty()) << bit;
+        }
+    }
+    found
+}
+
+/// As [`collect`], and brings every leaf over to `engine`.
+fn collect_converting(group: &[AtomicU64; 64], wanted: u64, engine: Engine) -> u64 {
+    let mut found = 0;
+    for bit in Bits(wanted) {
+        if let Some(entry) = group.get(bit as usize)
+            && let Some(old) = convert(entry, Level::L3, engine)
+        {
+            found |= u64::from(old.is_writable()) << bit;
+        }
+    }
+    found
+}
