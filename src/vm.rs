@@ -10,6 +10,7 @@ mod id_registers;
 pub mod lifecycle;
 mod loader;
 pub mod memory;
+mod slots;
 pub mod stage2;
 pub mod throttle;
 mod tree;

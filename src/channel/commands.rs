@@ -208,6 +208,13 @@ fn carry_out<'a>(
             throttle::set(find(vm)?, quota)?;
             Response::Ok
         }
+        Request::SlotAdd {
+            vm,
+            slot,
+            base_ipa,
+            bytes,
+        } => progress(work::add_slot(find(vm)?, slot, base_ipa, bytes)?),
+        Request::SlotDelete { vm, slot } => progress(work::delete_slot(find(vm)?, slot)?),
         Request::DirtyTake { vm, epoch } => match work::take(find(vm)?, epoch)? {
             Work::Going { done, total } => Response::Progress { done, total },
             Work::Done(report) => Response::TakeDone(report),
@@ -316,7 +323,9 @@ fn summary(vm: &Vm) -> VmSummary {
 }
 
 fn info_of(vm: &Vm) -> VmInfo {
+    // Of all slots together, so that the answer fits.
     const EXTENTS: usize = 16;
+    let mut room = EXTENTS;
     let status = vm.status.lock().clone();
     let stage2 = vm.memory.stage2();
     let mappings = stage2.mappings();
@@ -337,25 +346,24 @@ fn info_of(vm: &Vm) -> VmInfo {
             .memory
             .slots()
             .iter()
-            .map(|slot| SlotInfo {
-                id: SlotId(slot.id.0),
-                base_ipa: slot.base,
-                pages: slot.pages,
-                access: match slot.access {
-                    s2::Access::ReadWrite => SlotAccess::ReadWrite,
-                    s2::Access::ReadOnly => SlotAccess::ReadOnly,
-                },
-                extents: slot
-                    .runs
-                    .iter()
-                    .take(EXTENTS)
-                    .map(|(ipa, run)| Extent {
-                        ipa: *ipa,
-                        pa: run.address(),
-                        pages: run.pages() as u64,
-                    })
-                    .collect::<Vec<_>>(),
-                more_extents: slot.runs.len().saturating_sub(EXTENTS) as u32,
+            .map(|slot| {
+                let all = || slot.extents();
+                let extents: Vec<_> = all()
+                    .take(room)
+                    .map(|(ipa, pa, pages)| Extent { ipa, pa, pages })
+                    .collect();
+                room -= extents.len();
+                SlotInfo {
+                    id: SlotId(slot.id.0),
+                    base_ipa: slot.base,
+                    pages: slot.pages,
+                    access: match slot.access {
+                        s2::Access::ReadWrite => SlotAccess::ReadWrite,
+                        s2::Access::ReadOnly => SlotAccess::ReadOnly,
+                    },
+                    more_extents: (all().count() - extents.len()) as u32,
+                    extents,
+                }
             })
             .collect(),
         features: machine_features(),
@@ -404,7 +412,8 @@ fn bitmap_piece<'a>(
     pages: u32,
     room: &'a mut [u8],
 ) -> Result<Response<'a>, ErrorReply> {
-    let of = vm.memory.slot(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
+    let slots = vm.memory.slots();
+    let of = slots.by_id(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
     if !first_page.is_multiple_of(64) {
         return Err(ErrorReply::NeedsAlignment);
     }
@@ -444,7 +453,8 @@ fn memory_piece<'a>(
         return Err(ErrorReply::OutOfRange);
     }
     work::require_cleared(vm)?;
-    let words = vm.memory.words(ipa).ok_or(ErrorReply::OutOfRange)?;
+    let slots = vm.memory.slots();
+    let words = slots.words(ipa).ok_or(ErrorReply::OutOfRange)?;
     let most = (len as usize / 8).min(ANSWER_WORDS);
     let wanted = words.get(..most).unwrap_or(words);
     let encoded = pages::encode(wanted, |word| word.load(Relaxed), room);

@@ -165,6 +165,29 @@ impl Run {
         owners().transfer_range(at, pages, Owner::Dying(old), Owner::GuestRam(new))
     }
 
+    /// Zeroes `pages` frames from `first` on, of a guest that has no way to them any more, so that giving them
+    /// back takes no long step.
+    ///
+    /// # Errors
+    ///
+    /// Says whose they are, if not a guest's.
+    pub fn scrub(&self, first: usize, pages: usize) -> Result<(), Error> {
+        let first = first.min(self.pages);
+        let pages = pages.min(self.pages - first);
+        let at = Pa(self.address + (first * PAGE) as u64);
+        let owner = owners().owner(at)?;
+        let Owner::GuestRam(guest) = owner else {
+            return Err(Error::Forbidden {
+                frame: at,
+                from: owner,
+                to: Owner::Free,
+            });
+        };
+        owners().transfer_range(at, pages as u64, owner, Owner::Dying(guest))?;
+        self.zero(first, pages);
+        Ok(())
+    }
+
     /// Where the frames are.
     pub fn address(&self) -> u64 {
         self.address

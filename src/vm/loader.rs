@@ -5,9 +5,9 @@
 //! laid anew. Each file's CRC is computed as it is copied; a guest whose files are damaged
 //! does not start.
 
-use super::memory::{GuestMemory, Slot};
+use super::memory::{GuestMemory, Slot, Slots};
 use super::tree::{self, Initrd};
-use super::{Vm, lifecycle};
+use super::{Vm, lifecycle, work};
 use crate::arch::crc::Crc32c;
 use crate::memory::PAGE;
 use crate::memory::frames::Run;
@@ -43,6 +43,8 @@ struct Piece {
 }
 
 enum Phase {
+    /// A slot is being added or deleted. No other change begins while the VM is starting.
+    Wait,
     Renew {
         slot: usize,
         run: usize,
@@ -106,19 +108,7 @@ impl Loader {
             pieces: Vec::new(),
             initrd: None,
             entry: 0,
-            phase: if !vm.cleared.load(Relaxed) {
-                Phase::Clear {
-                    slot: 0,
-                    run: 0,
-                    page: 0,
-                }
-            } else {
-                Phase::Renew {
-                    slot: 0,
-                    run: 0,
-                    page: 0,
-                }
-            },
+            phase: Phase::Wait,
         };
         let ram_end = RAM_BASE + vm.spec.memory_bytes;
         match &vm.spec.boot {
@@ -180,7 +170,7 @@ impl Loader {
             Phase::Clear { .. } | Phase::Renew { .. } => Task::Clear,
             Phase::Map { .. } => Task::Map,
             Phase::Copy { .. } => Task::Load,
-            Phase::Start => Task::Start,
+            Phase::Wait | Phase::Start => Task::Start,
         };
         match metered(task, || self.try_step()) {
             Ok(step) => step,
@@ -194,7 +184,19 @@ impl Loader {
     fn try_step(&mut self) -> Result<Step, String> {
         let memory = &self.vm.memory;
         match &mut self.phase {
-            Phase::Clear { slot, run, page } => match next_frames(memory, slot, run, page) {
+            Phase::Wait => {
+                if work::is_changing_slots(self.vm) {
+                    return Ok(Step::Later);
+                }
+                let (slot, run, page) = (0, 0, 0);
+                self.phase = if self.vm.cleared.load(Relaxed) {
+                    Phase::Renew { slot, run, page }
+                } else {
+                    Phase::Clear { slot, run, page }
+                };
+            }
+            Phase::Clear { slot, run, page } => match next_frames(&memory.slots(), slot, run, page)
+            {
                 None => {
                     self.vm.cleared.store(true, Relaxed);
                     self.phase = Phase::Map { slot: 0, page: 0 };
@@ -203,7 +205,8 @@ impl Loader {
                     .clear(of, base, frames, first, step(of))
                     .map_err(|_| "its memory is in no slot")?,
             },
-            Phase::Renew { slot, run, page } => match next_frames(memory, slot, run, page) {
+            Phase::Renew { slot, run, page } => match next_frames(&memory.slots(), slot, run, page)
+            {
                 None => {
                     let mut life = self.vm.life.lock();
                     *life = life.next();
@@ -303,13 +306,13 @@ fn step(of: &Slot) -> usize {
 /// The next frames of a walk over all of a guest's memory, a step's worth of them: the
 /// slot, the address of their run, the run, and the first frame in it.
 fn next_frames<'m>(
-    memory: &'m GuestMemory,
+    slots: &'m Slots,
     slot: &mut usize,
     run: &mut usize,
     page: &mut usize,
 ) -> Option<(&'m Slot, u64, &'m Run, usize)> {
     // At most one empty turn a slot and a run.
-    while let Some(of) = memory.slots().get(*slot) {
+    while let Some(of) = slots.get(*slot) {
         match of.runs.get(*run) {
             None => {
                 *slot += 1;

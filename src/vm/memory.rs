@@ -2,13 +2,18 @@
 //!
 //! Every write by EL2 into guest memory goes through [`GuestMemory::write`] or
 //! [`GuestMemory::clear`], which tell the dirty log. Reads see what the guest sees at that moment, word by word.
+//!
+//! Slots come and go while the VM runs (`slots`). Whoever looks at memory holds the list meanwhile, so that
+//! frames are not given back under a reader; it is held for less than a step, and stage 2 comes after it.
 
 use super::stage2::{Hw, features, vmids};
 use crate::memory::PAGE;
 use crate::memory::frames::{self, Run};
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Deref;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use spin::{RwLock, RwLockReadGuard};
 use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_ownership::Generation;
 use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Support};
@@ -33,8 +38,12 @@ const SMALLEST_RUN: usize = 1 << 9;
 pub struct GuestMemory {
     vm: u16,
     stage2: Stage2<Hw>,
-    slots: Vec<Slot>,
+    slots: RwLock<Slots>,
 }
+
+/// The slots of a guest, in the order of their numbers.
+#[derive(Debug)]
+pub struct Slots(Vec<Slot>);
 
 /// One range of it.
 #[derive(Debug)]
@@ -97,7 +106,7 @@ impl GuestMemory {
         let mut memory = Self {
             vm,
             stage2,
-            slots: Vec::new(),
+            slots: RwLock::new(Slots(Vec::new())),
         };
         memory.add(RAM, RAM_BASE, ram, Access::ReadWrite)?;
         if flash > 0 {
@@ -137,25 +146,52 @@ impl GuestMemory {
                 None => return Err(MemoryError::NotEnough(bytes)),
             }
         }
-        let extents: Vec<_> = runs
-            .iter()
-            .map(|(_, run)| Extent {
-                pa: Pa::new(run.address()),
-                pages: run.pages() as u64,
-            })
-            .collect();
-        let first = Gfn::new(base >> 12).ok_or(MemoryError::NotEnough(bytes))?;
-        self.stage2
-            .add_slot(id, first, pages, access, &extents)
-            .map_err(MemoryError::Stage2)?;
-        self.slots.push(Slot {
+        let slot = Slot {
             id,
             base,
             pages,
             access,
             runs,
-        });
+        };
+        self.attach(slot)
+            .map_err(|(_, error)| MemoryError::Stage2(error))
+    }
+
+    /// Makes a slot the guest's.
+    ///
+    /// # Errors
+    ///
+    /// What stage 2 says, or there is no room for it in a list. The slot comes back.
+    pub fn attach(&self, slot: Slot) -> Result<(), (Slot, Error)> {
+        // Held over both, so that nobody finds the slot in the one list and not in the other.
+        let mut slots = self.slots.upgradeable_read().upgrade();
+        let mut extents = Vec::new();
+        let room = extents.try_reserve_exact(slot.runs.len());
+        if room.and(slots.0.try_reserve(1)).is_err() {
+            return Err((slot, Error::OutOfMemory));
+        }
+        extents.extend(slot.runs.iter().map(|(_, run)| Extent {
+            pa: Pa::new(run.address()),
+            pages: run.pages() as u64,
+        }));
+        let Some(first) = Gfn::new(slot.base >> 12) else {
+            return Err((slot, Error::OutOfMemory));
+        };
+        let (id, pages, access) = (slot.id, slot.pages, slot.access);
+        if let Err(error) = self.stage2.add_slot(id, first, pages, access, &extents) {
+            return Err((slot, error));
+        }
+        let place = slots.0.partition_point(|other| other.id < id);
+        slots.0.insert(place, slot);
         Ok(())
+    }
+
+    /// Takes a slot that stage 2 has no more out of the list, and nobody who looked at it is left.
+    pub fn detach(&self, id: SlotId) -> Option<Slot> {
+        // Upgraded, so that readers who come again and again do not keep it waiting.
+        let mut slots = self.slots.upgradeable_read().upgrade();
+        let place = slots.0.iter().position(|slot| slot.id == id)?;
+        Some(slots.0.remove(place))
     }
 
     /// Stage 2 over it.
@@ -164,27 +200,24 @@ impl GuestMemory {
         &self.stage2
     }
 
-    /// Its slots.
-    pub fn slots(&self) -> &[Slot] {
-        &self.slots
+    /// Its slots, which stay as long as this is held.
+    pub fn slots(&self) -> RwLockReadGuard<'_, Slots> {
+        self.slots.read()
     }
 
-    /// The slot with this number.
-    pub fn slot(&self, id: u16) -> Option<&Slot> {
-        self.slots.iter().find(|slot| slot.id.0 == id)
-    }
-
-    /// The words from `ipa` (a multiple of 8) to the end of its run.
-    pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
-        self.slots.iter().find_map(|slot| slot.words(ipa))
+    /// The word at `ipa` (a multiple of 8).
+    pub fn word(&self, ipa: u64) -> Option<u64> {
+        let slots = self.slots();
+        slots.words(ipa)?.first().map(|word| word.load(Relaxed))
     }
 
     /// Writes `bytes` at `ipa` (a multiple of 8), and says so to the dirty log.
     pub fn write(&self, ipa: u64, bytes: &[u8]) -> Result<(), OutOfMemoryRange> {
+        let slots = self.slots();
         let mut at = ipa;
         let mut left = bytes;
         while !left.is_empty() {
-            let words = self.words(at).ok_or(OutOfMemoryRange)?;
+            let words = slots.words(at).ok_or(OutOfMemoryRange)?;
             let (now, later) = left.split_at(left.len().min(words.len() * 8));
             let (eights, rest) = now.as_chunks::<8>();
             for (word, &bytes) in words.iter().zip(eights) {
@@ -213,7 +246,7 @@ impl GuestMemory {
     pub fn clean(&self, ipa: u64, len: u64) {
         let first = ipa & !(PAGE as u64 - 1);
         let end = ipa.saturating_add(len);
-        for (base, run) in self.slots.iter().flat_map(|slot| &slot.runs) {
+        for (base, run) in self.slots().iter().flat_map(|slot| &slot.runs) {
             let run_end = base + (run.pages() * PAGE) as u64;
             let (start, end) = (first.max(*base), end.min(run_end));
             if start < end {
@@ -240,10 +273,7 @@ impl GuestMemory {
         let first = first.min(run.pages());
         let pages = pages.min(run.pages() - first);
         slot.clear(run, first, pages);
-        // With FEAT_S2FWB all that a guest does to its memory is cacheable, whatever it says itself.
-        if self.stage2.features().fwb != Support::Present {
-            run.clean(first, pages);
-        }
+        self.clean_run(run, first, pages);
         self.stage2
             .mark_dirty(
                 Ipa::new(base + (first * PAGE) as u64),
@@ -252,9 +282,43 @@ impl GuestMemory {
             .map_err(|_| OutOfMemoryRange)
     }
 
+    /// Zeroes frames that are in no slot yet.
+    pub fn zero(&self, run: &Run, first: usize, pages: usize) {
+        run.zero(first, pages);
+        self.clean_run(run, first, pages);
+    }
+
+    /// Sees to it that a guest whose caches are off finds what EL2 wrote.
+    pub fn clean_run(&self, run: &Run, first: usize, pages: usize) {
+        // With FEAT_S2FWB all that a guest does to its memory is cacheable, whatever it says itself.
+        if self.stage2.features().fwb != Support::Present {
+            run.clean(first, pages);
+        }
+    }
+
     /// Whether `ipa` is in RAM.
     pub fn contains(&self, ipa: u64) -> bool {
-        self.words(ipa & !7).is_some()
+        self.word(ipa & !7).is_some()
+    }
+}
+
+impl Slots {
+    /// The slot with this number.
+    pub fn by_id(&self, id: u16) -> Option<&Slot> {
+        self.iter().find(|slot| slot.id.0 == id)
+    }
+
+    /// The words from `ipa` (a multiple of 8) to the end of its run.
+    pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
+        self.iter().find_map(|slot| slot.words(ipa))
+    }
+}
+
+impl Deref for Slots {
+    type Target = [Slot];
+
+    fn deref(&self) -> &[Slot] {
+        &self.0
     }
 }
 
@@ -278,5 +342,19 @@ impl Slot {
         run.words()
             .get((ipa - base) as usize / 8..)
             .filter(|words| !words.is_empty())
+    }
+
+    /// Where it lies in the machine: runs that touch are one.
+    pub fn extents(&self) -> impl Iterator<Item = (u64, u64, u64)> {
+        let mut runs = self.runs.iter().peekable();
+        core::iter::from_fn(move || {
+            let (base, run) = runs.next()?;
+            let mut pages = run.pages() as u64;
+            let end = |pages: u64| run.address() + pages * PAGE as u64;
+            while let Some((_, next)) = runs.next_if(|(_, next)| next.address() == end(pages)) {
+                pages += next.pages() as u64;
+            }
+            Some((*base, run.address(), pages))
+        })
     }
 }

@@ -1,11 +1,12 @@
 //! Long work on a VM that a host asks for: starting and stopping its dirty log, changing its
-//! engine, harvests, hashes. Each is a job; asking again tells how far it is, and then how it ended.
+//! engine, harvests, memory slots, hashes. Each is a job; asking again tells how far it is, and then how it ended.
 //!
 //! A VM's `work` lock is held from the look at the log's state to what follows from it, so
 //! that an operation which ends in between is not begun again. Lock order: `work`, then what
 //! stage 2 takes.
 
 use super::Vm;
+use super::slots::{self, Change, Place, Wanted};
 use super::throttle::{self, Mark};
 use crate::arch::timer;
 use crate::board::options::DirtyEngine;
@@ -76,6 +77,7 @@ enum Operation {
     Stop,
     Engine(s2::Engine),
     Take(s2::Epoch),
+    Slot(Wanted),
 }
 
 /// What is being done for a VM.
@@ -95,6 +97,10 @@ pub struct VmWork {
     /// When the epoch that the host has now was taken.
     taken: Option<Mark>,
     last_taken: u64,
+    /// The slot that is being added or deleted.
+    change: Option<Change>,
+    /// The slot that was deleted last, in case the answer was lost.
+    last_deleted: Option<s2::SlotId>,
     hash: Option<Hash>,
 }
 
@@ -188,7 +194,15 @@ fn step(vm: &'static Vm, work: &mut VmWork) -> Step {
             Err(error) => Err(error),
         },
         Operation::Take(epoch) => metered(Task::LogTake, || stage2.take(epoch)),
+        Operation::Slot(_) => {
+            let result = match &mut work.change {
+                Some(change) => metered(Task::Slot, || change.step(vm)),
+                None => Ok(Progress::Done),
+            };
+            return note(vm, work, operation, result);
+        }
     };
+    let result = result.map_err(refusal);
     note(vm, work, operation, result)
 }
 
@@ -197,7 +211,7 @@ fn note(
     vm: &'static Vm,
     work: &mut VmWork,
     operation: Operation,
-    result: Result<Progress, Error>,
+    result: Result<Progress, ErrorReply>,
 ) -> Step {
     match result {
         Ok(Progress::More { done, total }) => {
@@ -213,12 +227,14 @@ fn note(
                 Operation::Start(policy, _) => work.policy = policy,
                 Operation::Engine(engine) => work.policy = Policy::Fixed(engine),
                 Operation::Take(_) if work.policy == Policy::Adaptive => adapt(vm),
-                Operation::Take(_) | Operation::Stop => {}
+                Operation::Slot(Wanted::Deleted(id)) => work.last_deleted = Some(id),
+                Operation::Take(_) | Operation::Stop | Operation::Slot(Wanted::Added(_)) => {}
             }
         }
-        Err(error) => work.failure = Some((operation, refusal(error))),
+        Err(reply) => work.failure = Some((operation, reply)),
     }
     work.operation = None;
+    work.change = None;
     Step::Done
 }
 
@@ -234,6 +250,8 @@ fn tell_throttle(vm: &'static Vm, work: &mut VmWork, operation: Operation) {
             throttle::log_changed(vm);
         }
         Operation::Stop | Operation::Engine(_) => throttle::log_changed(vm),
+        // All of the slot is dirty now, and not by the guest.
+        Operation::Slot(_) => (work.base, work.taken) = (None, None),
         Operation::Take(epoch) => {
             let stage2 = vm.memory.stage2();
             let engine = stage2.log_status().mode.map(|mode| mode.engine);
@@ -266,7 +284,7 @@ fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
     if vm.work.lock().operation != Some(operation) {
         return Step::Done;
     }
-    let result = metered(Task::LogTake, || vm.memory.stage2().take(epoch));
+    let result = metered(Task::LogTake, || vm.memory.stage2().take(epoch)).map_err(refusal);
     let mut work = vm.work.lock();
     if work.operation != Some(operation) {
         // Over, or given up. Once given up, an epoch cannot begin again.
@@ -461,6 +479,51 @@ pub fn abandon(vm: &Vm) -> Option<u64> {
     outstanding.map(|epoch| epoch.0)
 }
 
+/// Adds a slot.
+pub fn add_slot(
+    vm: &'static Vm,
+    slot: SlotId,
+    base: u64,
+    bytes: u64,
+) -> Result<Work<()>, ErrorReply> {
+    let place = Place::new(slot, base, bytes);
+    change_slot(vm, Wanted::Added(place), |_| slots::is_there(vm, &place))
+}
+
+/// Deletes a slot that was added.
+pub fn delete_slot(vm: &'static Vm, slot: SlotId) -> Result<Work<()>, ErrorReply> {
+    let id = s2::SlotId(slot.0);
+    change_slot(vm, Wanted::Deleted(id), |work| {
+        work.last_deleted == Some(id) && vm.memory.slots().by_id(slot.0).is_none()
+    })
+}
+
+fn change_slot(
+    vm: &'static Vm,
+    wanted: Wanted,
+    is_done: impl FnOnce(&VmWork) -> bool,
+) -> Result<Work<()>, ErrorReply> {
+    let mut work = vm.work.lock();
+    let operation = Operation::Slot(wanted);
+    let failed = work.failure.is_some_and(|(what, _)| what == operation);
+    if work.operation.is_none() && !failed {
+        if is_done(&work) {
+            return Ok(Work::Done(()));
+        }
+        let change = Change::begin(vm, wanted)?;
+        // A hash of what is not there any more, or was not there yet.
+        work.hash = work.hash.take().filter(|hash| hash.slot != change.slot().0);
+        work.change = Some(change);
+    }
+    let progress = drive(vm, work, operation)?;
+    Ok(progress.map_or(Work::Done(()), going))
+}
+
+/// Is a slot being added or deleted?
+pub fn is_changing_slots(vm: &Vm) -> bool {
+    vm.work.lock().change.is_some()
+}
+
 /// The state of a VM's log.
 pub fn status(vm: &Vm) -> DirtyStatus {
     let stage2 = vm.memory.stage2();
@@ -503,7 +566,8 @@ pub fn status(vm: &Vm) -> DirtyStatus {
 
 /// Hashes a slot of a paused VM.
 pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, ErrorReply> {
-    let of = vm.memory.slot(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
+    let found = vm.memory.slots().by_id(slot.0).map(|slot| slot.pages);
+    let pages = found.ok_or(ErrorReply::NoSuchSlot)?;
     require_cleared(vm)?;
     let pause = {
         let status = vm.status.lock();
@@ -521,7 +585,7 @@ pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, Erro
         && hash.pause == pause
     {
         return Ok(match hash.digest {
-            Some(digest) => Work::Done((digest, of.pages)),
+            Some(digest) => Work::Done((digest, pages)),
             None => going((hash.done, hash.total)),
         });
     }
@@ -539,14 +603,14 @@ pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, Erro
         run: 0,
         at: 0,
         done: 0,
-        total: of.pages,
+        total: pages,
         digest: None,
     });
     drop(work);
     job::submit(Box::new(move || {
         metered(Task::Hash, || hash_step(vm, slot.0, pause))
     }));
-    Ok(going((0, of.pages)))
+    Ok(going((0, pages)))
 }
 
 fn hash_step(vm: &'static Vm, slot: u16, pause: u32) -> Step {
@@ -562,7 +626,8 @@ fn hash_step(vm: &'static Vm, slot: u16, pause: u32) -> Step {
     else {
         return Step::Done;
     };
-    let (Some(of), Some(state), true) = (vm.memory.slot(slot), hash.state.as_mut(), still) else {
+    let slots = vm.memory.slots();
+    let (Some(of), Some(state), true) = (slots.by_id(slot), hash.state.as_mut(), still) else {
         // Resumed meanwhile: the hash would be of nothing.
         work.hash = None;
         return Step::Done;

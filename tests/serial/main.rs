@@ -22,6 +22,7 @@ mod linux;
 mod oracle;
 mod quota;
 mod raw;
+mod slots;
 
 use std::process::ExitCode;
 
@@ -89,6 +90,7 @@ fn run() -> Result<ExitCode> {
         boot::cases(),
         linux::cases(),
         oracle::cases(),
+        slots::cases(),
         copy::cases(),
         quota::cases(),
         bad_input::cases(),

@@ -10,6 +10,7 @@ mod inspect;
 mod monitor;
 mod rate;
 mod shell;
+mod slot;
 
 use crate::client::{Client, Options, Sink};
 use crate::link::{Link, Port};
@@ -98,6 +99,9 @@ pub enum Command {
     /// Track which pages a VM writes.
     #[command(subcommand)]
     Dirty(DirtyCommand),
+    /// Add memory to a VM, or take it away, while it runs.
+    #[command(subcommand)]
+    Slot(SlotCommand),
     /// Show what EL2's own work has cost, and how long it went without looking for an interrupt.
     #[command(after_help = "Example:\n  tidectl costs --json | jq '.costs[] | {task, longest_us}'")]
     Costs,
@@ -137,6 +141,15 @@ pub enum DirtyCommand {
     Rate(rate::RateArgs),
     /// Copy a VM's memory while it runs, and prove the copy exact.
     Copy(copy::CopyArgs),
+}
+
+/// What can be done about memory slots.
+#[derive(Debug, Subcommand)]
+pub enum SlotCommand {
+    /// Give a VM more memory.
+    Add(slot::AddArgs),
+    /// Take away memory that was added.
+    Delete(slot::DeleteArgs),
 }
 
 /// A VM.
@@ -285,6 +298,8 @@ pub fn run(cli: &Cli, interrupt: Arc<AtomicBool>) -> Result<()> {
         Command::Dirty(DirtyCommand::Get(args)) => get::run(context, args),
         Command::Dirty(DirtyCommand::Rate(args)) => rate::run(context, args),
         Command::Dirty(DirtyCommand::Copy(args)) => copy::run(context, args),
+        Command::Slot(SlotCommand::Add(args)) => slot::add(context, args),
+        Command::Slot(SlotCommand::Delete(args)) => slot::delete(context, args),
         Command::Costs => costs::run(context),
         Command::Shell(args) => shell::run(context, args),
         Command::Bundle(args) => bundle::run(context, args),

@@ -305,6 +305,69 @@ fn dirty_quota_is_set_shown_and_lifted() {
 }
 
 #[test]
+fn memory_slots_come_and_go() {
+    let stage = Stage::new("slots");
+    let slot_of = |args: &[&str]| stage.json(&[&["--json", "slot"], args].concat());
+    // Without more said: the lowest number that is free, behind all that is there.
+    let added = slot_of(&["add", "debian", "--size", "4MiB"]);
+    assert_eq!(added["slot"], 4);
+    let slot = &added["slots"][2];
+    assert_eq!(slot["base_ipa"], 0x8020_0000_u64);
+    assert_eq!((&slot["pages"], &slot["id"]), (&1024.into(), &4.into()));
+    let exact = [
+        "add",
+        "debian",
+        "--size",
+        "2M",
+        "--base",
+        "0x1_0000_0000",
+        "--slot",
+        "9",
+    ];
+    // Once more is as good as once.
+    for _ in 0..2 {
+        assert_eq!(
+            stage.ok(&[&["slot"], &exact[..]].concat()),
+            "debian: slot 9 added: 0x100000000, 2 MiB\n"
+        );
+    }
+    assert_eq!(slot_of(&exact)["slots"].as_array().map(Vec::len), Some(4));
+    let delete = ["slot", "delete", "debian"];
+    let say = |id: &'static str| stage.run(&[&delete[..], &[id]].concat());
+    assert_eq!(text(&say("4").stdout), "debian: slot 4 deleted\n");
+    let refused: [(&[&str], i32, &str); 8] = [
+        (&["delete", "debian", "0"], 5, "slots 3 to 18 can be added"),
+        (&["delete", "debian", "7"], 5, "no such memory slot"),
+        (
+            &["add", "debian", "--size", "2M", "--slot", "9"],
+            5,
+            "another slot of that number",
+        ),
+        (
+            &["add", "debian", "--size", "2M", "--base", "0x80000000"],
+            5,
+            "slot 3 has some of these addresses",
+        ),
+        (&["add", "debian", "--size", "3M"], 2, "a multiple of 2 MiB"),
+        (&["add", "debian", "--size", "1G"], 2, "up to 512 MiB"),
+        (&["add", "debian", "--size", "0"], 2, "a multiple of 2 MiB"),
+        (&["add", "debian"], 2, "--size"),
+    ];
+    for (args, code, says) in refused {
+        let output = stage.run(&[&["slot"], args].concat());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        assert!(said.contains(says), "{args:?}: {said}");
+    }
+    for _ in 0..14 {
+        stage.ok(&["slot", "add", "debian", "--size", "2M"]);
+    }
+    let (code, _, said) = stage.fails(&["slot", "add", "debian", "--size", "2M"]);
+    assert_eq!(code, 2);
+    assert!(said.contains("`tidectl slot delete` one"), "{said}");
+}
+
+#[test]
 fn dirty_get_writes_what_kvm_would() {
     let stage = Stage::new("get").logging().paused();
     {

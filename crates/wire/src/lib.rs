@@ -29,7 +29,7 @@ pub mod message;
 pub mod pages;
 
 /// Version of the messages, exchanged in `Hello`.
-pub const PROTOCOL: u16 = 2;
+pub const PROTOCOL: u16 = 3;
 
 /// Bytes in a page, the unit of every bitmap.
 pub const PAGE_SIZE: u64 = 4096;
@@ -41,7 +41,7 @@ pub const REQUEST_PAYLOAD_MAX: usize = 256;
 pub const RESPONSE_PAYLOAD_MAX: usize = 16384;
 
 /// Shortest maximum the host may offer in `Hello`; the target takes less for this. The
-/// longest list of VMs fits, and all about a VM with two slots in pieces.
+/// longest list of VMs fits, and all about a VM with all the slots it can have.
 pub const RESPONSE_PAYLOAD_MIN: usize = 1024;
 
 /// Most console bytes in one `ConsoleWrite`.
@@ -55,6 +55,18 @@ pub const QUOTA_INTERVAL_MS_MIN: u32 = 10;
 
 /// Longest interval of a dirty quota, in milliseconds. A vCPU may wait for several of them.
 pub const QUOTA_INTERVAL_MS_MAX: u32 = 1000;
+
+/// Lowest number of a memory slot that can be added and deleted; those below are what a VM is started with.
+pub const HOT_SLOT_FIRST: u16 = 3;
+
+/// Highest number of such a slot. Fewer than would be possible, so that all about a VM fits the shortest answer.
+pub const HOT_SLOT_LAST: u16 = 18;
+
+/// What such a slot's base and size are multiples of: a block of stage 2.
+pub const HOT_SLOT_UNIT: u64 = 2 << 20;
+
+/// The largest such slot. Its bitmaps, 2 bits a page, are made in one step, and steps at EL2 are short.
+pub const HOT_SLOT_BYTES_MAX: u64 = 512 << 20;
 
 /// Most bytes one `ReadMemory` may ask for, which bounds EL2's work for it.
 pub const MEMORY_READ_MAX: u32 = 65536;

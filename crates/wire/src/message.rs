@@ -4,7 +4,7 @@
 //! and session. Every request may be sent again when its response is lost, and answering it
 //! twice does no more than answering it once; so the target keeps nothing to retransmit.
 //!
-//! Long work (start and stop of a log, a harvest, a hash) is asked for and then asked about
+//! Long work (start and stop of a log, a harvest, a hash, a memory slot) is asked for and then asked about
 //! with the very same request: [`Response::Progress`] means "not yet, ask again", the final
 //! answer stays the answer until something else changes the state it tells about.
 //!
@@ -203,6 +203,27 @@ pub enum Request<'a> {
         vm: VmId,
         /// The limit, or none.
         quota: Option<Quota>,
+    },
+    /// Gives a VM more memory, all zero: [`Response::Progress`] until [`Response::Ok`]. A slot that is there
+    /// as asked for is `Ok`. A log that runs has every page of it for dirty at first, and tracks it from then on.
+    SlotAdd {
+        /// Which VM.
+        vm: VmId,
+        /// A number from [`crate::HOT_SLOT_FIRST`] to [`crate::HOT_SLOT_LAST`].
+        slot: SlotId,
+        /// Where the guest is to see it, a multiple of [`crate::HOT_SLOT_UNIT`].
+        base_ipa: u64,
+        /// A multiple of the same, at most [`crate::HOT_SLOT_BYTES_MAX`].
+        bytes: u64,
+    },
+    /// Takes such memory away, with all that is known of its dirty pages, the outstanding epoch's included:
+    /// [`Response::Progress`] until [`Response::Ok`], and then no vCPU reaches it and its content is gone.
+    /// `Ok` as well for the slot that was deleted last.
+    SlotDelete {
+        /// Which VM.
+        vm: VmId,
+        /// A slot that was added.
+        slot: SlotId,
     },
 }
 

@@ -25,10 +25,10 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
     vec![
         (
             Request::Hello {
-                protocol: 2,
+                protocol: 3,
                 max_payload: 8192,
             },
-            "00028040",
+            "00038040",
         ),
         (Request::Goodbye, "01"),
         (Request::List, "02"),
@@ -150,6 +150,22 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
             },
             "180200",
         ),
+        (
+            Request::SlotAdd {
+                vm: VM,
+                slot: SlotId(3),
+                base_ipa: 0x8000_0000,
+                bytes: 64 << 20,
+            },
+            "190203808080800880808020",
+        ),
+        (
+            Request::SlotDelete {
+                vm: VM,
+                slot: SlotId(18),
+            },
+            "1a0212",
+        ),
     ]
 }
 
@@ -266,11 +282,11 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
         (Response::Ok, "00"),
         (
             Response::Hello {
-                protocol: 2,
+                protocol: 3,
                 max_payload: 1024,
                 image: "tidemark 0.1.0",
             },
-            "020280080e746964656d61726b20302e312e30",
+            "020380080e746964656d61726b20302e312e30",
         ),
         (Response::Vms(vec![]), "0300"),
         (
@@ -353,8 +369,8 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
                     })
                     .to_vec(),
             },
-            "0ee8070f0001ac02020101ac02020201ac02020301ac02020401ac02020501ac02020601ac0202\
-             0701ac02020801ac02020901ac02020a01ac02020b01ac02020c01ac02020d01ac02020e01ac0202",
+            "0ee807100001ac02020101ac02020201ac02020301ac02020401ac02020501ac02020601ac0202\
+             0701ac02020801ac02020901ac02020a01ac02020b01ac02020c01ac02020d01ac02020e01ac02020f01ac0202",
         ),
     ]
 }
@@ -384,6 +400,18 @@ fn errors() -> Vec<(ErrorReply, &'static str)> {
         (ErrorReply::NeedsAlignment, "010e"),
         (ErrorReply::Busy, "010f"),
         (ErrorReply::BadQuota, "0110"),
+        (ErrorReply::SlotNumber, "0111"),
+        (ErrorReply::SlotExists, "0112"),
+        (ErrorReply::SlotOverlap { slot: SlotId(3) }, "011303"),
+        (
+            ErrorReply::SlotPlace {
+                first: 1 << 30,
+                end: 1 << 40,
+            },
+            "01148080808004808080808020",
+        ),
+        (ErrorReply::SlotSize, "0115"),
+        (ErrorReply::NotEnoughMemory { free_bytes: 300 }, "0116ac02"),
     ]
 }
 
@@ -539,8 +567,8 @@ fn longest_lists_fit_the_shortest_answer() {
         .collect();
     assert!(Response::Vms(vms).encode(&mut buffer).is_ok());
 
-    // Two slots in as many pieces as are told, anywhere in 48 bits, and counters that have
-    // run for a century at a billion a second.
+    // All slots there can be, in as many pieces as are told, anywhere in 48 bits, and counters
+    // that have run for a century at a billion a second.
     let all = (1 << 48) - 1;
     let extents = vec![
         Extent {
@@ -550,20 +578,25 @@ fn longest_lists_fit_the_shortest_answer() {
         };
         16
     ];
-    let slot = SlotInfo {
-        id: SlotId(1),
+    let slot = |id, pages, extents| SlotInfo {
+        id: SlotId(id),
         base_ipa: all,
-        pages: all >> 12,
+        pages,
         access: SlotAccess::ReadWrite,
         extents,
-        more_extents: u32::MAX,
+        more_extents: pages as u32,
     };
+    let mut slots = vec![slot(0, all >> 12, extents)];
+    slots.extend((1..3).map(|id| slot(id, 1 << 14, vec![])));
+    let added = tidemark_wire::HOT_SLOT_FIRST..=tidemark_wire::HOT_SLOT_LAST;
+    let most = tidemark_wire::HOT_SLOT_BYTES_MAX / tidemark_wire::PAGE_SIZE;
+    slots.extend(added.map(|id| slot(id, most, vec![])));
     let many = 1 << 62;
     let info = VmInfo {
         summary: longest(15),
         reason: "r".repeat(100),
         restarts: u32::MAX,
-        slots: vec![slot.clone(), slot],
+        slots,
         counters: Counters {
             exits: many,
             hypercalls: many,

@@ -33,8 +33,7 @@ pub fn level(memory: &GuestMemory, va: u64, page: u64) -> Option<u64> {
         if descriptor & !0xfff == page {
             return Some(level);
         }
-        let word = memory.words(descriptor)?.first()?;
-        let entry = word.load(core::sync::atomic::Ordering::Relaxed);
+        let entry = memory.word(descriptor)?;
         if level == 3 || entry & 0b11 != TABLE {
             return None;
         }

@@ -290,6 +290,41 @@ impl Client {
         self.call("setting the dirty quota", &request, ok)
     }
 
+    /// Gives a VM more memory and waits until the guest can have it.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn add_slot(
+        &mut self,
+        vm: VmId,
+        slot: SlotId,
+        base_ipa: u64,
+        bytes: u64,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        let request = Request::SlotAdd {
+            vm,
+            slot,
+            base_ipa,
+            bytes,
+        };
+        self.ask_until_done("adding a memory slot", &request, progress, ok)
+    }
+
+    /// Takes memory away that was added, and waits until its content is gone.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn delete_slot(
+        &mut self,
+        vm: VmId,
+        slot: SlotId,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        let request = Request::SlotDelete { vm, slot };
+        self.ask_until_done("deleting a memory slot", &request, progress, ok)
+    }
+
     /// The state of a VM's dirty log.
     ///
     /// # Errors

@@ -46,7 +46,7 @@ pub(super) fn info(context: &mut Context, arg: &VmArg) -> Result<()> {
     context.ui.data(&info_json(&info), || info_text(&info))
 }
 
-fn slot_json(slot: &SlotInfo) -> Value {
+pub(super) fn slot_json(slot: &SlotInfo) -> Value {
     let extents: Vec<Value> = slot
         .extents
         .iter()

@@ -19,7 +19,8 @@ use tidemark_wire::message::{
     SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{
-    BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PAGE_SIZE, REQUEST_PAYLOAD_MAX, bitmap, pages,
+    BITMAP_READ_PAGES_MAX, HOT_SLOT_FIRST, MEMORY_READ_MAX, PAGE_SIZE, REQUEST_PAYLOAD_MAX, bitmap,
+    pages,
 };
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -106,6 +107,8 @@ pub struct Vm {
     pub logging: Option<Logging>,
     /// What each vCPU may dirty.
     pub quota: Option<Quota>,
+    /// The memory slot that was taken away last.
+    pub last_deleted: Option<SlotId>,
     pub outstanding: Option<Epoch>,
     pub last_taken: Epoch,
     pub last_committed: Epoch,
@@ -148,6 +151,7 @@ impl Vm {
             slots,
             logging: None,
             quota: None,
+            last_deleted: None,
             outstanding: None,
             last_taken: Epoch(0),
             last_committed: Epoch(0),
@@ -725,6 +729,59 @@ impl Target {
                     return Err(ErrorReply::BadQuota);
                 }
                 self.vm(vm)?.quota = quota;
+                Ok(Response::Ok)
+            }
+            Request::SlotAdd {
+                vm,
+                slot,
+                base_ipa,
+                bytes,
+            } => {
+                let vm = self.vm(vm)?;
+                let end = base_ipa + bytes;
+                for other in &vm.slots {
+                    let same = other.base_ipa == base_ipa && other.pages() * PAGE_SIZE == bytes;
+                    match (other.id == slot, same) {
+                        (true, true) => return Ok(Response::Ok),
+                        (true, false) => return Err(ErrorReply::SlotExists),
+                        _ => {}
+                    }
+                    let other_end = other.base_ipa + other.pages() * PAGE_SIZE;
+                    if other.base_ipa < end && base_ipa < other_end {
+                        return Err(ErrorReply::SlotOverlap { slot: other.id });
+                    }
+                }
+                if vm.not_yet() {
+                    return Ok(Response::Progress {
+                        done: vm.slow,
+                        total: vm.slowness + 1,
+                    });
+                }
+                let pages = (bytes / PAGE_SIZE) as usize;
+                let mut new = Slot::new(slot.0, base_ipa, pages, SlotAccess::ReadWrite);
+                new.memory.fill(0);
+                vm.slots.push(new);
+                Ok(Response::Ok)
+            }
+            Request::SlotDelete { vm, slot } => {
+                let vm = self.vm(vm)?;
+                if slot.0 < HOT_SLOT_FIRST {
+                    return Err(ErrorReply::SlotNumber);
+                }
+                if vm.slots.iter().all(|other| other.id != slot) {
+                    return match vm.last_deleted == Some(slot) {
+                        true => Ok(Response::Ok),
+                        false => Err(ErrorReply::NoSuchSlot),
+                    };
+                }
+                if vm.not_yet() {
+                    return Ok(Response::Progress {
+                        done: vm.slow,
+                        total: vm.slowness + 1,
+                    });
+                }
+                vm.slots.retain(|other| other.id != slot);
+                vm.last_deleted = Some(slot);
                 Ok(Response::Ok)
             }
             Request::DirtyTake { vm, epoch } => {

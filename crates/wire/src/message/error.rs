@@ -1,7 +1,10 @@
 //! Why a request was refused.
 
-use super::types::{Epoch, VmState};
-use crate::{PROTOCOL, QUOTA_INTERVAL_MS_MAX, QUOTA_INTERVAL_MS_MIN};
+use super::types::{Epoch, SlotId, VmState};
+use crate::{
+    HOT_SLOT_BYTES_MAX, HOT_SLOT_FIRST, HOT_SLOT_LAST, HOT_SLOT_UNIT, PROTOCOL,
+    QUOTA_INTERVAL_MS_MAX, QUOTA_INTERVAL_MS_MIN,
+};
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +54,29 @@ pub enum ErrorReply {
     Busy,
     /// A quota without a page, or of an interval that is too short or too long.
     BadQuota,
+    /// Not a number of a slot that can be added and deleted.
+    SlotNumber,
+    /// The VM has a slot of that number, and it is another one.
+    SlotExists,
+    /// The addresses are in part another slot's.
+    SlotOverlap {
+        /// That one.
+        slot: SlotId,
+    },
+    /// Memory cannot be there.
+    SlotPlace {
+        /// The first address where it can.
+        first: u64,
+        /// The first address behind those.
+        end: u64,
+    },
+    /// Base or size is no multiple of [`HOT_SLOT_UNIT`], or the size is 0 or above [`HOT_SLOT_BYTES_MAX`].
+    SlotSize,
+    /// The machine has not so much memory left for a slot and its tables.
+    NotEnoughMemory {
+        /// What it has.
+        free_bytes: u64,
+    },
 }
 
 impl fmt::Display for ErrorReply {
@@ -111,6 +137,36 @@ impl fmt::Display for ErrorReply {
             Self::BadQuota => write!(
                 f,
                 "a quota is at least one page, in {QUOTA_INTERVAL_MS_MIN} to {QUOTA_INTERVAL_MS_MAX} ms"
+            ),
+            Self::SlotNumber => write!(
+                f,
+                "slots {HOT_SLOT_FIRST} to {HOT_SLOT_LAST} can be added and deleted; those below are what the \
+                 VM was started with"
+            ),
+            Self::SlotExists => f.write_str(
+                "the VM has another slot of that number; delete it first, or take another number",
+            ),
+            Self::SlotOverlap { slot } => write!(
+                f,
+                "slot {slot} has some of these addresses; `tidectl info` shows which are taken"
+            ),
+            Self::SlotPlace { first, end } => write!(
+                f,
+                "memory can be from {first:#x} to below {end:#x}; below are firmware and devices, and above is \
+                 nothing that the VM can address"
+            ),
+            Self::SlotSize => write!(
+                f,
+                "a slot begins at a multiple of {} MiB and is as large, up to {} MiB; for more, add several",
+                HOT_SLOT_UNIT >> 20,
+                HOT_SLOT_BYTES_MAX >> 20
+            ),
+            Self::NotEnoughMemory { free_bytes } => write!(
+                f,
+                "the machine has {} MiB left, which is not enough for the slot and its tables in pieces of {} MiB; \
+                 ask for less, or delete a slot",
+                free_bytes >> 20,
+                HOT_SLOT_UNIT >> 20
             ),
         }
     }

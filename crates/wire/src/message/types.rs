@@ -315,11 +315,13 @@ pub enum Task {
     Typed,
     /// Sending what guests print.
     Text,
+    /// A step of adding or deleting a memory slot.
+    Slot,
 }
 
 impl Task {
     /// All of them, in order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Stretch,
         Self::Clear,
         Self::Map,
@@ -335,6 +337,7 @@ impl Task {
         Self::Request,
         Self::Typed,
         Self::Text,
+        Self::Slot,
     ];
 }
 
@@ -356,6 +359,7 @@ impl fmt::Display for Task {
             Self::Request => "request",
             Self::Typed => "typed",
             Self::Text => "text",
+            Self::Slot => "slot",
         })
     }
 }
