@@ -46,7 +46,7 @@ enum Reach {
 /// What a call may at most put in, in leaves.
 const BUDGET: u64 = 512;
 /// What a leaf or a filled table counts for: a table is 512 stores.
-const FILLED: u64 = 128;
+const FILLED: u64 = 256;
 
 impl<H: Hardware> Stage2<H> {
     /// Maps a bounded part of a slot, from page `from` on, with the largest leaves that fit. Call it

@@ -28,8 +28,8 @@ use crate::types::{Level, Pa, Progress};
 const BUDGET: usize = 1024;
 /// What a dirty leaf counts for, for each word of its pages' bits.
 const A_WORD: usize = 16;
-/// Level-3 tables taken out in a step.
-const BATCH: usize = 2;
+/// Level-3 tables taken out in a step: 512 exchanges each.
+const BATCH: usize = 1;
 
 /// Addresses whose tables may have become empty.
 struct Emptied {
