@@ -200,6 +200,7 @@ fn kernel_of_noise(script: &mut Script) -> Result<()> {
         vcpus: 1,
         pages: 10,
         blocks: 0,
+        more: 0,
     };
     let mut oracle = OracleGuest::attach(Host::connect(target)?, &config)?;
     oracle.step()?;
@@ -462,6 +463,7 @@ fn peer_vanishes(script: &mut Script) -> Result<()> {
         vcpus: 1,
         pages: 100,
         blocks: 0,
+        more: 0,
     };
     let target = start_oracle(script)?;
     let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;

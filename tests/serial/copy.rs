@@ -42,6 +42,7 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
         vcpus: 2,
         pages: 1000,
         blocks: 16,
+        more: 0,
     };
     let bundle = guests::pack([guests::oracle(2, Mib(16))?])?;
     let dir = script.path("copy")?;

@@ -135,6 +135,7 @@ fn aarch32(script: &mut Script) -> Result<()> {
         vcpus: 1,
         pages: 100,
         blocks: 0,
+        more: 0,
     };
     let bundle = guests::pack([guests::hostile(1, Mib(32))?, guests::oracle(1, Mib(32))?])?;
     let target = script.start_tidemark("virt", &bundle, "")?;

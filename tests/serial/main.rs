@@ -80,7 +80,7 @@ impl Options {
 fn run() -> Result<ExitCode> {
     let options = Options::parse(std::env::args())?;
     if let Some(path) = &options.board_bundle {
-        let bundle = guests::pack([guests::oracle(2, Mib(64))?])?;
+        let bundle = guests::pack([guests::oracle(4, Mib(64))?])?;
         std::fs::write(path, bundle).with_context(|| format!("cannot write {path}"))?;
         println!("{path}: boot the machine with it, then run this with --port");
         return Ok(ExitCode::SUCCESS);

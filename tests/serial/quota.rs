@@ -54,6 +54,7 @@ fn oracle(script: &mut Script, pages: u32) -> Result<(&mut Target, OracleGuest)>
         vcpus: VCPUS,
         pages,
         blocks: 0,
+        more: 0,
     };
     let bundle = guests::pack([guests::oracle(VCPUS, Mib(32))?])?;
     let target = script.start_tidemark("virt", &bundle, "")?;

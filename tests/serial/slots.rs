@@ -2,14 +2,20 @@
 //!
 //! That a slot is tracked, unmapped and zeroed is judged beside guests that write it, in `oracle`.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
 use anyhow::{Context, Result, bail, ensure};
 use tidectl::Error;
-use tidemark_guests::pattern::{Config, Seed};
+use tidemark_guests::pattern::{Config, Gfn, PAGE_BYTES, PageRun, Seed};
+use tidemark_tests::artifacts::Artifact;
 use tidemark_tests::guests::{self, Mib};
 use tidemark_tests::host::{Host, OracleGuest};
+use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
 use tidemark_wire::message::{
-    EngineChoice, Epoch, ErrorReply, Granularity, SlotId, SlotInfo, VmId, VmState,
+    EngineChoice, Epoch, ErrorReply, Granularity, Request, Response, SlotId, SlotInfo, VmId,
+    VmState,
 };
 use tidemark_wire::{HOT_SLOT_FIRST, HOT_SLOT_LAST, HOT_SLOT_UNIT};
 
@@ -65,9 +71,14 @@ fn refused_kept_given_back(script: &mut Script) -> Result<()> {
         seed: Seed(script.seed()),
         ..Config::default()
     };
-    let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
+    let bundle = script.path("guests.bundle")?;
+    std::fs::write(&bundle, guests::pack([guests::oracle(1, Mib(32))?])?)?;
+    let payload = Payload::kernel(Artifact::Image.path()?)
+        .initrd(bundle)
+        .ram_in_file();
+    let target = script.start("virt", &payload)?;
     target.to_prompt()?;
+    let machine = File::open(target.ram_file())?;
     let mut guest = OracleGuest::attach(Host::connect(target)?, &config)?;
     let (vm, before) = (guest.vm, slots(&mut guest.host, guest.vm)?);
     refused(&mut guest.host, vm)?;
@@ -75,7 +86,9 @@ fn refused_kept_given_back(script: &mut Script) -> Result<()> {
         slots(&mut guest.host, vm)? == before,
         "something refused is there"
     );
+    scrubbed(&mut guest, &machine)?;
     under_a_log(&mut guest)?;
+    restarted_meanwhile(&mut guest.host, vm)?;
     kept(&mut guest)?;
     all_there_are(&mut guest.host, vm)?;
     let after = slots(&mut guest.host, vm)?;
@@ -168,6 +181,45 @@ fn refused(host: &mut Host, vm: VmId) -> Result<()> {
     Ok(())
 }
 
+/// Nothing is left in the machine's memory of what a guest had in a slot, once that is deleted.
+fn scrubbed(guest: &mut OracleGuest, machine: &File) -> Result<()> {
+    const PAGES: u32 = 1024;
+    let run = PageRun::new(guest.ledger.memory().end(), PAGES.into());
+    guest.host.add_slot(guest.vm, SlotId(3), run)?;
+    let all = slots(&mut guest.host, guest.vm)?;
+    let slot = all.into_iter().find(|slot| slot.id == SlotId(3));
+    let slot = slot.context("the slot is not there")?;
+    let pages: u64 = slot.extents.iter().map(|extent| extent.pages).sum();
+    ensure!(
+        pages == u64::from(PAGES),
+        "its extents are {:?}",
+        slot.extents
+    );
+    let written = || -> Result<usize> {
+        let mut written = 0;
+        for extent in &slot.extents {
+            let mut content = vec![0; usize::try_from(extent.pages * PAGE_BYTES)?];
+            machine.read_exact_at(&mut content, extent.pa - GIB)?;
+            let pages = content.chunks(PAGE_BYTES as usize);
+            written += pages
+                .filter(|page| page.iter().any(|byte| *byte != 0))
+                .count();
+        }
+        Ok(written)
+    };
+    guest.plug(PAGES)?;
+    guest.lose(PAGES, |host, vm| {
+        ensure!(
+            written()? == PAGES as usize,
+            "the guest's memory is elsewhere"
+        );
+        host.delete_slot(vm, SlotId(3))
+    })?;
+    let left = written()?;
+    ensure!(left == 0, "{left} pages still hold what the guest wrote");
+    Ok(())
+}
+
 /// A slot that is added under a log is dirty as a whole, once; one that is deleted is in no harvest, and the bits
 /// that the host has not read yet are gone with it.
 fn under_a_log(guest: &mut OracleGuest) -> Result<()> {
@@ -177,9 +229,7 @@ fn under_a_log(guest: &mut OracleGuest) -> Result<()> {
     add(host, vm, asked(3, base, 4 * MIB))?;
     for pages in [1024, 0] {
         let harvest = host.take(vm)?;
-        let of_it = harvest
-            .pages
-            .range(tidemark_guests::pattern::Gfn(base >> 12)..);
+        let of_it = harvest.pages.range(Gfn(base >> 12)..);
         let found = of_it.count();
         ensure!(found == pages, "{found} pages of a new slot are dirty");
         host.commit(vm, &harvest)?;
@@ -209,13 +259,52 @@ fn under_a_log(guest: &mut OracleGuest) -> Result<()> {
     Ok(())
 }
 
+/// A guest is restarted while a slot is being added, and while it is being deleted: it starts when that is over.
+fn restarted_meanwhile(host: &mut Host, vm: VmId) -> Result<()> {
+    let (slot, base_ipa, bytes) = (SlotId(9), 2 * GIB, 512 * MIB);
+    let add = Request::SlotAdd {
+        vm,
+        slot,
+        base_ipa,
+        bytes,
+    };
+    let delete = Request::SlotDelete { vm, slot };
+    for (request, there) in [(add, 2), (delete, 1)] {
+        let restarts = host.info(vm)?.restarts;
+        let begin = |response: Response<'_>| match response {
+            Response::Progress { .. } => Some(()),
+            _ => None,
+        };
+        host.client().call("changing slots", &request, begin)?;
+        let state = |response: Response<'_>| match response {
+            Response::State(state) => Some(state),
+            _ => None,
+        };
+        let reset = Request::Reset { vm, restarts };
+        host.client().call("restarting", &reset, state)?;
+        let after = host.until_running(vm)?;
+        ensure!(
+            after.restarts == restarts + 1 && after.slots.len() == there,
+            "{request:?}, then a restart: {:?}",
+            after.slots
+        );
+        let done = |response: Response<'_>| match response {
+            Response::Ok => Some(()),
+            _ => None,
+        };
+        host.client().call("asking again", &request, done)?;
+    }
+    Ok(())
+}
+
 /// What is added stays when the guest is restarted or ends, with what is in it. None comes or goes while it starts.
 fn kept(guest: &mut OracleGuest) -> Result<()> {
     let vm = guest.vm;
     add(&mut guest.host, vm, asked(7, 2 * GIB, 2 * MIB))?;
     let there = slots(&mut guest.host, vm)?;
+    let restarts = guest.host.info(vm)?.restarts;
     guest.host.type_line(vm, "reset")?;
-    while guest.host.info(vm)?.restarts == 0 {
+    while guest.host.info(vm)?.restarts == restarts {
         guest.host.look()?;
     }
     guest.host.until_running(vm)?;

@@ -13,8 +13,8 @@ use tidectl::client::{Client, Options, Output};
 use tidectl::link::{Link, Port};
 use tidemark_guests::pattern::{Config, Gfn, Iteration, PAGE_BYTES, PageRun};
 use tidemark_wire::message::{
-    ConsoleFrom, Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, SlotAccess, Task,
-    VmId, VmInfo, VmState,
+    ConsoleFrom, Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, SlotAccess,
+    SlotId, Task, VmId, VmInfo, VmState,
 };
 
 use crate::clocks::{Running, scaled};
@@ -203,6 +203,19 @@ impl Host {
         Ok(self.client.set_engine(vm, engine, &mut |_, _| {})?)
     }
 
+    /// Gives a guest more memory.
+    pub fn add_slot(&mut self, vm: VmId, slot: SlotId, run: PageRun) -> Result<()> {
+        let (base, bytes) = (run.first.ipa(), run.count * PAGE_BYTES);
+        Ok(self
+            .client
+            .add_slot(vm, slot, base, bytes, &mut |_, _| {})?)
+    }
+
+    /// Takes such memory away.
+    pub fn delete_slot(&mut self, vm: VmId, slot: SlotId) -> Result<()> {
+        Ok(self.client.delete_slot(vm, slot, &mut |_, _| {})?)
+    }
+
     /// Stops the dirty log.
     pub fn dirty_stop(&mut self, vm: VmId) -> Result<()> {
         Ok(self.client.stop_log(vm, &mut |_, _| {})?)
@@ -347,9 +360,9 @@ pub struct Copy {
 }
 
 impl Copy {
-    /// Reads every page of a harvest anew.
-    pub fn update(&mut self, host: &mut Host, vm: VmId, harvest: &Harvest) -> Result<()> {
-        let ranges: Vec<(u64, u64)> = runs(&harvest.pages)
+    /// Reads pages of a harvest anew.
+    pub fn read(&mut self, host: &mut Host, vm: VmId, pages: &Pages) -> Result<()> {
+        let ranges: Vec<(u64, u64)> = runs(pages)
             .iter()
             .map(|run| (run.first.ipa(), run.count * PAGE_BYTES))
             .collect();
@@ -373,6 +386,11 @@ impl Copy {
             Ok(())
         })?;
         Ok(())
+    }
+
+    /// Forgets what it has of pages that are no memory any more.
+    pub fn forget(&mut self, run: PageRun) {
+        self.pages.retain(|page, _| !run.contains(*page));
     }
 
     /// Checks that each address holds the word that must be there.
@@ -491,6 +509,32 @@ impl OracleGuest {
         self.host.client.type_input(self.vm, b" ")?;
         self.wait(|step| matches!(step, Step::Stopped(_)))
             .context("the oracle did not stop")
+    }
+
+    /// Tells it of `pages` more behind its memory, which must be there, and zero.
+    pub fn plug(&mut self, pages: u32) -> Result<()> {
+        let config = self.ledger.config();
+        let more = config.more + pages;
+        self.configure(&Config { more, ..config })
+    }
+
+    /// Has all its vCPUs write the last `pages` pages of its memory again and again while `delete` deletes them.
+    /// Then none of them may reach one.
+    pub fn lose(
+        &mut self,
+        pages: u32,
+        delete: impl FnOnce(&mut Host, VmId) -> Result<()>,
+    ) -> Result<()> {
+        self.host.type_line(self.vm, &format!("lose {pages}"))?;
+        self.wait(|step| step == Step::Losing)
+            .context("the oracle did not begin to lose memory")?;
+        delete(&mut self.host, self.vm)?;
+        self.host.client.type_input(self.vm, b" ")?;
+        self.wait(|step| step == Step::Ok)
+            .context("the oracle did not lose memory")?;
+        let config = self.ledger.config();
+        let more = config.more - pages;
+        self.configure(&Config { more, ..config })
     }
 
     /// Takes in what it says meanwhile.

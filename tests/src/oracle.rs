@@ -61,6 +61,8 @@ pub enum Step {
     Done(Iteration),
     /// A free run was ended by a byte.
     Stopped(Iteration),
+    /// All vCPUs write what they are to lose.
+    Losing,
     /// Nothing to wait for.
     Nothing,
 }
@@ -114,6 +116,7 @@ impl Ledger {
             // `sum` is answered by this line alone.
             Line::Sum(_) => return Ok(Step::Ok),
             Line::Stopped(iteration) => return Ok(Step::Stopped(*iteration)),
+            Line::Losing => return Ok(Step::Losing),
             Line::Own(runs) => self.own.extend(runs.clone().flat_map(PageRun::pages)),
             Line::Hole(runs) => self.holes.extend(runs.clone()),
             Line::Error(why) => bail!("the oracle refused a command: {why}"),
@@ -189,10 +192,17 @@ impl Ledger {
         &self.own
     }
 
+    /// The memory it has, with what a host has added.
+    #[must_use]
+    pub fn memory(&self) -> PageRun {
+        self.config().memory(self.ram)
+    }
+
     /// The writes of one vCPU in one iteration.
     fn writes(&self, vcpu: Vcpu, iteration: Iteration) -> Vec<Write> {
-        let layout = Layout::new(self.ram, &self.holes);
-        writes(&layout, &self.config_of(iteration), vcpu, iteration).collect()
+        let config = self.config_of(iteration);
+        let layout = Layout::new(config.memory(self.ram), &self.holes);
+        writes(&layout, &config, vcpu, iteration).collect()
     }
 
     /// Finds a configuration under which `vcpu` writes one and the same page, and nothing
@@ -202,7 +212,7 @@ impl Ledger {
     /// no fault whose own invalidation would hide that the harvest's was missing.
     pub fn same_page_twice(&self, from: Seed, vcpu: Vcpu) -> Result<Config> {
         const SEEDS: u64 = 200_000;
-        let layout = Layout::new(self.ram, &self.holes);
+        let layout = Layout::new(self.memory(), &self.holes);
         let page = |config: &Config, iteration: u64| {
             let mut all = writes(&layout, config, vcpu, Iteration(iteration));
             match (all.next(), all.next()) {
@@ -216,6 +226,7 @@ impl Ledger {
             vcpus: self.vcpus,
             pages: 1,
             blocks: 0,
+            more: self.config().more,
         });
         let mut fitting = configs.filter(|config| {
             let first = page(config, next);
@@ -244,11 +255,13 @@ impl Ledger {
     }
 
     /// The word that must stand at each address that was stored to, up to and with
-    /// iteration `until`. Pages start out zero (`fill`, after `cfg`).
+    /// iteration `until`. Pages start out zero (`fill`, after `cfg`), and so does what is added; what is
+    /// deleted holds nothing.
     #[must_use]
     pub fn contents(&self, until: Iteration) -> BTreeMap<u64, u64> {
         let mut words = BTreeMap::new();
         for iteration in (self.since.0 + 1..=until.0).map(Iteration) {
+            cut_off(&mut words, self.config_of(iteration).memory(self.ram));
             for vcpu in (0..self.config_of(iteration).vcpus).map(Vcpu) {
                 for write in self.writes(vcpu, iteration) {
                     let stores = write.stores(vcpu, iteration);
@@ -256,7 +269,17 @@ impl Ledger {
                 }
             }
         }
+        cut_off(&mut words, self.memory());
         words
+    }
+}
+
+/// Forgets what is behind the end of memory: zero, where a word reaches over it.
+fn cut_off(words: &mut BTreeMap<u64, u64>, memory: PageRun) {
+    let end = memory.end().ipa();
+    words.split_off(&end);
+    for (ipa, word) in words.range_mut(end - 7..) {
+        *word &= u64::MAX >> (8 * (ipa + 8 - end));
     }
 }
 
@@ -350,9 +373,10 @@ pub fn configure_command(config: &Config) -> String {
         vcpus,
         pages,
         blocks,
+        more,
     } = config;
     format!(
-        "cfg seed={} vcpus={vcpus} pages={pages} blocks={blocks}",
+        "cfg seed={} vcpus={vcpus} pages={pages} blocks={blocks} more={more}",
         seed.0
     )
 }
@@ -375,6 +399,7 @@ mod tests {
                 vcpus: 2,
                 pages: 40,
                 blocks: 4,
+                more: 0,
             },
             next: Iteration(1),
         };
@@ -473,10 +498,37 @@ mod tests {
         let mut ledger = heard();
         let before = ledger.written_in(Iteration(1));
         ledger
-            .push("done 1\nok seed=9 vcpus=2 pages=3 blocks=0 next=2\n")
+            .push("done 1\nok seed=9 vcpus=2 pages=3 blocks=0 more=0 next=2\n")
             .expect("reads");
         assert_eq!(ledger.written_in(Iteration(1)), before);
         assert!(ledger.written_in(Iteration(2)).len() <= 6);
+    }
+
+    #[test]
+    fn what_was_deleted_holds_nothing_and_what_came_again_begins_anew() {
+        let mut ledger = heard();
+        let end = ledger.ram().end().ipa();
+        let behind = |ledger: &Ledger, until| {
+            let words = ledger.contents(Iteration(until));
+            words.range(end..).map(|(_, value)| *value).max()
+        };
+        let configure = |ledger: &mut Ledger, more: u32, next: u64| {
+            let said = format!("ok seed=7 vcpus=2 pages=40 blocks=0 more={more} next={next}\n");
+            ledger.push(&said).expect("reads");
+        };
+        assert_eq!(behind(&ledger, 1), None);
+        configure(&mut ledger, 4096, 2);
+        assert!(behind(&ledger, 4).is_some_and(|value| value & 0xffff_ffff == 4));
+        configure(&mut ledger, 0, 5);
+        assert_eq!(behind(&ledger, 4), None);
+        assert_eq!(behind(&ledger, 5), None);
+        configure(&mut ledger, 4096, 6);
+        assert_eq!(behind(&ledger, 5), None);
+        // A word over the end keeps the half that is in front of it.
+        let mut words = BTreeMap::from([(end - 4, 0x2222_2222_1111_1111), (end - 8, u64::MAX)]);
+        cut_off(&mut words, ledger.ram());
+        assert_eq!(words.get(&(end - 4)), Some(&0x1111_1111));
+        assert_eq!(words.get(&(end - 8)), Some(&u64::MAX));
     }
 
     #[test]
@@ -488,9 +540,10 @@ mod tests {
             vcpus,
             pages,
             blocks,
+            more,
         } = config;
         let said = format!(
-            "ok seed={} vcpus={vcpus} pages={pages} blocks={blocks} next=1\n",
+            "ok seed={} vcpus={vcpus} pages={pages} blocks={blocks} more={more} next=1\n",
             seed.0
         );
         ledger.push(&said).expect("reads");

@@ -3,11 +3,13 @@
 
 use core::fmt;
 
-use crate::pattern::{Config, Seed};
+use crate::pattern::{BLOCK_PAGES, Config, Seed};
 
 /// What [`Command::Help`] prints.
 pub const HELP: &str = "\
 cfg [seed=N] [vcpus=N] [pages=N] [blocks=N]  what the next iterations write; prints what is set
+cfg [more=N]         N pages behind the RAM are memory too; those that were not are zero, or this fails
+lose N               all vCPUs write the last N pages of memory until they are gone; a byte ends it
 step                 one iteration
 free N [quiet]       N iterations without waiting, 0: until a byte comes; quiet: no `w` lines
 own                  pages this guest writes for itself
@@ -33,6 +35,8 @@ pub enum Command {
     Fill,
     /// Sum them up.
     Sum,
+    /// Write so many pages at the end of memory until they are gone.
+    Lose(u64),
     /// PSCI SYSTEM_OFF
     Off,
     /// PSCI SYSTEM_RESET
@@ -70,6 +74,10 @@ pub enum CommandError {
     Vcpus(u8),
     /// More pages than allowed.
     Pages,
+    /// More memory than the map has room for, or no whole blocks of it.
+    More,
+    /// `lose` of no pages, or of more than were added.
+    Lose,
     /// `free` without a number.
     Count,
     /// Words after the end.
@@ -80,9 +88,17 @@ impl fmt::Display for CommandError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unknown => f.write_str("unknown command; try help"),
-            Self::Setting => f.write_str("cfg takes seed=N vcpus=N pages=N blocks=N, decimal"),
+            Self::Setting => {
+                f.write_str("cfg takes seed=N vcpus=N pages=N blocks=N more=N, decimal")
+            }
             Self::Vcpus(up) => write!(f, "vcpus must be 1 to {up}, as many as came up"),
             Self::Pages => write!(f, "pages must be at most {}", Config::MAX_PAGES),
+            Self::More => write!(
+                f,
+                "more must be a multiple of {BLOCK_PAGES}, and at most {}",
+                Config::MAX_PAGES
+            ),
+            Self::Lose => f.write_str("lose takes a number of pages, at most what `more` is"),
             Self::Count => f.write_str(
                 "free takes a number of iterations, 0 for until a byte comes, then maybe quiet",
             ),
@@ -122,6 +138,11 @@ impl Command {
                     detail,
                 )
             }
+            Some("lose") => {
+                let count = words.next().and_then(|word| word.parse().ok());
+                let fits = |count: &u64| (1..=u64::from(config.more)).contains(count);
+                Self::Lose(count.filter(fits).ok_or(CommandError::Lose)?)
+            }
             Some("step") => Self::Step,
             Some("own") => Self::Own,
             Some("map") => Self::Map,
@@ -157,6 +178,12 @@ fn configure<'a>(
                 Ok(pages) if pages <= Config::MAX_PAGES => config.pages = pages,
                 _ => return Err(CommandError::Pages),
             },
+            "more" => match u32::try_from(value) {
+                Ok(more) if more <= Config::MAX_PAGES && value.is_multiple_of(BLOCK_PAGES) => {
+                    config.more = more;
+                }
+                _ => return Err(CommandError::More),
+            },
             "blocks" => config.blocks = u32::try_from(value).map_err(|_| CommandError::Setting)?,
             _ => return Err(CommandError::Setting),
         }
@@ -188,11 +215,13 @@ mod tests {
             vcpus: 2,
             pages: 9,
             blocks: 1,
+            more: 1024,
         };
         assert_eq!(
-            parse("cfg seed=18446744073709551615 vcpus=2 pages=9 blocks=1"),
+            parse("cfg seed=18446744073709551615 vcpus=2 pages=9 blocks=1 more=1024"),
             Ok(Command::Configure(set))
         );
+        assert_eq!(Command::parse("lose 1024", set, 4), Ok(Command::Lose(1024)));
         assert_eq!(parse("cfg"), Ok(Command::Configure(Config::default())));
         for word in HELP
             .lines()
@@ -218,6 +247,10 @@ mod tests {
             ("cfg vcpus=5", CommandError::Vcpus(4)),
             ("cfg vcpus=258", CommandError::Vcpus(4)),
             ("cfg pages=65537", CommandError::Pages),
+            ("cfg more=511", CommandError::More),
+            ("cfg more=66048", CommandError::More),
+            ("lose", CommandError::Lose),
+            ("lose 1", CommandError::Lose),
         ] {
             assert_eq!(parse(line), Err(why), "{line}");
         }

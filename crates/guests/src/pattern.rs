@@ -145,11 +145,19 @@ pub struct Config {
     pub pages: u32,
     /// A vCPU writes a whole 2 MiB block in one of so many iterations; 0 for never.
     pub blocks: u32,
+    /// Pages behind the RAM that are memory as well: a host has added them.
+    pub more: u32,
 }
 
 impl Config {
     /// The largest [`Config::pages`], so that no iteration is unbounded.
     pub const MAX_PAGES: u32 = 65_536;
+
+    /// The memory there is where the machine was started with `ram`.
+    #[must_use]
+    pub fn memory(&self, ram: PageRun) -> PageRun {
+        PageRun::new(ram.first, ram.count + u64::from(self.more))
+    }
 }
 
 impl Default for Config {
@@ -159,6 +167,7 @@ impl Default for Config {
             vcpus: 1,
             pages: 200,
             blocks: 8,
+            more: 0,
         }
     }
 }

@@ -5,10 +5,11 @@
 //!
 //! ```text
 //! oracle: ready ram=0x40000000+0x10000000 vcpus=2 el=1    once, when commands are taken
-//! ok seed=1 vcpus=2 pages=200 blocks=8 next=1             the answer to `cfg`; plain `ok` to others
+//! ok seed=1 vcpus=2 pages=200 blocks=8 more=0 next=1      the answer to `cfg`; plain `ok` to others
 //! begin 1                                                 all vCPUs are about to write iteration 1
 //! w 1 0 4a31f+1 40000+2 ...                               pages vCPU 0 wrote in it; as many lines as it takes
 //! done 1                                                  every `w` line of 1 is out, and the writes before that
+//! losing                                                  every vCPU writes the pages that are to be lost
 //! stopped 17                                              `free 0` was ended by a byte; the last iteration was 17
 //! own 4020b+90                                            pages the guest writes for itself at any time
 //! hole 40200+9b 48000+1                                   pages the pattern never writes (the own ones among them)
@@ -45,6 +46,8 @@ pub enum Line<'a> {
     Done(Iteration),
     /// `done` without one: the benchmark is over
     Over,
+    /// `losing`
+    Losing,
     /// `stopped`
     Stopped(Iteration),
     /// `own`
@@ -167,6 +170,7 @@ impl<'a> Line<'a> {
             "w" => written(rest).map(Self::Written),
             "done" if rest.is_empty() => Some(Self::Over),
             "done" => iteration(rest).map(Self::Done),
+            "losing" if rest.is_empty() => Some(Self::Losing),
             "stopped" => iteration(rest).map(Self::Stopped),
             "own" => Runs::parse(rest).map(Self::Own),
             "hole" => Runs::parse(rest).map(Self::Hole),
@@ -223,6 +227,7 @@ fn configured(rest: &str) -> Option<Configured> {
         vcpus: value(&mut words, "vcpus")?.parse().ok()?,
         pages: value(&mut words, "pages")?.parse().ok()?,
         blocks: value(&mut words, "blocks")?.parse().ok()?,
+        more: value(&mut words, "more")?.parse().ok()?,
     };
     Some(Configured {
         config,
@@ -272,10 +277,11 @@ impl fmt::Display for Configured {
             vcpus,
             pages,
             blocks,
+            more,
         } = self.config;
         write!(
             f,
-            "seed={seed} vcpus={vcpus} pages={pages} blocks={blocks} next={}",
+            "seed={seed} vcpus={vcpus} pages={pages} blocks={blocks} more={more} next={}",
             self.next
         )
     }
@@ -355,6 +361,7 @@ mod tests {
                 vcpus: 2,
                 pages: 7,
                 blocks: 0,
+                more: 512,
             },
             next: Iteration(9),
         };
@@ -370,6 +377,7 @@ mod tests {
         assert_eq!(parse("begin 3\r"), Line::Begin(Iteration(3)));
         assert_eq!(parse("done 3"), Line::Done(Iteration(3)));
         assert_eq!(parse("done"), Line::Over);
+        assert_eq!(parse("losing"), Line::Losing);
         assert_eq!(parse("stopped 3"), Line::Stopped(Iteration(3)));
         assert_eq!(parse("sum 0xff"), Line::Sum(255));
         assert_eq!(

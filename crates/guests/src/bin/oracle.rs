@@ -15,7 +15,7 @@
 mod guest {
     use core::arch::asm;
     use core::ptr;
-    use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
     use tidemark_guests::command::{Command, Detail, HELP, Rounds};
     use tidemark_guests::pattern::{
@@ -23,9 +23,16 @@ mod guest {
     };
     use tidemark_guests::report::{Configured, Ready, print_runs};
     use tidemark_guests::rt::console::{self, Console, Input};
-    use tidemark_guests::rt::{Boot, counter, psci, say, smp};
+    use tidemark_guests::rt::exceptions::{self, Stored};
+    use tidemark_guests::rt::gic::{self, Private};
+    use tidemark_guests::rt::{Boot, counter, mmu, psci, say, smp};
 
     tidemark_guests::el1_main!(main);
+
+    /// Of a round in which memory is lost, instead of an iteration.
+    const LOSE: u64 = 1 << 63;
+    /// Where in a page such a round writes: not where the pattern does.
+    const LOSE_OFFSET: u64 = 2048;
 
     /// `iteration << 8 | vcpus` of the iteration to take part in; 0 before the first.
     static ROUND: AtomicU64 = AtomicU64::new(0);
@@ -43,6 +50,7 @@ mod guest {
         seed: AtomicU64::new(0),
         pages: AtomicU32::new(0),
         blocks: AtomicU32::new(0),
+        more: AtomicU32::new(0),
         ram: Run::empty(),
         holes: [const { Run::empty() }; 2],
     };
@@ -54,10 +62,18 @@ mod guest {
         }
     }; Vcpu::MAX];
 
+    /// The pages that are to be lost.
+    static DOOMED: Run = Run::empty();
+    /// They are gone, says the host.
+    static GONE: AtomicBool = AtomicBool::new(false);
+    /// How many of them vCPUs could write all the same.
+    static KEPT: AtomicU32 = AtomicU32::new(0);
+
     struct Settings {
         seed: AtomicU64,
         pages: AtomicU32,
         blocks: AtomicU32,
+        more: AtomicU32,
         ram: Run,
         holes: [Run; 2],
     }
@@ -117,6 +133,7 @@ mod guest {
             self.seed.store(config.seed.0, Ordering::Relaxed);
             self.pages.store(config.pages, Ordering::Relaxed);
             self.blocks.store(config.blocks, Ordering::Relaxed);
+            self.more.store(config.more, Ordering::Relaxed);
         }
 
         fn config(&self, vcpus: u8) -> Config {
@@ -125,6 +142,7 @@ mod guest {
                 vcpus,
                 pages: self.pages.load(Ordering::Relaxed),
                 blocks: self.blocks.load(Ordering::Relaxed),
+                more: self.more.load(Ordering::Relaxed),
             }
         }
 
@@ -140,6 +158,8 @@ mod guest {
         for (slot, hole) in SETTINGS.holes.iter().zip([boot.image, boot.devicetree]) {
             slot.set(hole);
         }
+        gic::init_distributor();
+        gic::init(&[Private::VIRTUAL_TIMER]);
         let up = start_others(&boot);
         let mut config = Config {
             vcpus: up,
@@ -155,9 +175,15 @@ mod guest {
                 el: 1
             }
         );
+        // Asleep, so that the CPUs of a small host are the others'. One alone stays awake: where instructions
+        // are counted, a CPU that sleeps lets time run ahead of whoever types.
+        let idle = match up {
+            1 => console::pause,
+            _ => counter::nap,
+        };
         loop {
             let mut buffer = [0; 128];
-            let line = match console::read_line(&mut buffer) {
+            let line = match console::read_line(&mut buffer, idle) {
                 Input::Line(line) => line,
                 Input::Unreadable => {
                     say!("error the line is too long or not text");
@@ -166,6 +192,9 @@ mod guest {
             };
             match Command::parse(line, config, up) {
                 Ok(Command::Configure(new)) => {
+                    if !take_over(&boot, config.more, new.more) {
+                        continue;
+                    }
                     config = new;
                     say!(
                         "ok {}",
@@ -177,10 +206,11 @@ mod guest {
                 }
                 Ok(Command::Step) => last = run(last, &config, Rounds::Count(1), Detail::Runs),
                 Ok(Command::Free(rounds, detail)) => last = run(last, &config, rounds, detail),
+                Ok(Command::Lose(pages)) => lose(&boot, pages, &config),
                 Ok(Command::Own) => print("own", [boot.own]),
                 Ok(Command::Map) => print("hole", SETTINGS.holes()),
                 Ok(Command::Fill) => {
-                    for_each_word(|word| {
+                    for_each_word(&config, |word| {
                         // SAFETY: a word of RAM that is mapped and that nothing but the pattern's stores uses.
                         unsafe { word.write_volatile(0) }
                     });
@@ -189,7 +219,7 @@ mod guest {
                 }
                 Ok(Command::Sum) => {
                     let mut sum = Sum::NEW;
-                    for_each_word(|word| {
+                    for_each_word(&config, |word| {
                         // SAFETY: as for `Fill`, and no vCPU writes while vCPU 0 is here.
                         sum.add(unsafe { word.read_volatile() });
                     });
@@ -250,7 +280,7 @@ mod guest {
             iteration.0 += 1;
             iterate(iteration, config);
             let layout_holes = SETTINGS.holes();
-            let layout = Layout::new(SETTINGS.ram.get(), &layout_holes);
+            let layout = Layout::new(config.memory(SETTINGS.ram.get()), &layout_holes);
             for vcpu in (0..config.vcpus).map(Vcpu) {
                 check(&layout, config, vcpu, iteration);
                 if let Detail::Runs = detail {
@@ -286,11 +316,26 @@ mod guest {
 
     /// What the other vCPUs do, for good.
     fn work(vcpu: Vcpu) -> ! {
+        gic::init(&[Private::VIRTUAL_TIMER]);
         UP.fetch_add(1, Ordering::Release);
         let mut seen = 0;
         loop {
-            smp::wait(|| ROUND.load(Ordering::Acquire) != seen);
+            // Asleep, not waiting for an event: in between, whoever emulates this machine has time for the host.
+            while ROUND.load(Ordering::Acquire) == seen {
+                counter::nap();
+            }
             seen = ROUND.load(Ordering::Acquire);
+            if seen & LOSE != 0 {
+                if vcpu.0 < seen as u8 {
+                    let mut first = true;
+                    write_doomed(|| {
+                        READY.fetch_add(u32::from(core::mem::take(&mut first)), Ordering::Release);
+                    });
+                    WRITTEN.fetch_add(1, Ordering::Release);
+                    smp::wake();
+                }
+                continue;
+            }
             let (iteration, vcpus) = (Iteration(seen >> 8), seen as u8);
             if vcpu.0 >= vcpus {
                 continue;
@@ -311,7 +356,7 @@ mod guest {
     /// Writes what `vcpu` has to in `iteration`; its stores are complete on return.
     fn write(vcpu: Vcpu, iteration: Iteration, config: &Config) {
         let holes = SETTINGS.holes();
-        let layout = Layout::new(SETTINGS.ram.get(), &holes);
+        let layout = Layout::new(config.memory(SETTINGS.ram.get()), &holes);
         let mut tally = Tally::NEW;
         for write in pattern::writes(&layout, config, vcpu, iteration) {
             for Store { ipa, value } in write.stores(vcpu, iteration) {
@@ -360,16 +405,100 @@ mod guest {
     }
 
     /// Every word of every page that the pattern may write, in ascending order.
-    fn for_each_word(mut each: impl FnMut(*mut u64)) {
+    fn for_each_word(config: &Config, mut each: impl FnMut(*mut u64)) {
         let holes = SETTINGS.holes();
-        let ram = SETTINGS.ram.get();
-        for run in Layout::new(ram, &holes).free(ram) {
-            for word in (0..run.count * PAGE_BYTES).step_by(8) {
-                each(ptr::with_exposed_provenance_mut(
-                    (run.first.ipa() + word) as usize,
-                ));
-            }
+        let memory = config.memory(SETTINGS.ram.get());
+        for run in Layout::new(memory, &holes).free(memory) {
+            words(run).for_each(&mut each);
         }
+    }
+
+    fn words(run: PageRun) -> impl Iterator<Item = *mut u64> {
+        let offsets = (0..run.count * PAGE_BYTES).step_by(8);
+        offsets.map(move |offset| {
+            ptr::with_exposed_provenance_mut((run.first.ipa() + offset) as usize)
+        })
+    }
+
+    /// Memory was added behind the RAM, or there is less of it: takes over what is new. It must be zero.
+    fn take_over(boot: &Boot, before: u32, after: u32) -> bool {
+        let first = boot.ram.end().plus(before.into());
+        let new = PageRun::new(first, after.saturating_sub(before).into());
+        if new.count == 0 {
+            return true;
+        }
+        if !mmu::map_behind(new.first.ipa(), new.count * PAGE_BYTES) {
+            say!("error the map does not reach behind the RAM's last GiB, nor from its end");
+            return false;
+        }
+        // SAFETY: mapped above, and the host says it is memory; nothing writes it yet.
+        let found = words(new).find(|word| unsafe { word.read_volatile() } != 0);
+        if let Some(word) = found {
+            say!("fail memory that was added is not zero at {word:p}");
+            return false;
+        }
+        true
+    }
+
+    /// Has all vCPUs write the last `pages` pages of memory again and again, until the host, which deletes them
+    /// meanwhile, sends a byte. By then none of them may reach a page.
+    fn lose(boot: &Boot, pages: u64, config: &Config) {
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        let others = u32::from(config.vcpus) - 1;
+        let end = config.memory(boot.ram).end();
+        DOOMED.set(PageRun::new(Gfn(end.0 - pages), pages));
+        GONE.store(false, Ordering::Relaxed);
+        KEPT.store(0, Ordering::Relaxed);
+        READY.store(0, Ordering::Relaxed);
+        WRITTEN.store(0, Ordering::Relaxed);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed) + 1;
+        let round = LOSE | serial << 8 | u64::from(config.vcpus);
+        ROUND.store(round, Ordering::Release);
+        smp::wake();
+        let mut told = false;
+        write_doomed(|| {
+            if !told && READY.load(Ordering::Acquire) == others {
+                told = true;
+                say!("losing");
+            }
+            if told && console::poll().is_some() {
+                GONE.store(true, Ordering::Release);
+            }
+        });
+        smp::wait(|| WRITTEN.load(Ordering::Acquire) == others);
+        match KEPT.load(Ordering::Acquire) {
+            0 => say!("ok"),
+            kept => say!(
+                "fail {kept} pages of deleted memory could be written, over all {} vCPUs",
+                config.vcpus
+            ),
+        }
+    }
+
+    /// Writes the pages that are to be lost until they are said to be gone, and calls `between` after each turn. Then
+    /// tries each of them once more.
+    fn write_doomed(mut between: impl FnMut()) {
+        let run = DOOMED.get();
+        while !GONE.load(Ordering::Acquire) {
+            store_into(run);
+            between();
+        }
+        // One by one: a translation may be left of any of them.
+        let kept = |page: &Gfn| store_into(PageRun::new(*page, 1)) == Stored::All;
+        let kept = run.pages().filter(kept).count();
+        KEPT.fetch_add(kept as u32, Ordering::Release);
+    }
+
+    /// Writes pages that may be gone, up to the first that is.
+    fn store_into(run: PageRun) -> Stored {
+        let (first, end) = (run.first.ipa() + LOSE_OFFSET, run.end().ipa());
+        // SAFETY: memory that was added, and that the pattern does not write now; or none any more.
+        let stored = unsafe { exceptions::store_each(first, end, PAGE_BYTES, u64::MAX) };
+        if let Stored::Other(syndrome) = stored {
+            say!("fail a store to memory that is deleted raised {syndrome:#x}");
+            psci::system_off();
+        }
+        stored
     }
 }
 

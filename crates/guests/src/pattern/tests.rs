@@ -177,7 +177,7 @@ proptest! {
     ) {
         let holes: Vec<_> = holes.iter().map(|(at, count)| PageRun::new(Gfn(base + at), *count)).collect();
         let layout = Layout::new(PageRun::new(Gfn(base), size), &holes);
-        let config = Config { seed: Seed(seed), vcpus: 16, pages: budget, blocks };
+        let config = Config { seed: Seed(seed), vcpus: 16, pages: budget, blocks, more: 0 };
         let mut total = 0;
         for write in writes(&layout, &config, Vcpu(vcpu), Iteration(iteration)) {
             prop_assert!(write.run.count > 0);

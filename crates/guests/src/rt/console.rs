@@ -42,16 +42,26 @@ pub fn poll() -> Option<u8> {
     (read(FLAGS) & FLAG_RECEIVE_EMPTY == 0).then(|| read(DATA) as u8)
 }
 
-/// The next byte. A poll may be an exit to the hypervisor, so they are spaced out.
+/// The next byte.
 #[must_use]
 pub fn wait() -> u8 {
+    wait_by(pause)
+}
+
+/// The next byte; calls `idle` between looks.
+fn wait_by(idle: impl Fn()) -> u8 {
     loop {
         if let Some(byte) = poll() {
             return byte;
         }
-        for _ in 0..256 {
-            crate::rt::smp::pause();
-        }
+        idle();
+    }
+}
+
+/// Lets some time pass, awake. A poll may be an exit to the hypervisor, so they are spaced out.
+pub fn pause() {
+    for _ in 0..256 {
+        crate::rt::smp::pause();
     }
 }
 
@@ -88,12 +98,12 @@ pub enum Input<'a> {
     Unreadable,
 }
 
-/// Waits for a line that is not empty. CR and LF both end one.
+/// Waits for a line that is not empty, calling `idle` between looks. CR and LF both end one.
 #[must_use]
-pub fn read_line(buffer: &mut [u8]) -> Input<'_> {
+pub fn read_line(buffer: &mut [u8], idle: impl Fn()) -> Input<'_> {
     let mut length = 0_usize;
     loop {
-        match wait() {
+        match wait_by(&idle) {
             b'\r' | b'\n' if length == 0 => {}
             b'\r' | b'\n' => break,
             byte => {

@@ -122,6 +122,73 @@ extern "C" fn handle(frame: &Frame) {
     handler(frame);
 }
 
+/// What a store to an address with nothing behind it raises: a data abort from the same level, a synchronous external
+/// abort of a write, not on a walk. ISS.EA is implementation defined.
+const NOTHING_THERE: u64 = 0x25 << 26 | 1 << 25 | 1 << 6 | 0x10;
+
+/// How far [`store_each`] got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// All of it took the stores.
+    All,
+    /// There is nothing at an address.
+    NothingThere,
+    /// It raised something else: the syndrome.
+    Other(u64),
+}
+
+/// Stores `value` at `first` and each `step` bytes further, below `end`, up to the first store that aborts.
+/// Interrupts are masked, as they always are without a handler.
+///
+/// # Safety
+///
+/// The memory, where there is any, is the caller's.
+pub unsafe fn store_each(first: u64, end: u64, step: u64, value: u64) -> Stored {
+    let syndrome: u64;
+    // SAFETY: the vector goes to label 3 with the syndrome, whatever was raised, and changes nothing else; the
+    // usual vectors are back afterwards.
+    unsafe {
+        asm!(
+            "mrs {old}, vbar_el1",
+            "msr vbar_el1, {table}",
+            "isb",
+            "adr x16, 3f",
+            "mov x17, #0",
+            "2: cmp {at}, {end}",
+            "b.hs 3f",
+            "str {value}, [{at}]",
+            "add {at}, {at}, {step}",
+            "b 2b",
+            "3: dsb sy",
+            "msr vbar_el1, {old}",
+            "isb",
+            old = out(reg) _, table = in(reg) landing as *const () as u64,
+            at = inout(reg) first => _, end = in(reg) end, step = in(reg) step, value = in(reg) value,
+            out("x16") _, out("x17") syndrome, options(nostack),
+        );
+    }
+    match syndrome & !(1 << 9) {
+        0 => Stored::All,
+        NOTHING_THERE => Stored::NothingThere,
+        _ => Stored::Other(syndrome),
+    }
+}
+
+/// Vectors that go on at x16 with the syndrome in x17.
+#[unsafe(naked)]
+extern "C" fn landing() {
+    naked_asm!(
+        ".balign 2048",
+        ".irp number, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+        ".balign 128",
+        "mrs x17, esr_el1",
+        "msr elr_el1, x16",
+        "eret",
+        ".endr",
+        ".balign 128",
+    )
+}
+
 #[unsafe(naked)]
 extern "C" fn fatal(number: u64) {
     naked_asm!(

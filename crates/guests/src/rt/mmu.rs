@@ -71,7 +71,6 @@ pub fn map(ram: &Ram) {
         ram.base,
         ram.size
     );
-    let normal = |pa| pa | VALID_BLOCK | ACCESS_FLAG | NOT_GLOBAL | INNER_SHAREABLE | UXN;
     TABLES.root.set(
         0,
         VALID_BLOCK | DEVICE | ACCESS_FLAG | NOT_GLOBAL | PXN | UXN,
@@ -96,6 +95,28 @@ pub fn map(ram: &Ram) {
     unsafe {
         asm!("dsb ishst", "msr ttbr0_el1, {}", "isb", in(reg) root | ASID, options(nostack, preserves_flags));
     }
+}
+
+/// Maps memory that was added behind the RAM, as far as the RAM's last table reaches. It stays mapped here, whatever
+/// becomes of it. On vCPU 0, before any other is told of it.
+///
+/// Returns whether the table reaches so far.
+pub fn map_behind(first: u64, size: u64) -> bool {
+    let end = first.saturating_add(size);
+    if first.is_multiple_of(GIB) || first / GIB != (end - 1) / GIB {
+        return false;
+    }
+    for pa in (first..end).step_by(BLOCK_BYTES as usize) {
+        TABLES.last.set(pa % GIB / BLOCK_BYTES, normal(pa));
+    }
+    // Nothing was valid there, so no TLB has it.
+    // SAFETY: completes the stores for walks.
+    unsafe { asm!("dsb ishst", "isb", options(nostack, preserves_flags)) };
+    true
+}
+
+fn normal(pa: u64) -> u64 {
+    pa | VALID_BLOCK | ACCESS_FLAG | NOT_GLOBAL | INNER_SHAREABLE | UXN
 }
 
 /// Where the image begins, where the part of it begins that is written, and where it ends.

@@ -186,7 +186,7 @@ fn main(boot: Boot) -> ! {
     };
     loop {
         let mut buffer = [0; 64];
-        let Input::Line(line) = console::read_line(&mut buffer) else {
+        let Input::Line(line) = console::read_line(&mut buffer, console::pause) else {
             continue;
         };
         let mut words = line.split_ascii_whitespace();
