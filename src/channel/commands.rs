@@ -430,9 +430,13 @@ fn bitmap_piece<'a>(
         .in_flight(of.id, s2::Epoch(epoch.0))
         .map_err(work::refusal)?;
     let words = words.get((first_page / 64) as usize..).unwrap_or_default();
-    let word = |n: usize| words.get(n).map_or(0, |word| word.load(Relaxed));
-    let encoded =
-        bitmap::encode(pages.min(ANSWER_PAGES), word, room).ok_or(ErrorReply::OutOfRange)?;
+    let encoded = bitmap::encode(
+        words,
+        |word| word.load(Relaxed),
+        pages.min(ANSWER_PAGES),
+        room,
+    )
+    .ok_or(ErrorReply::OutOfRange)?;
     Ok(Response::Bitmap {
         first_page,
         pages: encoded.pages,

@@ -18,7 +18,6 @@
 //! set bits past the end included.
 
 use core::fmt;
-use core::ops::Range;
 
 const EMPTY: u8 = 0;
 const FULL: u8 = 1;
@@ -40,26 +39,30 @@ pub struct Encoded {
     pub len: usize,
 }
 
-/// Encodes the first `pages` bits of a bitmap, or as many of them as fit into `out`.
+/// Encodes the first `pages` bits of the bitmap in `words`, or as many of them as fit into `out`.
 ///
-/// `word(i)` is the bitmap's word `i` of the piece. It may be read twice and must not change
-/// in between (the in-flight bitmap of an epoch does not). Returns `None` when not even one
-/// word fits.
-pub fn encode(pages: u32, word: impl Fn(usize) -> u64, out: &mut [u8]) -> Option<Encoded> {
-    let masked = |index: usize| word(index) & word_mask(pages, index);
-    let runs = encode_runs(pages, &masked, out);
+/// `read` gives a word's value. A word may be read twice and should not change in between (the in-flight bitmap
+/// of an epoch does not); if it does, the encoding is still one. Returns `None` when not even one word fits.
+pub fn encode<W>(
+    words: &[W],
+    read: impl Fn(&W) -> u64,
+    pages: u32,
+    out: &mut [u8],
+) -> Option<Encoded> {
+    let words = words.get(..words_for(pages)).unwrap_or(words);
+    let there = u32::try_from(words.len() * 64).unwrap_or(u32::MAX);
+    let pages = pages.min(there);
+    let runs = encode_runs(words, &read, pages, out);
     let raw = raw_fit(pages, out.len());
-    let best = match (runs, raw) {
-        (Some(runs), Some(raw)) if runs.pages > raw.pages => runs,
-        (Some(runs), Some(raw)) if runs.pages == raw.pages && runs.len <= raw.len => runs,
-        (Some(runs), None) => runs,
+    match (runs, raw) {
+        (Some(runs), Some(raw)) if runs.pages > raw.pages => Some(runs),
+        (Some(runs), Some(raw)) if runs.pages == raw.pages && runs.len <= raw.len => Some(runs),
+        (runs, None) => runs,
         (_, Some(raw)) => {
-            write_raw(raw, &masked, out)?;
-            raw
+            write_raw(words, &read, raw, out)?;
+            Some(raw)
         }
-        (None, None) => return None,
-    };
-    Some(best)
+    }
 }
 
 /// The bits of word `index` that stand for pages.
@@ -81,23 +84,36 @@ fn raw_fit(pages: u32, room: usize) -> Option<Encoded> {
     })
 }
 
-fn write_raw(fit: Encoded, word: &impl Fn(usize) -> u64, out: &mut [u8]) -> Option<()> {
-    let (tag, rest) = out.split_first_mut()?;
+fn write_raw<W>(
+    words: &[W],
+    read: &impl Fn(&W) -> u64,
+    fit: Encoded,
+    out: &mut [u8],
+) -> Option<()> {
+    let (tag, rest) = out.get_mut(..fit.len)?.split_first_mut()?;
     *tag = RAW;
-    let words = rest.chunks_exact_mut(8).take(words_for(fit.pages));
-    for (index, place) in words.enumerate() {
-        place.copy_from_slice(&word(index).to_le_bytes());
+    let places = rest.as_chunks_mut::<8>().0;
+    let words = words.get(..places.len())?;
+    // Eight words a turn: the loop costs as much as two of them.
+    let (eights, last) = words.as_chunks::<8>();
+    let (eights_out, last_out) = places.as_chunks_mut::<8>();
+    for (place, eight) in eights_out.iter_mut().zip(eights) {
+        *place = eight.each_ref().map(|word| read(word).to_le_bytes());
+    }
+    for (place, word) in last_out.iter_mut().zip(last) {
+        *place = read(word).to_le_bytes();
+    }
+    if let Some((place, index)) = places.last_mut().zip(words_for(fit.pages).checked_sub(1)) {
+        let mask = word_mask(fit.pages, index);
+        *place = (u64::from_le_bytes(*place) & mask).to_le_bytes();
     }
     Some(())
 }
 
-/// Runs written so far, and the one still open.
-#[derive(Clone, Copy)]
-struct Runs {
-    len: usize,
-    value: Bit,
-    open: u32,
-}
+/// Longest encoding by runs: a run costs as much as several words, and this bounds them.
+const RUNS_MAX: usize = 2048;
+/// By so much runs may be longer than the words that they stand for, before they are given up.
+const RUNS_LOSS: usize = 256;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Bit {
@@ -105,51 +121,59 @@ enum Bit {
     Set,
 }
 
-/// Encodes as empty, full or runs: one pass, undone to the last whole word when full.
-fn encode_runs(pages: u32, word: &impl Fn(usize) -> u64, out: &mut [u8]) -> Option<Encoded> {
-    let mut done = Runs {
-        len: 1,
-        value: Bit::Clear,
-        open: 0,
-    };
-    let mut covered = 0;
-    out.first()?;
-    let mut index = 0;
-    while index < words_for(pages) {
-        // Words that go on with the open run, which are most. It may need all the room of a varint at the end.
-        if out.len() - done.len >= VARINT_MAX {
-            let same = words_like(done.value, word, index..(pages / 64) as usize);
-            done.open += same as u32 * 64;
-            covered += same as u32 * 64;
-            index += same;
-            if index == words_for(pages) {
-                break;
-            }
+impl Bit {
+    /// A word of it.
+    fn word(self) -> u64 {
+        match self {
+            Self::Clear => 0,
+            Self::Set => !0,
         }
-        let bits = (pages - covered).min(64);
-        let Some(next) = add_word(done, word(index), bits, out) else {
+    }
+}
+
+/// Encodes as empty, full or runs, in one pass: as many words as fit whole.
+fn encode_runs<W>(
+    words: &[W],
+    read: &impl Fn(&W) -> u64,
+    pages: u32,
+    out: &mut [u8],
+) -> Option<Encoded> {
+    // The open run is written last, and has the room of the longest varint.
+    let most = out.len().min(RUNS_MAX).saturating_sub(VARINT_MAX);
+    let mut value = Bit::Clear;
+    // Where the open run began, and the bytes before it.
+    let (mut start, mut len) = (0, 1);
+    let mut index = 0;
+    while let Some(word) = words.get(index).map(read) {
+        if word == value.word() {
+            index += 1;
+            index += words_like(value, words.get(index..)?, read);
+            continue;
+        }
+        let room = out.get_mut(..most.min(index * 8 + RUNS_LOSS))?;
+        let first = index as u32 * 64;
+        let before = value.word() & 1;
+        let edges = (word ^ (word << 1 | before)) & word_mask(pages, index);
+        let Some(fits) = put_runs(edges, first, (start, len), room) else {
             break;
         };
-        done = next;
-        covered += bits;
+        (start, len) = fits;
+        value = if word >> 63 == 0 {
+            Bit::Clear
+        } else {
+            Bit::Set
+        };
         index += 1;
     }
-    if covered == 0 && pages > 0 {
+    if index == 0 && pages > 0 {
         return None;
     }
-    let (tag, len) = match done {
-        Runs {
-            len: 1,
-            value: Bit::Clear,
-            ..
-        } => (EMPTY, 1),
-        // A first clear run of 0 and the open run are all there is.
-        Runs {
-            len: 2,
-            value: Bit::Set,
-            open,
-        } if open == covered => (FULL, 1),
-        Runs { len, open, .. } => (RLE, len + put_varint(open, out.get_mut(len..)?)?),
+    let covered = pages.min(index as u32 * 64);
+    let (tag, len) = match (start, len) {
+        // No run has ended, or only the clear one that comes first, and had no page.
+        (_, 1) => (EMPTY, 1),
+        (0, 2) => (FULL, 1),
+        _ => (RLE, len + put_varint(covered - start, out.get_mut(len..)?)?),
     };
     *out.first_mut()? = tag;
     Some(Encoded {
@@ -158,39 +182,49 @@ fn encode_runs(pages: u32, word: &impl Fn(usize) -> u64, out: &mut [u8]) -> Opti
     })
 }
 
-/// How many words from the start of `range` on are all `value`.
-fn words_like(value: Bit, word: &impl Fn(usize) -> u64, range: Range<usize>) -> usize {
-    let all = match value {
-        Bit::Clear => 0,
-        Bit::Set => u64::MAX,
+/// How many words at the front are all `value`.
+fn words_like<W>(value: Bit, words: &[W], read: &impl Fn(&W) -> u64) -> usize {
+    let (eights, _) = words.as_chunks::<8>();
+    // One loop for each value: a word costs its reading and one more instruction.
+    let same = match value {
+        Bit::Clear => eights
+            .iter()
+            .take_while(|eight| eight.iter().fold(0, |any, word| any | read(word)) == 0)
+            .count(),
+        Bit::Set => eights
+            .iter()
+            .take_while(|eight| eight.iter().fold(!0, |all, word| all & read(word)) == !0)
+            .count(),
     };
-    range.take_while(|&index| word(index) == all).count()
+    let rest = words.get(same * 8..).unwrap_or_default();
+    same * 8
+        + rest
+            .iter()
+            .take(8)
+            .take_while(|word| read(word) == value.word())
+            .count()
 }
 
-/// Adds one word's runs; `None` when they, and the run left open, do not fit.
-fn add_word(mut runs: Runs, word: u64, bits: u32, out: &mut [u8]) -> Option<Runs> {
-    let mut left = bits;
-    let mut word = word;
-    while left > 0 {
-        let same = match runs.value {
-            Bit::Clear => word.trailing_zeros(),
-            Bit::Set => word.trailing_ones(),
-        };
-        let same = same.min(left);
-        runs.open += same;
-        left -= same;
-        word = word.checked_shr(same).unwrap_or(0);
-        if left > 0 {
-            runs.len += put_varint(runs.open, out.get_mut(runs.len..)?)?;
-            runs.open = 0;
-            runs.value = match runs.value {
-                Bit::Clear => Bit::Set,
-                Bit::Set => Bit::Clear,
-            };
+/// Ends a run at each bit of `edges`, bit 0 being page `first`; `None` when they do not fit.
+fn put_runs(
+    mut edges: u64,
+    first: u32,
+    (mut start, mut len): (u32, usize),
+    out: &mut [u8],
+) -> Option<(u32, usize)> {
+    while edges != 0 {
+        let page = first + edges.trailing_zeros();
+        edges &= edges - 1;
+        let run = page - start;
+        if run < 0x80 {
+            *out.get_mut(len)? = run as u8;
+            len += 1;
+        } else {
+            len += put_varint(run, out.get_mut(len..)?)?;
         }
+        start = page;
     }
-    let room = out.len().checked_sub(runs.len)?;
-    (varint_len(runs.open) <= room).then_some(runs)
+    Some((start, len))
 }
 
 /// Bytes of the longest varint.

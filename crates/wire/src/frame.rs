@@ -23,7 +23,7 @@ mod decode;
 mod encode;
 
 pub use decode::{Bad, BadReason, Decoder, Item};
-pub use encode::{PayloadTooLong, encode};
+pub use encode::{Encoder, PayloadTooLong, encode};
 
 use core::fmt;
 

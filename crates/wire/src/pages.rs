@@ -77,6 +77,8 @@ pub fn encode<W>(words: &[W], read: impl Fn(&W) -> u64, out: &mut [u8]) -> Encod
         if encoder.flush(value, count).is_none() {
             break;
         }
+        let alone = encoder.put_literals(rest, &read);
+        rest = rest.get(alone..).unwrap_or_default();
     }
     encoder.result()
 }
@@ -137,6 +139,33 @@ impl Encoder<'_> {
         self.literal = Some((at, count + 1));
         self.covered += 1;
         Some(())
+    }
+
+    /// Goes on with an open literal, if there is one, as long as no word is zero or like the one after it:
+    /// the short way for memory that is neither. Returns how many words that were.
+    fn put_literals<W>(&mut self, words: &[W], read: &impl Fn(&W) -> u64) -> usize {
+        let (Some((_, count)), Some((first, rest))) = (&mut self.literal, words.split_first())
+        else {
+            return 0;
+        };
+        let places = self.out.get_mut(self.len..).unwrap_or_default();
+        let places = places.as_chunks_mut::<8>().0;
+        let most = usize::from(COUNT_MAX - *count);
+        let mut value = read(first);
+        let mut alone = 0;
+        for (place, next) in places.iter_mut().zip(rest).take(most) {
+            let next = read(next);
+            if value == 0 || value == next {
+                break;
+            }
+            *place = value.to_le_bytes();
+            value = next;
+            alone += 1;
+        }
+        *count += alone as u16;
+        self.len += alone * 8;
+        self.covered += alone;
+        alone
     }
 
     /// Writes the header of the open literal item: its place was kept.

@@ -5,7 +5,8 @@ use std::cell::{Cell, RefCell};
 use tidemark_wire::bitmap::{self, BitmapError};
 use tidemark_wire::checksum::crc32c;
 use tidemark_wire::frame::{
-    BadReason, Decoder, Header, Item, Kind, PayloadTooLong, Seq, Session, buffer_len, encode,
+    BadReason, Decoder, Encoder, Header, Item, Kind, PayloadTooLong, Seq, Session, buffer_len,
+    encode,
 };
 use tidemark_wire::pages::{self, PagesError};
 
@@ -240,6 +241,35 @@ proptest! {
     }
 
     #[test]
+    fn a_frame_made_in_parts_is_the_same(
+        runs in prop::collection::vec((0..3u8, 0..600usize), 0..8),
+        cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+        salt: u64,
+    ) {
+        // Zeros far apart, close together, and everywhere: blocks end in all places.
+        let bytes = runs.iter().flat_map(|&(kind, len)| {
+            (0..len).map(move |n| match kind {
+                0 => 0,
+                1 => (n % 7) as u8,
+                _ => 1 | (salt.rotate_left(n as u32) as u8),
+            })
+        });
+        let payload: Vec<u8> = bytes.collect();
+        let mut cuts: Vec<usize> = cuts.iter().map(|at| at.index(payload.len() + 1)).collect();
+        cuts.extend([0, payload.len()]);
+        cuts.sort_unstable();
+        let mut line = Vec::new();
+        let mut sink = |part: &[u8]| line.extend_from_slice(part);
+        let mut made = Encoder::begin(&HEADER, payload.len(), &mut sink).expect("it fits");
+        for cut in cuts.windows(2) {
+            made.push(&payload[cut[0]..cut[1]], &mut sink);
+        }
+        made.finish(&mut sink);
+        prop_assert_eq!(decode_with::<{ buffer_len(8192) }>(&line), [ok(&payload)]);
+        prop_assert_eq!(line, frame(&payload));
+    }
+
+    #[test]
     fn damage_never_makes_another_frame_and_never_outlives_itself(
         payload in prop::collection::vec(any::<u8>(), 0..200),
         hits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3u8), 1..4),
@@ -319,7 +349,7 @@ proptest! {
         while at < pages {
             let mut out = vec![0xEE; room];
             let base = (at / 64) as usize;
-            let piece = bitmap::encode(pages - at, |i| bits[base + i], &mut out);
+            let piece = bitmap::encode(&bits[base..], |word| *word, pages - at, &mut out);
             let piece = piece.expect("16 bytes hold a word");
             prop_assert!(piece.pages > 0 && piece.len <= room);
             prop_assert!(piece.pages == pages - at || piece.pages % 64 == 0);
@@ -352,7 +382,7 @@ proptest! {
 fn bitmap_tags_are_frozen_and_chosen_well() {
     let encoded = |pages: u32, bits: &[u64]| {
         let mut out = [0; 64];
-        let done = bitmap::encode(pages, |i| bits[i], &mut out).expect("it fits");
+        let done = bitmap::encode(bits, |word| *word, pages, &mut out).expect("it fits");
         assert_eq!(done.pages, pages);
         out[..done.len].to_vec()
     };
@@ -413,8 +443,64 @@ fn bitmap_refusals() {
 
 #[test]
 fn bitmap_without_room_for_a_word_is_none() {
-    assert_eq!(bitmap::encode(64, |_| 0x5555, &mut []), None);
-    assert_eq!(bitmap::encode(64, |_| 0x5555, &mut [0; 8]), None);
+    assert_eq!(bitmap::encode(&[0x5555], |word| *word, 64, &mut []), None);
+    assert_eq!(
+        bitmap::encode(&[0x5555], |word| *word, 64, &mut [0; 8]),
+        None
+    );
+}
+
+#[test]
+fn a_bitmap_is_read_about_once() {
+    // What EL2 does for a piece with nobody looking for an interrupt: bounded whatever is in it.
+    const PAGES: u32 = 32_768;
+    let reads = |bits: &[u64]| {
+        let count = Cell::new(0);
+        let mut out = vec![0; 8192];
+        let read = |word: &u64| {
+            count.set(count.get() + 1);
+            *word
+        };
+        let done = bitmap::encode(bits, read, PAGES, &mut out).expect("it fits");
+        assert_eq!(done.pages, PAGES);
+        (count.get(), done.len)
+    };
+    assert_eq!(reads(&words(PAGES, 1, 0)), (512, 1), "clean");
+    let (full, len) = reads(&words(PAGES, 1, 1));
+    assert!(full <= 512 + 16 && len == 1, "all dirty: {full} reads");
+    let (dense, len) = reads(&words(PAGES, 1, 2));
+    assert!(
+        dense <= 512 + 32 && len == 1 + 4096,
+        "half of all pages, at random: {dense} reads, {len} bytes"
+    );
+    // Runs that lose a little at first and win in the end are not given up.
+    let mut clustered = words(PAGES, 1, 0);
+    clustered[..4].copy_from_slice(&words(256, 1, 2));
+    let (_, len) = reads(&clustered);
+    assert!((64..256).contains(&len), "a few dense words: {len} bytes");
+    let sparse: Vec<u64> = (0..512u64).map(|n| 1 << (n % 61)).collect();
+    let (_, len) = reads(&sparse);
+    assert!(len <= 2 * 512 + 8, "a page in each word: {len} bytes");
+    let most: Vec<u64> = (0..512u64).map(|n| 0b101 << (n % 61)).collect();
+    let (_, len) = reads(&most);
+    assert_eq!(len, 1 + 2048 * 2, "more runs than their bound");
+}
+
+#[test]
+fn bits_past_the_last_page_are_not_told() {
+    for (bits, wanted) in [
+        (!0u64 << 40, &[0][..]),
+        (!0, &[1]),
+        (!0 << 20, &[3, 20, 20]),
+        (
+            0x5555_5555_5555_5555,
+            &[2, 0x55, 0x55, 0x55, 0x55, 0x55, 0, 0, 0],
+        ),
+    ] {
+        let mut out = [0xEE; 64];
+        let done = bitmap::encode(&[bits], |word| *word, 40, &mut out).expect("it fits");
+        assert_eq!((done.pages, &out[..done.len]), (40, wanted), "{bits:#x}");
+    }
 }
 
 // ---- memory ----
@@ -505,6 +591,35 @@ fn memory_items_are_frozen() {
             wanted
         }[..]
     );
+}
+
+#[test]
+fn a_literal_ends_at_its_longest() {
+    // One word more than an item counts, in both ways of going on with it.
+    let dense: Vec<u64> = (1..=16_384).collect();
+    let mut out = vec![0; 200_000];
+    let done = encode_words(&dense, &mut out);
+    assert_eq!((done.words, done.len), (16_384, 2 + 16_383 * 8 + 2 + 8));
+    let mut back = vec![0; done.words * 8];
+    assert_eq!(pages::decode(&out[..done.len], &mut back), Ok(()));
+    assert_eq!(back.as_chunks::<8>().0[16_383], 16_384u64.to_le_bytes());
+}
+
+#[test]
+fn encodings_of_neighbours_may_be_joined() {
+    // EL2 makes a long answer of several.
+    let memory: Vec<u64> = (0..2000u64).map(|n| n / 700 * (n % 5)).collect();
+    let mut out = vec![0; 20_000];
+    let (mut words, mut len) = (0, 0);
+    for part in memory.chunks(123) {
+        let done = encode_words(part, &mut out[len..]);
+        assert_eq!(done.words, part.len());
+        (words, len) = (words + done.words, len + done.len);
+    }
+    let mut back = vec![0; words * 8];
+    assert_eq!(pages::decode(&out[..len], &mut back), Ok(()));
+    let back = back.as_chunks::<8>().0.iter();
+    assert!(back.map(|word| u64::from_le_bytes(*word)).eq(memory));
 }
 
 #[test]

@@ -861,7 +861,7 @@ impl Target {
                     return Err(ErrorReply::NeedsAlignment);
                 }
                 let base = (first_page / 64) as usize;
-                let done = bitmap::encode(pages, |i| slot.in_flight[base + i], piece)
+                let done = bitmap::encode(&slot.in_flight[base..], |word| *word, pages, piece)
                     .expect("a word fits");
                 let first_page = match lie {
                     Some(Lie::WrongPiece) => first_page + 64,
