@@ -3,7 +3,9 @@
 #[path = "support/fake.rs"]
 mod fake;
 
-use fake::{Faults, Slot, Socket, Target, Vm, listen, lock, temp_dir};
+use fake::line::{Faults, Socket, listen};
+use fake::vm::{Slot, Vm};
+use fake::{Target, lock, temp_dir};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
@@ -874,7 +876,7 @@ fn shell_is_heard_after_a_frame_that_was_cut_off() {
         std::os::unix::net::UnixListener::bind(&path).expect("a socket")
     };
     let target = Arc::clone(&stage.target);
-    std::thread::spawn(move || fake::serve(&target, ours, &Faults::default()));
+    std::thread::spawn(move || fake::line::serve(&target, ours, &Faults::default()));
     theirs.write_all(&[0, 3, 1, 1, 5]).expect("half a frame");
     std::thread::spawn(move || {
         let (mut tool, _) = listener.accept().expect("the tool");

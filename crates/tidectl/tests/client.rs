@@ -3,7 +3,9 @@
 #[path = "support/fake.rs"]
 mod fake;
 
-use fake::{Faults, Lie, Slot, Target, Vm, connect, lock, temp_dir};
+use fake::line::{Faults, connect};
+use fake::vm::{Slot, Vm};
+use fake::{Lie, Target, lock, temp_dir};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -22,11 +22,66 @@ pub enum Ending {
     GiveBack,
 }
 
-/// A part of a bitmap or of memory still to be read: first page or address, and length.
+/// What is still to be read: the first page or address, and how many pages or bytes.
 #[derive(Clone, Copy)]
-struct Piece<A, L> {
-    at: A,
-    len: L,
+struct Span {
+    at: u64,
+    len: u64,
+}
+
+/// A piece of one as it came, the front of what was asked for.
+struct Piece<'a> {
+    at: u64,
+    len: u32,
+    encoding: &'a [u8],
+}
+
+/// Pieces of a kind.
+struct Pieces {
+    during: &'static str,
+    /// What one request may ask for.
+    most: u32,
+    /// What an answer that covers less is a multiple of.
+    grain: u32,
+    /// Finds the piece in an answer.
+    find: fn(Response<'_>) -> Option<Piece<'_>>,
+}
+
+const BITMAP: Pieces = Pieces {
+    during: "reading a bitmap",
+    most: BITMAP_READ_PAGES_MAX,
+    grain: 64,
+    find: |response| match response {
+        Response::Bitmap {
+            first_page: at,
+            pages: len,
+            encoding,
+        } => Some(Piece { at, len, encoding }),
+        _ => None,
+    },
+};
+
+const MEMORY: Pieces = Pieces {
+    during: "reading guest memory",
+    most: MEMORY_READ_MAX,
+    grain: 8,
+    find: |response| match response {
+        Response::Memory {
+            ipa: at,
+            covered: len,
+            encoding,
+        } => Some(Piece { at, len, encoding }),
+        _ => None,
+    },
+};
+
+impl Pieces {
+    fn nonsense(&self, problem: String) -> Error {
+        Error::Protocol {
+            during: self.during.into(),
+            problem,
+        }
+    }
 }
 
 fn ok(response: Response<'_>) -> Option<()> {
@@ -475,52 +530,29 @@ impl Client {
         bits: &mut SlotBitmap,
         progress: &mut dyn FnMut(u64),
     ) -> Result<()> {
-        let during = "reading a bitmap";
-        let (slot, pages) = (bits.slot, bits.pages);
-        let step = u64::from(BITMAP_READ_PAGES_MAX);
-        let work = (0..pages.div_ceil(step)).map(move |n| Piece {
-            at: n * step,
-            len: (pages - n * step).min(step) as u32,
-        });
-        let ask = |piece: &Piece<u64, u32>| Request::BitmapRead {
+        let slot = bits.slot;
+        let all = Span {
+            at: 0,
+            len: bits.pages,
+        };
+        let ask = |first_page, pages| Request::BitmapRead {
             vm,
             slot,
             epoch,
-            first_page: piece.at,
-            pages: piece.len,
+            first_page,
+            pages,
         };
         let mut done = 0;
-        self.pipeline(during, work, ask, |piece, response| {
-            let Response::Bitmap {
-                first_page,
-                pages,
-                encoding,
-            } = response
-            else {
-                return Err(unexpected(during, kind(&response)));
-            };
-            let nonsense = |problem: String| Error::Protocol {
-                during: during.into(),
-                problem,
-            };
-            let whole = pages == piece.len || pages.is_multiple_of(64);
-            if first_page != piece.at || pages == 0 || pages > piece.len || !whole {
-                return Err(nonsense(format!(
-                    "asked for {}+{}, got {first_page}+{pages}",
-                    piece.at, piece.len
-                )));
-            }
+        self.pull(&BITMAP, [all], ask, |piece| {
+            let Piece { at, len, encoding } = piece;
             let words = bits
-                .words_mut(first_page, pages)
-                .ok_or_else(|| nonsense(format!("{first_page}+{pages} is outside the slot")))?;
-            bitmap::decode(encoding, pages, words).map_err(|error| nonsense(error.to_string()))?;
-            done += u64::from(pages);
+                .words_mut(at, len)
+                .ok_or_else(|| BITMAP.nonsense(format!("{at}+{len} is outside the slot")))?;
+            bitmap::decode(encoding, len, words)
+                .map_err(|error| BITMAP.nonsense(error.to_string()))?;
+            done += u64::from(len);
             progress(done);
-            let rest = piece.len - pages;
-            Ok((rest > 0).then(|| Piece {
-                at: piece.at + u64::from(pages),
-                len: rest,
-            }))
+            Ok(())
         })
     }
 
@@ -535,48 +567,47 @@ impl Client {
         ranges: impl IntoIterator<Item = (u64, u64)>,
         mut keep: impl FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        let during = "reading guest memory";
-        let step = u64::from(MEMORY_READ_MAX);
-        let work = ranges.into_iter().flat_map(move |(start, len)| {
-            (0..len.div_ceil(step)).map(move |n| Piece {
-                at: start + n * step,
-                len: (len - n * step).min(step) as u32,
+        let spans = ranges.into_iter().map(|(at, len)| Span { at, len });
+        let ask = |ipa, len| Request::ReadMemory { vm, ipa, len };
+        let mut buffer = vec![0; MEMORY_READ_MAX as usize];
+        self.pull(&MEMORY, spans, ask, |piece| {
+            // No more came than was asked for, which is no more than this.
+            let part = buffer.get_mut(..piece.len as usize).unwrap_or_default();
+            pages::decode(piece.encoding, part)
+                .map_err(|error| MEMORY.nonsense(error.to_string()))?;
+            keep(piece.at, part)
+        })
+    }
+
+    /// Reads spans piece by piece, several in flight, and asks for the rest of what came in part.
+    fn pull<'r>(
+        &mut self,
+        pieces: &Pieces,
+        spans: impl IntoIterator<Item = Span>,
+        ask: impl Fn(u64, u32) -> Request<'r>,
+        mut keep: impl FnMut(Piece<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let step = u64::from(pieces.most);
+        let work = spans.into_iter().flat_map(|span| {
+            (0..span.len.div_ceil(step)).map(move |n| {
+                let len = (span.len - n * step).min(step);
+                (span.at + n * step, len as u32)
             })
         });
-        let ask = |piece: &Piece<u64, u32>| Request::ReadMemory {
-            vm,
-            ipa: piece.at,
-            len: piece.len,
-        };
-        let mut buffer = vec![0; MEMORY_READ_MAX as usize];
-        self.pipeline(during, work, ask, |piece, response| {
-            let Response::Memory {
-                ipa,
-                covered,
-                encoding,
-            } = response
-            else {
-                return Err(unexpected(during, kind(&response)));
-            };
-            let nonsense = |problem: String| Error::Protocol {
-                during: during.into(),
-                problem,
-            };
-            let fits = covered > 0 && covered <= piece.len && covered.is_multiple_of(8);
-            let part = buffer.get_mut(..covered as usize);
-            let (true, Some(part)) = (ipa == piece.at && fits, part) else {
-                return Err(nonsense(format!(
-                    "asked for {:#x}+{}, got {ipa:#x}+{covered}",
-                    piece.at, piece.len
+        let ask = |&(at, len): &(u64, u32)| ask(at, len);
+        self.pipeline(pieces.during, work, ask, |(at, len), response| {
+            let kind = kind(&response);
+            let piece = (pieces.find)(response).ok_or_else(|| unexpected(pieces.during, kind))?;
+            let covered = piece.len;
+            let whole = covered == len || covered.is_multiple_of(pieces.grain);
+            if piece.at != at || covered == 0 || covered > len || !whole {
+                return Err(pieces.nonsense(format!(
+                    "asked for {at:#x}+{len}, got {:#x}+{covered}",
+                    piece.at
                 )));
-            };
-            pages::decode(encoding, part).map_err(|error| nonsense(error.to_string()))?;
-            keep(ipa, part)?;
-            let rest = piece.len - covered;
-            Ok((rest > 0).then(|| Piece {
-                at: piece.at + u64::from(covered),
-                len: rest,
-            }))
+            }
+            keep(piece)?;
+            Ok((covered < len).then(|| (at + u64::from(covered), len - covered)))
         })
     }
 }
