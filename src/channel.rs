@@ -6,8 +6,9 @@
 //! did not commit is dirty again.
 //!
 //! Locks, in order: `RECEIVER`, then `SESSION`; a guest console's are leaves. Neither is
-//! held while a request is carried out, because carrying it out may send events.
+//! held while a request is carried out, because carrying it out may send events. `bulk` has its own.
 
+mod bulk;
 mod commands;
 mod shell;
 
@@ -111,6 +112,7 @@ pub fn interrupt() {
     {
         send_text_soon();
     }
+    bulk::line_moved();
 }
 
 /// Takes one byte. A whole request is copied out, so that the receiver is free while it is

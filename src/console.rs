@@ -82,12 +82,18 @@ impl Console {
         if self.delivery == Delivery::AtOnce {
             return;
         }
-        for _ in 0..STEP {
-            if self.len == 0 || uart.try_send(self.ring[self.start]).is_err() {
+        let mut left = STEP.min(self.len);
+        while left > 0 {
+            let now = uart.room().min(left);
+            if now == 0 {
                 break;
             }
-            self.start = (self.start + 1) % RING;
-            self.len -= 1;
+            for _ in 0..now {
+                uart.put(self.ring[self.start % RING]);
+                self.start = (self.start + 1) % RING;
+            }
+            self.len -= now;
+            left -= now;
         }
         if self.len > 0 {
             uart.request_room();
@@ -158,6 +164,24 @@ pub fn write_pieces(write: impl FnOnce(&mut dyn FnMut(&[u8])) -> bool) {
     let whole = write(&mut |bytes: &[u8]| console.push_all(bytes));
     debug_assert!(whole, "frames are made to fit");
     console.pump();
+}
+
+/// The ring has not the room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full;
+
+/// Writes a whole frame if so many bytes can be written without waiting for the UART.
+///
+/// # Errors
+/// They cannot, and nothing was written.
+pub fn write_if_room(frame: &[u8], room: usize) -> Result<(), Full> {
+    let mut console = CONSOLE.lock();
+    if RING - console.len < room {
+        return Err(Full);
+    }
+    console.push_all(frame);
+    console.pump();
+    Ok(())
 }
 
 /// Writes text as it is, zero bytes left out.

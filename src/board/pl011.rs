@@ -10,9 +10,12 @@ const IMSC: usize = 0x38;
 const ICR: usize = 0x44;
 const FR_RXFE: u32 = 1 << 4;
 const FR_TXFF: u32 = 1 << 5;
+const FR_TXFE: u32 = 1 << 7;
 const RX: u32 = 1 << 4;
 const TX: u32 = 1 << 5;
 const RX_TIMEOUT: u32 = 1 << 6;
+/// What the transmit FIFO holds at least: 16 bytes before revision r1p5, 32 since.
+const FIFO: usize = 16;
 
 /// A PL011, set up by the firmware (baud rate, line format, enabled).
 #[derive(Clone, Copy, Debug)]
@@ -33,20 +36,26 @@ impl Pl011 {
         self.0.write32(CR, self.0.read32(CR) | UART_TX_RX);
     }
 
-    /// Sends a byte if there is room for it.
-    pub fn try_send(&self, byte: u8) -> Result<(), Full> {
-        if self.0.read32(FR) & FR_TXFF != 0 {
-            return Err(Full);
-        }
-        self.0.write32(DR, u32::from(byte));
-        Ok(())
-    }
-
     /// Sends a byte, waiting for room.
     pub fn send(&self, byte: u8) {
-        while self.try_send(byte).is_err() {
+        while self.room() == 0 {
             core::hint::spin_loop();
         }
+        self.put(byte);
+    }
+
+    /// How many bytes are sure to be taken: a read of a register for each would be half the cost of sending it.
+    pub fn room(&self) -> usize {
+        match self.0.read32(FR) {
+            flags if flags & FR_TXFE != 0 => FIFO,
+            flags if flags & FR_TXFF == 0 => 1,
+            _ => 0,
+        }
+    }
+
+    /// Sends a byte that there is room for.
+    pub fn put(&self, byte: u8) {
+        self.0.write32(DR, u32::from(byte));
     }
 
     /// Takes a received byte. Reading is what lowers the receive interrupts: clearing them
@@ -70,7 +79,3 @@ impl Pl011 {
         self.0.write32(ICR, TX);
     }
 }
-
-/// The FIFO has no room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Full;

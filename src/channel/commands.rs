@@ -1,6 +1,7 @@
 //! Requests of the host, carried out. Each is idempotent; long ones are jobs, and asking
-//! again tells how far they are.
+//! again tells how far they are, and what carries guest memory or a bitmap is answered later (`bulk`).
 
+use super::bulk::{self, Wanted};
 use super::{Open, SESSION, send};
 use crate::arch::timer;
 use crate::console;
@@ -13,57 +14,47 @@ use core::sync::atomic::Ordering::Relaxed;
 use log::info;
 use spin::Mutex;
 use tidemark_stage2 as s2;
-use tidemark_wire::bitmap;
 use tidemark_wire::frame::{Header, Kind, Session};
 use tidemark_wire::message::*;
-use tidemark_wire::pages;
-use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PROTOCOL, RESPONSE_PAYLOAD_MIN};
+use tidemark_wire::{PROTOCOL, RESPONSE_PAYLOAD_MAX, RESPONSE_PAYLOAD_MIN};
 
 /// The version that HELLO is answered with.
 const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
 
-/// Longest payload of an answer. A byte of it may cost some thirty instructions, and nothing is looked at meanwhile;
-/// so this bounds a request, and whoever wants more asks again.
+/// Longest payload of an answer that is made at once, with nobody looking for an interrupt meanwhile. What may be
+/// longer is made in steps.
 const ANSWER_MAX: usize = RESPONSE_PAYLOAD_MIN;
-/// Most of a guest's memory that an answer covers, in words: a run of zeros is two bytes long, and is read.
-const ANSWER_WORDS: usize = 4096;
-/// Most bytes of an encoding in an answer: they are made, and then framed.
-const PIECE_MAX: usize = 640;
-/// Most pages of a bitmap that an answer covers.
-const ANSWER_PAGES: u32 = 16384;
 
-/// Room for an answer: the piece of a bulk answer, and the message around it.
+/// Room for an answer: console text, and the message around it.
 struct Scratch {
-    piece: [u8; ANSWER_MAX],
+    text: [u8; ANSWER_MAX],
     payload: [u8; ANSWER_MAX],
 }
 
 static SCRATCH: Mutex<Scratch> = Mutex::new(Scratch {
-    piece: [0; ANSWER_MAX],
+    text: [0; ANSWER_MAX],
     payload: [0; ANSWER_MAX],
 });
 
-/// Carries out one request and answers it.
+/// Carries out one request and answers it, or sees to it that it is answered.
 pub fn request(header: Header, payload: &[u8]) {
     let scratch = &mut *SCRATCH.lock();
     let mut after = After::Nothing;
-    let response = answer(header.session, payload, &mut scratch.piece, &mut after);
-    let max_payload = SESSION
-        .lock()
-        .map_or(RESPONSE_PAYLOAD_MIN, |open| open.max_payload);
-    let room = &mut scratch.payload[..max_payload];
-    let encoded = match response.encode(room) {
+    let Some(response) = answer(header, payload, &mut scratch.text, &mut after) else {
+        return;
+    };
+    let encoded = match response.encode(&mut scratch.payload) {
         Ok(len) => len.len(),
         // An answer that outgrows the frame: a VM list of hundreds, say.
         Err(_) => Response::Error(ErrorReply::OutOfRange)
-            .encode(room)
+            .encode(&mut scratch.payload)
             .map_or(0, <[u8]>::len),
     };
     let header = Header {
         kind: Kind::Response,
         ..header
     };
-    send(&header, &scratch.payload[..encoded]);
+    send(&header, scratch.payload.get(..encoded).unwrap_or_default());
     if let After::PowerOff = after {
         lifecycle::power_off();
     }
@@ -75,30 +66,30 @@ enum After {
     PowerOff,
 }
 
+/// The answer to a request; `None` if it comes later.
 fn answer<'a>(
-    session: Session,
+    header: Header,
     payload: &[u8],
-    piece: &'a mut [u8],
+    text: &'a mut [u8],
     after: &mut After,
-) -> Response<'a> {
+) -> Option<Response<'a>> {
     let Ok(request) = Request::decode(payload) else {
-        return Response::Error(ErrorReply::Malformed);
+        return Some(Response::Error(ErrorReply::Malformed));
     };
     if let Request::Hello {
         protocol,
         max_payload,
     } = request
     {
-        return hello(session, protocol, max_payload);
+        return Some(hello(header.session, protocol, max_payload));
     }
-    let room = match *SESSION.lock() {
-        Some(open) if open.session == session => open.max_payload,
-        _ => return Response::Error(ErrorReply::StaleSession),
-    };
-    match carry_out(&request, piece, room, after) {
-        Ok(response) => response,
-        Err(error) => Response::Error(error),
+    if SESSION.lock().map(|open| open.session) != Some(header.session) {
+        return Some(Response::Error(ErrorReply::StaleSession));
     }
+    if let Some(wanted) = Wanted::of(&request) {
+        return bulk::ask(header, wanted).err().map(Response::Error);
+    }
+    Some(carry_out(&request, text, after).unwrap_or_else(Response::Error))
 }
 
 fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static> {
@@ -108,7 +99,7 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
     if session.0 == 0 {
         return Response::Error(ErrorReply::StaleSession);
     }
-    let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, ANSWER_MAX);
+    let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, RESPONSE_PAYLOAD_MAX);
     let again = SESSION.lock().is_some_and(|open| open.session == session);
     if !again {
         close();
@@ -148,14 +139,15 @@ fn find(vm: VmId) -> Result<&'static Vm, ErrorReply> {
 
 fn carry_out<'a>(
     request: &Request<'_>,
-    piece: &'a mut [u8],
-    max_payload: usize,
+    text: &'a mut [u8],
     after: &mut After,
 ) -> Result<Response<'a>, ErrorReply> {
     let state = |vm: &Vm| Response::State(vm.status.lock().state);
     Ok(match *request {
-        // Seen to before there is a session.
-        Request::Hello { .. } => return Err(ErrorReply::Malformed),
+        // Seen to before.
+        Request::Hello { .. } | Request::BitmapRead { .. } | Request::ReadMemory { .. } => {
+            return Err(ErrorReply::Malformed);
+        }
         Request::Goodbye => {
             close();
             Response::Ok
@@ -219,18 +211,6 @@ fn carry_out<'a>(
             Work::Going { done, total } => Response::Progress { done, total },
             Work::Done(report) => Response::TakeDone(report),
         },
-        Request::BitmapRead {
-            vm,
-            slot,
-            epoch,
-            first_page,
-            pages,
-        } => {
-            let room = room_in(piece, max_payload);
-            meter::metered(Task::BitmapRead, || {
-                bitmap_piece(find(vm)?, slot, epoch, first_page, pages, room)
-            })?
-        }
         Request::DirtyCommit { vm, epoch } => {
             work::commit(find(vm)?, epoch)?;
             Response::Ok
@@ -238,10 +218,6 @@ fn carry_out<'a>(
         Request::DirtyAbort { vm, epoch } => {
             work::abort(find(vm)?, epoch)?;
             Response::Ok
-        }
-        Request::ReadMemory { vm, ipa, len } => {
-            let room = room_in(piece, max_payload);
-            meter::metered(Task::MemoryRead, || memory_piece(find(vm)?, ipa, len, room))?
         }
         Request::ConsoleAttach { vm, from } => {
             let vm = find(vm)?;
@@ -266,14 +242,14 @@ fn carry_out<'a>(
         }
         Request::ConsoleRead { vm, offset } => {
             let history = find(vm)?.console.history();
-            let room = max_payload.saturating_sub(CONSOLE_OVERHEAD);
-            let (offset, len) = history.read(offset, piece.get_mut(..room).unwrap_or_default());
+            let room = ANSWER_MAX - CONSOLE_OVERHEAD;
+            let (offset, len) = history.read(offset, text.get_mut(..room).unwrap_or_default());
             let oldest = history.oldest();
             drop(history);
             Response::ConsoleData {
                 offset,
                 oldest,
-                data: piece.get(..len).unwrap_or_default(),
+                data: text.get(..len).unwrap_or_default(),
             }
         }
         Request::ConsoleWrite { vm, offset, data } => {
@@ -287,11 +263,6 @@ fn carry_out<'a>(
             costs: meter::costs().collect(),
         },
     })
-}
-
-fn room_in(piece: &mut [u8], max_payload: usize) -> &mut [u8] {
-    let room = max_payload.saturating_sub(PIECE_OVERHEAD).min(PIECE_MAX);
-    piece.get_mut(..room).unwrap_or_default()
 }
 
 /// Restarts a guest that runs, or starts one that does not.
@@ -402,71 +373,6 @@ fn machine_features() -> Features {
         ipa_bits: stage2::features().1,
         cpus: sched::cpus() as u16,
     }
-}
-
-fn bitmap_piece<'a>(
-    vm: &Vm,
-    slot: SlotId,
-    epoch: Epoch,
-    first_page: u64,
-    pages: u32,
-    room: &'a mut [u8],
-) -> Result<Response<'a>, ErrorReply> {
-    let slots = vm.memory.slots();
-    let of = slots.by_id(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
-    if !first_page.is_multiple_of(64) {
-        return Err(ErrorReply::NeedsAlignment);
-    }
-    let left = of
-        .pages
-        .checked_sub(first_page)
-        .ok_or(ErrorReply::OutOfRange)?;
-    if pages == 0 || u64::from(pages) > left || pages > BITMAP_READ_PAGES_MAX {
-        return Err(ErrorReply::OutOfRange);
-    }
-    let words = vm
-        .memory
-        .stage2()
-        .in_flight(of.id, s2::Epoch(epoch.0))
-        .map_err(work::refusal)?;
-    let words = words.get((first_page / 64) as usize..).unwrap_or_default();
-    let encoded = bitmap::encode(
-        words,
-        |word| word.load(Relaxed),
-        pages.min(ANSWER_PAGES),
-        room,
-    )
-    .ok_or(ErrorReply::OutOfRange)?;
-    Ok(Response::Bitmap {
-        first_page,
-        pages: encoded.pages,
-        encoding: room.get(..encoded.len).unwrap_or_default(),
-    })
-}
-
-fn memory_piece<'a>(
-    vm: &Vm,
-    ipa: u64,
-    len: u32,
-    room: &'a mut [u8],
-) -> Result<Response<'a>, ErrorReply> {
-    if !ipa.is_multiple_of(8) || !len.is_multiple_of(8) {
-        return Err(ErrorReply::NeedsAlignment);
-    }
-    if len == 0 || len > MEMORY_READ_MAX {
-        return Err(ErrorReply::OutOfRange);
-    }
-    work::require_cleared(vm)?;
-    let slots = vm.memory.slots();
-    let words = slots.words(ipa).ok_or(ErrorReply::OutOfRange)?;
-    let most = (len as usize / 8).min(ANSWER_WORDS);
-    let wanted = words.get(..most).unwrap_or(words);
-    let encoded = pages::encode(wanted, |word| word.load(Relaxed), room);
-    Ok(Response::Memory {
-        ipa,
-        covered: (encoded.words * 8) as u32,
-        encoding: room.get(..encoded.len).unwrap_or_default(),
-    })
 }
 
 /// All about a VM, for a person.

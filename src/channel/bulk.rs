@@ -1,0 +1,390 @@
+//! Answers that carry guest memory or a bitmap: as long as the session's frames may be, and made in bounded steps.
+//!
+//! One is made at a time, in three stages: its piece is read, the message is framed, and the frame goes to the line in
+//! one go, as soon as there is room. So one is made while the one before it is being sent.
+//!
+//! What is read at each step is looked up at each step: between two of them a VM may lose its epoch, and a slot its
+//! memory. An answer whose session is over is dropped. They leave in the order in which they were asked for, and
+//! answers of other kinds may overtake them.
+//!
+//! Concurrency: one job at a time, on any CPU, which alone takes `MAKING`; then what reading takes. `WAITING` is a leaf.
+
+use super::SESSION;
+use crate::console;
+use crate::sched::job::{self, Step};
+use crate::sched::meter;
+use crate::vm::{self, work};
+use alloc::boxed::Box;
+use alloc::collections::VecDeque;
+use core::mem;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use spin::Mutex;
+use tidemark_stage2 as s2;
+use tidemark_wire::frame::{Encoder, Header, Kind, buffer_len};
+use tidemark_wire::message::*;
+use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, RESPONSE_PAYLOAD_MAX};
+use tidemark_wire::{bitmap, pages};
+
+/// Words of memory read in a step. One costs a hundred instructions at worst, where every other is zero.
+const READ_STEP: usize = 256;
+/// Bytes framed in a step, at some seven instructions each.
+const FRAME_STEP: usize = 2048;
+/// Longest frame, delimiters included.
+const FRAME_MAX: usize = buffer_len(RESPONSE_PAYLOAD_MAX) + 2;
+/// Answers that may be waited for: twice as many as the host tool has in flight.
+const WAITING_MAX: usize = 16;
+/// Room on the line that is left to events and text.
+const LEFT_TO_OTHERS: usize = 4096;
+
+/// What is wanted.
+#[derive(Clone, Copy)]
+pub enum Wanted {
+    /// A piece of a bitmap.
+    Bitmap {
+        /// Which VM's.
+        vm: VmId,
+        /// Which slot's.
+        slot: SlotId,
+        /// Of this epoch.
+        epoch: Epoch,
+        /// The first page.
+        first_page: u64,
+        /// How many.
+        pages: u32,
+    },
+    /// A piece of memory.
+    Memory {
+        /// Which VM's.
+        vm: VmId,
+        /// Where.
+        ipa: u64,
+        /// Bytes.
+        len: u32,
+    },
+}
+
+impl Wanted {
+    /// What `request` wants, if its answer is of this kind.
+    pub fn of(request: &Request<'_>) -> Option<Self> {
+        Some(match *request {
+            Request::BitmapRead {
+                vm,
+                slot,
+                epoch,
+                first_page,
+                pages,
+            } => Self::Bitmap {
+                vm,
+                slot,
+                epoch,
+                first_page,
+                pages,
+            },
+            Request::ReadMemory { vm, ipa, len } => Self::Memory { vm, ipa, len },
+            _ => return None,
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Asked {
+    /// The answer's, which names session and request.
+    header: Header,
+    wanted: Wanted,
+}
+
+/// What is still to be answered; the first one is being made.
+static WAITING: Mutex<VecDeque<Asked>> = Mutex::new(VecDeque::new());
+/// Whether there is a job, or one will be submitted when the line has room.
+static AT_WORK: AtomicBool = AtomicBool::new(false);
+/// How much room on the line is waited for, if any.
+static ROOM_AWAITED: AtomicUsize = AtomicUsize::new(0);
+
+/// How far the answer in the making is.
+enum Stage {
+    /// So much of what was asked for is read: bytes of memory.
+    Reading { covered: u32 },
+    /// So much of `payload` is framed.
+    Framing { encoder: Encoder, framed: usize },
+    /// `frame` waits for the line.
+    Sending,
+}
+
+impl Stage {
+    const FIRST: Self = Self::Reading { covered: 0 };
+}
+
+struct Making {
+    of: Option<Header>,
+    stage: Stage,
+    piece: Buffer<RESPONSE_PAYLOAD_MAX>,
+    payload: Buffer<RESPONSE_PAYLOAD_MAX>,
+    frame: Buffer<FRAME_MAX>,
+}
+
+static MAKING: Mutex<Making> = Mutex::new(Making {
+    of: None,
+    stage: Stage::FIRST,
+    piece: Buffer::NEW,
+    payload: Buffer::NEW,
+    frame: Buffer::NEW,
+});
+
+/// Bytes, and room for more.
+struct Buffer<const N: usize> {
+    bytes: [u8; N],
+    len: usize,
+}
+
+impl<const N: usize> Buffer<N> {
+    const NEW: Self = Self {
+        bytes: [0; N],
+        len: 0,
+    };
+
+    fn used(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+
+    /// What is free, as far as the buffer may be filled.
+    fn room(&mut self, most: usize) -> &mut [u8] {
+        let end = most.min(N);
+        self.bytes.get_mut(self.len..end).unwrap_or_default()
+    }
+
+    /// Adds bytes; buffers are as large as what goes into them.
+    fn push(&mut self, bytes: &[u8]) {
+        if let Some(place) = self.bytes.get_mut(self.len..self.len + bytes.len()) {
+            place.copy_from_slice(bytes);
+            self.len += bytes.len();
+        }
+    }
+}
+
+/// Asks for an answer, which will come. `header` is the request's.
+///
+/// # Errors
+/// Busy, when too many wait already.
+pub fn ask(header: Header, wanted: Wanted) -> Result<(), ErrorReply> {
+    let header = Header {
+        kind: Kind::Response,
+        ..header
+    };
+    {
+        let mut waiting = WAITING.lock();
+        waiting.retain(|asked| asked.header.session == header.session);
+        // Asked for again because it took so long: it is on its way.
+        if waiting.iter().any(|asked| asked.header == header) {
+            return Ok(());
+        }
+        if waiting.len() == WAITING_MAX {
+            return Err(ErrorReply::Busy);
+        }
+        waiting.push_back(Asked { header, wanted });
+    }
+    if !AT_WORK.swap(true, AcqRel) {
+        job::submit(Box::new(step));
+    }
+    Ok(())
+}
+
+/// Goes on if the line has the room that an answer waits for.
+pub fn line_moved() {
+    let room = ROOM_AWAITED.load(SeqCst);
+    if room > 0 && console::has_room(room) && ROOM_AWAITED.swap(0, SeqCst) > 0 {
+        job::submit(Box::new(step));
+    }
+}
+
+/// The next to be answered, and the longest payload for it. Those that nobody waits for any more are dropped.
+fn next() -> Option<(Asked, usize)> {
+    let open = *SESSION.lock();
+    let mut waiting = WAITING.lock();
+    waiting.retain(|asked| open.is_some_and(|open| open.session == asked.header.session));
+    waiting
+        .front()
+        .copied()
+        .zip(open.map(|open| open.max_payload))
+}
+
+fn step() -> Step {
+    let making = &mut *MAKING.lock();
+    let Some((asked, max_payload)) = next() else {
+        making.of = None;
+        AT_WORK.store(false, SeqCst);
+        // Whoever asked before that has submitted no job.
+        let more = !WAITING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
+        return if more { Step::Again } else { Step::Done };
+    };
+    if making.of != Some(asked.header) {
+        making.begin(asked.header);
+    }
+    match &mut making.stage {
+        Stage::Reading { .. } => making.read(asked, max_payload),
+        Stage::Framing { .. } => making.frame_some(),
+        Stage::Sending => return making.send(),
+    }
+    Step::Again
+}
+
+/// What a step of reading came to.
+enum Read<'a> {
+    /// There is more, and room for it.
+    More,
+    /// That is the answer.
+    All(Response<'a>),
+}
+
+impl Making {
+    fn begin(&mut self, header: Header) {
+        self.of = Some(header);
+        self.stage = Stage::FIRST;
+        self.piece.len = 0;
+    }
+
+    fn read(&mut self, asked: Asked, max_payload: usize) {
+        let Stage::Reading { covered } = &mut self.stage else {
+            return;
+        };
+        let room = max_payload.saturating_sub(PIECE_OVERHEAD);
+        let read = match asked.wanted {
+            Wanted::Bitmap {
+                vm,
+                slot,
+                epoch,
+                first_page,
+                pages,
+            } => meter::metered(Task::BitmapRead, || {
+                read_bitmap(vm, slot, epoch, first_page, pages, self.piece.room(room))
+            }),
+            Wanted::Memory { vm, ipa, len } => meter::metered(Task::MemoryRead, || {
+                read_memory(vm, ipa, len, covered, &mut self.piece, room)
+            }),
+        };
+        let response = match read {
+            Ok(Read::More) => return,
+            Ok(Read::All(response)) => response,
+            Err(error) => Response::Error(error),
+        };
+        // It was made to fit.
+        let room = self.payload.bytes.get_mut(..max_payload);
+        self.payload.len = response
+            .encode(room.unwrap_or_default())
+            .map_or(0, <[u8]>::len);
+        self.frame.len = 0;
+        let mut sink = |part: &[u8]| self.frame.push(part);
+        if let Ok(encoder) = Encoder::begin(&asked.header, self.payload.len, &mut sink) {
+            self.stage = Stage::Framing { encoder, framed: 0 };
+        }
+    }
+
+    fn frame_some(&mut self) {
+        let Stage::Framing { encoder, framed } = &mut self.stage else {
+            return;
+        };
+        let mut sink = |part: &[u8]| self.frame.push(part);
+        let left = self.payload.used().get(*framed..).unwrap_or_default();
+        let part = left.get(..FRAME_STEP).unwrap_or(left);
+        encoder.push(part, &mut sink);
+        *framed += part.len();
+        if part.len() == left.len()
+            && let Stage::Framing { encoder, .. } = mem::replace(&mut self.stage, Stage::Sending)
+        {
+            encoder.finish(&mut sink);
+        }
+    }
+
+    fn send(&mut self) -> Step {
+        let frame = self.frame.used();
+        let room = frame.len() + LEFT_TO_OTHERS;
+        if console::write_if_room(frame, room).is_err() {
+            // The UART's interrupts go on till there is.
+            ROOM_AWAITED.store(room, SeqCst);
+            if !console::has_room(room) || ROOM_AWAITED.swap(0, SeqCst) == 0 {
+                return Step::Done;
+            }
+            return Step::Again;
+        }
+        let mut waiting = WAITING.lock();
+        if waiting.front().map(|asked| asked.header) == self.of {
+            waiting.pop_front();
+        }
+        self.of = None;
+        Step::Again
+    }
+}
+
+fn read_bitmap<'a>(
+    vm: VmId,
+    slot: SlotId,
+    epoch: Epoch,
+    first_page: u64,
+    pages: u32,
+    room: &'a mut [u8],
+) -> Result<Read<'a>, ErrorReply> {
+    let vm = vm::by_id(vm).ok_or(ErrorReply::NoSuchVm)?;
+    let slots = vm.memory.slots();
+    let of = slots.by_id(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
+    if !first_page.is_multiple_of(64) {
+        return Err(ErrorReply::NeedsAlignment);
+    }
+    let left = of
+        .pages
+        .checked_sub(first_page)
+        .ok_or(ErrorReply::OutOfRange)?;
+    if pages == 0 || u64::from(pages) > left || pages > BITMAP_READ_PAGES_MAX {
+        return Err(ErrorReply::OutOfRange);
+    }
+    let words = vm
+        .memory
+        .stage2()
+        .in_flight(of.id, s2::Epoch(epoch.0))
+        .map_err(work::refusal)?;
+    let words = words.get((first_page / 64) as usize..).unwrap_or_default();
+    let encoded = bitmap::encode(words, |word| word.load(Relaxed), pages, room)
+        .ok_or(ErrorReply::OutOfRange)?;
+    Ok(Read::All(Response::Bitmap {
+        first_page,
+        pages: encoded.pages,
+        encoding: room.get(..encoded.len).unwrap_or_default(),
+    }))
+}
+
+/// Reads the next words, and notes how many bytes are `covered` by then.
+fn read_memory<'a>(
+    vm: VmId,
+    ipa: u64,
+    len: u32,
+    covered: &mut u32,
+    piece: &'a mut Buffer<RESPONSE_PAYLOAD_MAX>,
+    room: usize,
+) -> Result<Read<'a>, ErrorReply> {
+    let vm = vm::by_id(vm).ok_or(ErrorReply::NoSuchVm)?;
+    if !ipa.is_multiple_of(8) || !len.is_multiple_of(8) {
+        return Err(ErrorReply::NeedsAlignment);
+    }
+    if len == 0 || len > MEMORY_READ_MAX {
+        return Err(ErrorReply::OutOfRange);
+    }
+    work::require_cleared(vm)?;
+    let at = ipa
+        .checked_add(u64::from(*covered))
+        .ok_or(ErrorReply::OutOfRange)?;
+    let slots = vm.memory.slots();
+    let words = slots.words(at).ok_or(ErrorReply::OutOfRange)?;
+    let most = ((len - *covered) / 8) as usize;
+    let wanted = words.get(..most.min(READ_STEP)).unwrap_or(words);
+    let encoded = pages::encode(wanted, |word| word.load(Relaxed), piece.room(room));
+    piece.len += encoded.len;
+    *covered += (encoded.words * 8) as u32;
+    // An answer ends where its frame is full, or a run of frames ends: the next may be another slot's.
+    let more = encoded.words == wanted.len() && encoded.words < most.min(words.len());
+    if more {
+        return Ok(Read::More);
+    }
+    Ok(Read::All(Response::Memory {
+        ipa,
+        covered: *covered,
+        encoding: piece.used(),
+    }))
+}
