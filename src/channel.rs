@@ -105,14 +105,21 @@ fn forget_open_frame() {
 /// The UART's interrupt.
 pub fn interrupt() {
     forget_open_frame();
-    console::interrupt(receive);
+    let mut last = Appetite::More;
+    console::interrupt(|byte| {
+        last = receive(byte);
+        last
+    });
     if ROOM_AWAITED.load(SeqCst)
         && console::has_room(2 * EVENT_TEXT)
         && ROOM_AWAITED.swap(false, SeqCst)
     {
         send_text_soon();
     }
-    bulk::line_moved();
+    // A request is enough for one interrupt, and its answer for the next.
+    if last == Appetite::More {
+        bulk::advance();
+    }
 }
 
 /// Takes one byte. A whole request is copied out, so that the receiver is free while it is

@@ -7,7 +7,8 @@
 //! memory. An answer whose session is over is dropped. They leave in the order in which they were asked for, and
 //! answers of other kinds may overtake them.
 //!
-//! Concurrency: one job at a time, on any CPU, which alone takes `MAKING`; then what reading takes. `WAITING` is a leaf.
+//! Concurrency: whoever holds `MAKING` takes a step, the job on any CPU or the UART's interrupt; then what reading
+//! takes. `WAITING` is a leaf.
 
 use super::SESSION;
 use crate::console;
@@ -22,15 +23,18 @@ use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Encoder, Header, Kind, buffer_len};
 use tidemark_wire::message::*;
-use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, RESPONSE_PAYLOAD_MAX};
-use tidemark_wire::{bitmap, pages};
+use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, bitmap, pages};
 
-/// Words of memory read in a step. One costs a hundred instructions at worst, where every other is zero.
-const READ_STEP: usize = 256;
-/// Bytes framed in a step, at some seven instructions each.
-const FRAME_STEP: usize = 2048;
+/// Words of memory read in a step, most of which are zero in most guests and cost three instructions.
+const READ_WORDS: usize = 2048;
+/// Bytes that they may become: a word that is one of few alike costs some fifty.
+const READ_BYTES: usize = 2048;
+/// Bytes framed in a step, at seventeen instructions each.
+const FRAME_STEP: usize = 1024;
+/// Longest payload: its frame is put on the line in one go, at three instructions a byte.
+pub const PAYLOAD_MAX: usize = 8192;
 /// Longest frame, delimiters included.
-const FRAME_MAX: usize = buffer_len(RESPONSE_PAYLOAD_MAX) + 2;
+const FRAME_MAX: usize = buffer_len(PAYLOAD_MAX) + 2;
 /// Answers that may be waited for: twice as many as the host tool has in flight.
 const WAITING_MAX: usize = 16;
 /// Room on the line that is left to events and text.
@@ -104,7 +108,7 @@ static ROOM_AWAITED: AtomicUsize = AtomicUsize::new(0);
 enum Stage {
     /// So much of what was asked for is read: bytes of memory.
     Reading { covered: u32 },
-    /// So much of `payload` is framed.
+    /// So much of `piece` is framed.
     Framing { encoder: Encoder, framed: usize },
     /// `frame` waits for the line.
     Sending,
@@ -117,8 +121,7 @@ impl Stage {
 struct Making {
     of: Option<Header>,
     stage: Stage,
-    piece: Buffer<RESPONSE_PAYLOAD_MAX>,
-    payload: Buffer<RESPONSE_PAYLOAD_MAX>,
+    piece: Buffer<PAYLOAD_MAX>,
     frame: Buffer<FRAME_MAX>,
 }
 
@@ -126,18 +129,20 @@ static MAKING: Mutex<Making> = Mutex::new(Making {
     of: None,
     stage: Stage::FIRST,
     piece: Buffer::NEW,
-    payload: Buffer::NEW,
     frame: Buffer::NEW,
 });
 
-/// Bytes, and room for more.
+/// Bytes, and room for more. Aligned behind the tag of a bitmap's encoding, whose words are then copied as words.
+#[repr(C, align(8))]
 struct Buffer<const N: usize> {
+    _before: [u8; 7],
     bytes: [u8; N],
     len: usize,
 }
 
 impl<const N: usize> Buffer<N> {
     const NEW: Self = Self {
+        _before: [0; 7],
         bytes: [0; N],
         len: 0,
     };
@@ -188,11 +193,20 @@ pub fn ask(header: Header, wanted: Wanted) -> Result<(), ErrorReply> {
     Ok(())
 }
 
-/// Goes on if the line has the room that an answer waits for.
-pub fn line_moved() {
+/// An interrupt of the UART: takes a step, because a CPU that runs a guest comes to a job at its next tick only.
+pub fn advance() {
+    if !AT_WORK.load(Acquire) {
+        return;
+    }
     let room = ROOM_AWAITED.load(SeqCst);
-    if room > 0 && console::has_room(room) && ROOM_AWAITED.swap(0, SeqCst) > 0 {
+    if room > 0 {
+        if !console::has_room(room) || ROOM_AWAITED.swap(0, SeqCst) == 0 {
+            return;
+        }
         job::submit(Box::new(step));
+    }
+    if let Some(mut making) = MAKING.try_lock() {
+        making.step();
     }
 }
 
@@ -208,34 +222,37 @@ fn next() -> Option<(Asked, usize)> {
 }
 
 fn step() -> Step {
-    let making = &mut *MAKING.lock();
-    let Some((asked, max_payload)) = next() else {
-        making.of = None;
-        AT_WORK.store(false, SeqCst);
-        // Whoever asked before that has submitted no job.
-        let more = !WAITING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
-        return if more { Step::Again } else { Step::Done };
-    };
-    if making.of != Some(asked.header) {
-        making.begin(asked.header);
-    }
-    match &mut making.stage {
-        Stage::Reading { .. } => making.read(asked, max_payload),
-        Stage::Framing { .. } => making.frame_some(),
-        Stage::Sending => return making.send(),
-    }
-    Step::Again
+    MAKING.lock().step()
 }
 
 /// What a step of reading came to.
-enum Read<'a> {
+enum Read {
     /// There is more, and room for it.
     More,
-    /// That is the answer.
-    All(Response<'a>),
+    /// The answer is this and `piece`.
+    All(Response<'static>),
 }
 
 impl Making {
+    fn step(&mut self) -> Step {
+        let Some((asked, max_payload)) = next() else {
+            self.of = None;
+            AT_WORK.store(false, SeqCst);
+            // Whoever asked before that has submitted no job.
+            let more = !WAITING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
+            return if more { Step::Again } else { Step::Done };
+        };
+        if self.of != Some(asked.header) {
+            self.begin(asked.header);
+        }
+        match &mut self.stage {
+            Stage::Reading { .. } => self.read(asked, max_payload),
+            Stage::Framing { .. } => self.frame_some(),
+            Stage::Sending => return self.send(),
+        }
+        Step::Again
+    }
+
     fn begin(&mut self, header: Header) {
         self.of = Some(header);
         self.stage = Stage::FIRST;
@@ -247,6 +264,7 @@ impl Making {
             return;
         };
         let room = max_payload.saturating_sub(PIECE_OVERHEAD);
+        let piece = &mut self.piece;
         let read = match asked.wanted {
             Wanted::Bitmap {
                 vm,
@@ -255,25 +273,28 @@ impl Making {
                 first_page,
                 pages,
             } => meter::metered(Task::BitmapRead, || {
-                read_bitmap(vm, slot, epoch, first_page, pages, self.piece.room(room))
+                read_bitmap(vm, slot, epoch, first_page, pages, piece, room)
             }),
             Wanted::Memory { vm, ipa, len } => meter::metered(Task::MemoryRead, || {
-                read_memory(vm, ipa, len, covered, &mut self.piece, room)
+                read_memory(vm, ipa, len, covered, piece, room)
             }),
         };
-        let response = match read {
+        let mut buffer = [0; PIECE_OVERHEAD];
+        let head = match read {
             Ok(Read::More) => return,
-            Ok(Read::All(response)) => response,
-            Err(error) => Response::Error(error),
+            Ok(Read::All(without)) => without.head(piece.len, &mut buffer),
+            Err(error) => {
+                piece.len = 0;
+                Response::Error(error).encode(&mut buffer)
+            }
         };
-        // It was made to fit.
-        let room = self.payload.bytes.get_mut(..max_payload);
-        self.payload.len = response
-            .encode(room.unwrap_or_default())
-            .map_or(0, <[u8]>::len);
+        // An error is shorter than a head, and either is within its bounds.
+        let head = head.unwrap_or_default();
         self.frame.len = 0;
         let mut sink = |part: &[u8]| self.frame.push(part);
-        if let Ok(encoder) = Encoder::begin(&asked.header, self.payload.len, &mut sink) {
+        let begun = Encoder::begin(&asked.header, head.len() + piece.len, &mut sink);
+        if let Ok(mut encoder) = begun {
+            encoder.push(head, &mut sink);
             self.stage = Stage::Framing { encoder, framed: 0 };
         }
     }
@@ -283,7 +304,7 @@ impl Making {
             return;
         };
         let mut sink = |part: &[u8]| self.frame.push(part);
-        let left = self.payload.used().get(*framed..).unwrap_or_default();
+        let left = self.piece.used().get(*framed..).unwrap_or_default();
         let part = left.get(..FRAME_STEP).unwrap_or(left);
         encoder.push(part, &mut sink);
         *framed += part.len();
@@ -314,14 +335,15 @@ impl Making {
     }
 }
 
-fn read_bitmap<'a>(
+fn read_bitmap(
     vm: VmId,
     slot: SlotId,
     epoch: Epoch,
     first_page: u64,
     pages: u32,
-    room: &'a mut [u8],
-) -> Result<Read<'a>, ErrorReply> {
+    piece: &mut Buffer<PAYLOAD_MAX>,
+    room: usize,
+) -> Result<Read, ErrorReply> {
     let vm = vm::by_id(vm).ok_or(ErrorReply::NoSuchVm)?;
     let slots = vm.memory.slots();
     let of = slots.by_id(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
@@ -341,24 +363,25 @@ fn read_bitmap<'a>(
         .in_flight(of.id, s2::Epoch(epoch.0))
         .map_err(work::refusal)?;
     let words = words.get((first_page / 64) as usize..).unwrap_or_default();
-    let encoded = bitmap::encode(words, |word| word.load(Relaxed), pages, room)
+    let encoded = bitmap::encode(words, |word| word.load(Relaxed), pages, piece.room(room))
         .ok_or(ErrorReply::OutOfRange)?;
+    piece.len = encoded.len;
     Ok(Read::All(Response::Bitmap {
         first_page,
         pages: encoded.pages,
-        encoding: room.get(..encoded.len).unwrap_or_default(),
+        encoding: &[],
     }))
 }
 
 /// Reads the next words, and notes how many bytes are `covered` by then.
-fn read_memory<'a>(
+fn read_memory(
     vm: VmId,
     ipa: u64,
     len: u32,
     covered: &mut u32,
-    piece: &'a mut Buffer<RESPONSE_PAYLOAD_MAX>,
+    piece: &mut Buffer<PAYLOAD_MAX>,
     room: usize,
-) -> Result<Read<'a>, ErrorReply> {
+) -> Result<Read, ErrorReply> {
     let vm = vm::by_id(vm).ok_or(ErrorReply::NoSuchVm)?;
     if !ipa.is_multiple_of(8) || !len.is_multiple_of(8) {
         return Err(ErrorReply::NeedsAlignment);
@@ -372,19 +395,19 @@ fn read_memory<'a>(
         .ok_or(ErrorReply::OutOfRange)?;
     let slots = vm.memory.slots();
     let words = slots.words(at).ok_or(ErrorReply::OutOfRange)?;
-    let most = ((len - *covered) / 8) as usize;
-    let wanted = words.get(..most.min(READ_STEP)).unwrap_or(words);
-    let encoded = pages::encode(wanted, |word| word.load(Relaxed), piece.room(room));
+    let left = words.len().min(((len - *covered) / 8) as usize);
+    let wanted = words.get(..left.min(READ_WORDS)).unwrap_or(words);
+    let some = room.min(piece.len + READ_BYTES);
+    let encoded = pages::encode(wanted, |word| word.load(Relaxed), piece.room(some));
     piece.len += encoded.len;
     *covered += (encoded.words * 8) as u32;
-    // An answer ends where its frame is full, or a run of frames ends: the next may be another slot's.
-    let more = encoded.words == wanted.len() && encoded.words < most.min(words.len());
-    if more {
+    // An answer ends where its frame is full, or a run of the slot's frames ends: the next may be another slot's.
+    if encoded.words < left && room - piece.len >= pages::ROOM_MIN {
         return Ok(Read::More);
     }
     Ok(Read::All(Response::Memory {
         ipa,
         covered: *covered,
-        encoding: piece.used(),
+        encoding: &[],
     }))
 }

@@ -16,7 +16,7 @@ use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Header, Kind, Session};
 use tidemark_wire::message::*;
-use tidemark_wire::{PROTOCOL, RESPONSE_PAYLOAD_MAX, RESPONSE_PAYLOAD_MIN};
+use tidemark_wire::{PROTOCOL, RESPONSE_PAYLOAD_MIN};
 
 /// The version that HELLO is answered with.
 const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
@@ -99,7 +99,7 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
     if session.0 == 0 {
         return Response::Error(ErrorReply::StaleSession);
     }
-    let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, RESPONSE_PAYLOAD_MAX);
+    let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, bulk::PAYLOAD_MAX);
     let again = SESSION.lock().is_some_and(|open| open.session == session);
     if !again {
         close();

@@ -92,17 +92,20 @@ fn write_raw<W>(
 ) -> Option<()> {
     let (tag, rest) = out.get_mut(..fit.len)?.split_first_mut()?;
     *tag = RAW;
+    let words = words.get(..rest.len() / 8)?;
+    // Stores of whole words may be had only where the compiler knows of their alignment: not in `out`.
+    let mut staged = [[0; 8]; 64];
+    for (place, some) in rest
+        .chunks_mut(staged.as_flattened().len())
+        .zip(words.chunks(64))
+    {
+        for (bytes, word) in staged.iter_mut().zip(some) {
+            *bytes = read(word).to_le_bytes();
+        }
+        let bytes = staged.as_flattened().get(..place.len())?;
+        place.copy_from_slice(bytes);
+    }
     let places = rest.as_chunks_mut::<8>().0;
-    let words = words.get(..places.len())?;
-    // Eight words a turn: the loop costs as much as two of them.
-    let (eights, last) = words.as_chunks::<8>();
-    let (eights_out, last_out) = places.as_chunks_mut::<8>();
-    for (place, eight) in eights_out.iter_mut().zip(eights) {
-        *place = eight.each_ref().map(|word| read(word).to_le_bytes());
-    }
-    for (place, word) in last_out.iter_mut().zip(last) {
-        *place = read(word).to_le_bytes();
-    }
     if let Some((place, index)) = places.last_mut().zip(words_for(fit.pages).checked_sub(1)) {
         let mask = word_mask(fit.pages, index);
         *place = (u64::from_le_bytes(*place) & mask).to_le_bytes();

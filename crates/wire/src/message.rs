@@ -411,6 +411,29 @@ impl<'a> Request<'a> {
     }
 }
 
+impl Response<'_> {
+    /// What comes before the `len` bytes of a piece, if `self` is its message without them: for a message that is
+    /// made in parts.
+    ///
+    /// # Errors
+    /// [`DoesNotFit`], also for other messages: they have no head.
+    pub fn head<'b>(
+        &self,
+        len: usize,
+        buffer: &'b mut [u8; PIECE_OVERHEAD],
+    ) -> Result<&'b [u8], DoesNotFit> {
+        match self {
+            Self::Bitmap { encoding: [], .. } | Self::Memory { encoding: [], .. } => {}
+            _ => return Err(DoesNotFit),
+        }
+        // The last byte is the length of no bytes.
+        let before = self.encode(buffer)?.len() - 1;
+        let place = buffer.get_mut(before..).ok_or(DoesNotFit)?;
+        let end = before + encode(&len, place)?.len();
+        buffer.get(..end).ok_or(DoesNotFit)
+    }
+}
+
 impl<'a> Response<'a> {
     /// Encodes into `buffer` and returns the part used.
     ///

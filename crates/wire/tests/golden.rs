@@ -4,9 +4,9 @@ use proptest::prelude::*;
 use tidemark_wire::PROTOCOL;
 use tidemark_wire::message::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
-    Extent, Features, Granularity, Logging, Mappings, NotAMessage, Quota, Request, Response,
-    SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId, VmInfo, VmState,
-    VmSummary,
+    Extent, Features, Granularity, Logging, Mappings, NotAMessage, PIECE_OVERHEAD, Quota, Request,
+    Response, SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId, VmInfo,
+    VmState, VmSummary,
 };
 
 const VM: VmId = VmId(2);
@@ -665,4 +665,44 @@ proptest! {
         buffer[at.index(len)] = to;
         let _ = Response::decode(&buffer[..len]);
     }
+}
+
+#[test]
+fn a_piece_has_a_head() {
+    for len in [0, 1, 127, 128, 5000, 16_000] {
+        let bytes = vec![0xA5; len];
+        for (whole, without) in [
+            (
+                Response::Memory {
+                    ipa: u64::MAX,
+                    covered: u32::MAX,
+                    encoding: &bytes,
+                },
+                Response::Memory {
+                    ipa: u64::MAX,
+                    covered: u32::MAX,
+                    encoding: &[],
+                },
+            ),
+            (
+                Response::Bitmap {
+                    first_page: 64,
+                    pages: 300,
+                    encoding: &bytes,
+                },
+                Response::Bitmap {
+                    first_page: 64,
+                    pages: 300,
+                    encoding: &[],
+                },
+            ),
+        ] {
+            let mut head = [0; PIECE_OVERHEAD];
+            let head = without.head(len, &mut head).expect("it fits");
+            let mut buffer = vec![0; 17_000];
+            let wanted = whole.encode(&mut buffer).expect("it fits");
+            assert_eq!([head, &bytes].concat(), wanted, "{len}");
+        }
+    }
+    assert!(Response::Ok.head(1, &mut [0; PIECE_OVERHEAD]).is_err());
 }

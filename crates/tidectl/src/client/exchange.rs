@@ -123,7 +123,7 @@ impl Client {
             clock.answer = Instant::now();
             clock.moved = clock.answer;
             clock.retry = self.options.retry;
-            // The line keeps its order: what was sent before this one has been lost.
+            // Requests of a kind are answered in their order: what was sent before this one has been lost.
             self.resend_first(during, &mut flights, place)?;
             let response = Response::decode(&payload).map_err(|error| Error::Protocol {
                 during: during.into(),

@@ -115,21 +115,8 @@ impl Blocks {
         }
     }
 
-    /// Eight bytes at a time where no block ends among them: EL2 does this with nobody looking for an interrupt.
+    /// The places are kept in registers meanwhile: EL2 does this with nobody looking for an interrupt.
     fn push(&mut self, bytes: &[u8], sink: &mut impl FnMut(&[u8])) {
-        let (eights, rest) = bytes.as_chunks::<8>();
-        for eight in eights {
-            if has_zero(u64::from_le_bytes(*eight)) || self.used - self.code + 8 >= BLOCK {
-                self.push_each(eight, sink);
-            } else if let Some(place) = self.out.get_mut(self.used..self.used + 8) {
-                place.copy_from_slice(eight);
-                self.used += 8;
-            }
-        }
-        self.push_each(rest, sink);
-    }
-
-    fn push_each(&mut self, bytes: &[u8], sink: &mut impl FnMut(&[u8])) {
         let (mut code, mut used) = (self.code, self.used);
         for &byte in bytes {
             if byte != 0 {
@@ -164,10 +151,4 @@ impl Blocks {
         }
         sink(&self.out[..self.used]);
     }
-}
-
-/// Whether a byte of `word` is zero: only a zero byte, or one above it, borrows into its own top bit.
-fn has_zero(word: u64) -> bool {
-    const ONES: u64 = u64::MAX / 255;
-    word.wrapping_sub(ONES) & !word & ONES << 7 != 0
 }
