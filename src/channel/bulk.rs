@@ -318,7 +318,15 @@ impl Making {
     fn send(&mut self) -> Step {
         let frame = self.frame.used();
         let room = frame.len() + LEFT_TO_OTHERS;
-        if console::write_if_room(frame, room).is_err() {
+        // Held till the frame is on the line: none comes after the next session's first answer.
+        let session = SESSION.lock();
+        if session.map(|open| open.session) != self.of.map(|header| header.session) {
+            self.of = None;
+            return Step::Again;
+        }
+        let sent = console::write_if_room(frame, room);
+        drop(session);
+        if sent.is_err() {
             // The UART's interrupts go on till there is.
             ROOM_AWAITED.store(room, SeqCst);
             if !console::has_room(room) || ROOM_AWAITED.swap(0, SeqCst) == 0 {

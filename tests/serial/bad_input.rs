@@ -48,6 +48,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("wrong_version", 60, wrong_version).at(Place::Anywhere),
         Case::new("stale_session", 60, stale_session).at(Place::Anywhere),
         Case::new("no_such_vm", 60, no_such_vm).at(Place::Anywhere),
+        Case::new("session_ends_amid_pieces", 60, session_ends_amid_pieces),
         Case::new("peer_vanishes_mid_transfer", 90, peer_vanishes).at(Place::Anywhere),
     ]
 }
@@ -457,6 +458,78 @@ fn no_such_vm(script: &mut Script) -> Result<()> {
 }
 
 /// A host that dies between a take and its commit loses nothing: the next one is told.
+/// Long pieces of memory are being made when another host says Hello: none of them comes after its answer.
+fn session_ends_amid_pieces(script: &mut Script) -> Result<()> {
+    const PIECES: u16 = 12;
+    const LONG: u16 = 8192;
+    let target = start_oracle(script)?;
+    let mut raw = Raw::connect(target, 0x4444);
+    let hello = Request::Hello {
+        protocol: PROTOCOL,
+        max_payload: LONG,
+    };
+    raw.ask(&hello, |response| match response {
+        Response::Hello {
+            max_payload: LONG, ..
+        } => Ok(()),
+        other => bail!("Hello was answered by {other:?}"),
+    })?;
+    let base = raw.ask(&Request::Info { vm: VmId(0) }, |response| match response {
+        Response::Info(info) => Ok(info.slots.first().context("no memory")?.base_ipa),
+        other => bail!("Info was answered by {other:?}"),
+    })?;
+    let mut burst = Vec::new();
+    for _ in 0..PIECES {
+        // The guest's program, which does not compress.
+        burst.extend(raw.frame(&Request::ReadMemory {
+            vm: VmId(0),
+            ipa: base,
+            len: 65536,
+        })?);
+    }
+    raw.become_session(0x5555);
+    burst.extend(raw.frame(&hello)?);
+    let first = raw.last();
+    burst.extend(raw.frame(&Request::List)?);
+    raw.send(&burst)?;
+    let before = raw.all_responses(tidemark_tests::clocks::scaled(20))?;
+    // Whatever was left over comes before this.
+    let done = raw.frame(&Request::ReadMemory {
+        vm: VmId(0),
+        ipa: base,
+        len: 65536,
+    })?;
+    raw.send(&done)?;
+    let after = raw.all_responses(tidemark_tests::clocks::scaled(20))?;
+    let all = [before, after].concat();
+    let opened = all
+        .iter()
+        .position(|(header, _)| (header.seq, header.session) == first);
+    let opened = opened.context("Hello was not answered")?;
+    let (old, new) = all.split_at(opened);
+    ensure!(
+        new.iter().all(|(header, _)| header.session == first.1),
+        "a session that was over was answered"
+    );
+    ensure!(
+        old.is_sorted_by_key(|(header, _)| header.seq.0),
+        "pieces came out of their order"
+    );
+    let (_, last) = all.last().context("no answer at all")?;
+    match Response::decode(last).map_err(|error| anyhow::anyhow!("{error}"))? {
+        Response::Memory { encoding, .. } => ensure!(
+            encoding.len() > 4096 && last.len() <= usize::from(LONG),
+            "a piece of {} bytes in an answer of {}",
+            encoding.len(),
+            last.len()
+        ),
+        other => bail!("ReadMemory was answered by {other:?}"),
+    }
+    eprintln!("{} pieces before the end, of {PIECES}", old.len());
+    raw.close()?;
+    shell_answers(target)
+}
+
 fn peer_vanishes(script: &mut Script) -> Result<()> {
     let config = Config {
         seed: Seed(script.seed()),

@@ -105,6 +105,38 @@ impl Raw {
         }
     }
 
+    /// Number and session of the last frame made.
+    pub fn last(&self) -> (Seq, Session) {
+        (self.seq, self.session)
+    }
+
+    /// Goes on as another session.
+    pub fn become_session(&mut self, session: u16) {
+        self.session = Session(session);
+    }
+
+    /// Every response up to that to the last frame made, whosever they are.
+    pub fn all_responses(&mut self, limit: Duration) -> Result<Vec<(Header, Vec<u8>)>> {
+        let deadline = Instant::now() + limit;
+        let mut all = Vec::new();
+        loop {
+            while let Some(byte) = self.pending.pop_front() {
+                if let Some(Item::Frame(frame)) = self.decoder.push(byte)
+                    && frame.header.kind == Kind::Response
+                {
+                    all.push((frame.header, frame.payload.to_vec()));
+                    if (frame.header.seq, frame.header.session) == (self.seq, self.session) {
+                        return Ok(all);
+                    }
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let bytes = self.bytes.recv_timeout(left);
+            self.pending
+                .extend(bytes.context("the last answer did not come")?);
+        }
+    }
+
     /// Opens the session with `protocol`.
     pub fn hello(&mut self, protocol: u16) -> Result<Result<(), ErrorReply>> {
         let hello = Request::Hello {
