@@ -17,7 +17,6 @@ use crate::sched::meter;
 use crate::vm::{self, work};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
-use core::mem;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_stage2 as s2;
@@ -109,7 +108,7 @@ enum Stage {
     /// So much of what was asked for is read: bytes of memory.
     Reading { covered: u32 },
     /// So much of `piece` is framed.
-    Framing { encoder: Encoder, framed: usize },
+    Framing { framed: usize },
     /// `frame` waits for the line.
     Sending,
 }
@@ -122,6 +121,7 @@ struct Making {
     of: Option<Header>,
     stage: Stage,
     piece: Buffer<PAYLOAD_MAX>,
+    encoder: Option<Encoder>,
     frame: Buffer<FRAME_MAX>,
 }
 
@@ -129,6 +129,7 @@ static MAKING: Mutex<Making> = Mutex::new(Making {
     of: None,
     stage: Stage::FIRST,
     piece: Buffer::NEW,
+    encoder: None,
     frame: Buffer::NEW,
 });
 
@@ -225,13 +226,8 @@ fn step() -> Step {
     MAKING.lock().step()
 }
 
-/// What a step of reading came to.
-enum Read {
-    /// There is more, and room for it.
-    More,
-    /// The answer is this and `piece`.
-    All(Response<'static>),
-}
+/// What a step of reading came to: the answer, less the piece; none if there is more, and room for it.
+type Read = Option<Response<'static>>;
 
 impl Making {
     fn step(&mut self) -> Step {
@@ -245,7 +241,7 @@ impl Making {
         if self.of != Some(asked.header) {
             self.begin(asked.header);
         }
-        match &mut self.stage {
+        match self.stage {
             Stage::Reading { .. } => self.read(asked, max_payload),
             Stage::Framing { .. } => self.frame_some(),
             Stage::Sending => return self.send(),
@@ -281,8 +277,8 @@ impl Making {
         };
         let mut buffer = [0; PIECE_OVERHEAD];
         let head = match read {
-            Ok(Read::More) => return,
-            Ok(Read::All(without)) => without.head(piece.len, &mut buffer),
+            Ok(None) => return,
+            Ok(Some(without)) => without.head(piece.len, &mut buffer),
             Err(error) => {
                 piece.len = 0;
                 Response::Error(error).encode(&mut buffer)
@@ -292,15 +288,17 @@ impl Making {
         let head = head.unwrap_or_default();
         self.frame.len = 0;
         let mut sink = |part: &[u8]| self.frame.push(part);
-        let begun = Encoder::begin(&asked.header, head.len() + piece.len, &mut sink);
-        if let Ok(mut encoder) = begun {
+        // It is short enough.
+        self.encoder = Encoder::begin(&asked.header, head.len() + piece.len, &mut sink).ok();
+        if let Some(encoder) = &mut self.encoder {
             encoder.push(head, &mut sink);
-            self.stage = Stage::Framing { encoder, framed: 0 };
         }
+        self.stage = Stage::Framing { framed: 0 };
     }
 
     fn frame_some(&mut self) {
-        let Stage::Framing { encoder, framed } = &mut self.stage else {
+        let (Stage::Framing { framed }, Some(encoder)) = (&mut self.stage, &mut self.encoder)
+        else {
             return;
         };
         let mut sink = |part: &[u8]| self.frame.push(part);
@@ -308,10 +306,11 @@ impl Making {
         let part = left.get(..FRAME_STEP).unwrap_or(left);
         encoder.push(part, &mut sink);
         *framed += part.len();
-        if part.len() == left.len()
-            && let Stage::Framing { encoder, .. } = mem::replace(&mut self.stage, Stage::Sending)
-        {
-            encoder.finish(&mut sink);
+        if part.len() == left.len() {
+            if let Some(encoder) = self.encoder.take() {
+                encoder.finish(&mut sink);
+            }
+            self.stage = Stage::Sending;
         }
     }
 
@@ -374,7 +373,7 @@ fn read_bitmap(
     let encoded = bitmap::encode(words, |word| word.load(Relaxed), pages, piece.room(room))
         .ok_or(ErrorReply::OutOfRange)?;
     piece.len = encoded.len;
-    Ok(Read::All(Response::Bitmap {
+    Ok(Some(Response::Bitmap {
         first_page,
         pages: encoded.pages,
         encoding: &[],
@@ -411,9 +410,9 @@ fn read_memory(
     *covered += (encoded.words * 8) as u32;
     // An answer ends where its frame is full, or a run of the slot's frames ends: the next may be another slot's.
     if encoded.words < left && room - piece.len >= pages::ROOM_MIN {
-        return Ok(Read::More);
+        return Ok(None);
     }
-    Ok(Read::All(Response::Memory {
+    Ok(Some(Response::Memory {
         ipa,
         covered: *covered,
         encoding: &[],
