@@ -32,7 +32,7 @@ struct Arena {
 
 impl Arena {
     fn new(features: Features) -> Self {
-        let world = World::sized(features, 39, 64, 4);
+        let world = World::sized(features, 39, 64, 8);
         world.slot(0, BASE, PAGES, Access::ReadWrite, RAM + LEAD * PAGE_SIZE);
         let memory = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
         Self {
@@ -309,13 +309,13 @@ fn invariant_01_a_hole_that_is_mapped_during_a_harvest_is_not_lost() {
     }
 }
 
-/// Many CPUs fault on the same unmapped memory: one mapping, no table leaked.
+/// Eight CPUs fault on the same unmapped memory: one mapping, no table leaked.
 #[test]
 fn parallel_first_touches_agree() {
     for round in 0..50 {
         let arena = &Arena::new(Features::BASELINE);
         thread::scope(|scope| {
-            for pe in 0..4 {
+            for pe in 0..8 {
                 scope.spawn(move || {
                     arena.world.machine.become_pe(pe);
                     (0..PAGES)
@@ -333,7 +333,7 @@ fn parallel_first_touches_agree() {
         assert_eq!(arena.world.machine.tables_in_use() as u64, mappings.tables);
         let expected = (0..PAGES)
             .step_by(61)
-            .all(|page| arena.memory[page as usize].load(Ordering::SeqCst) == 4);
+            .all(|page| arena.memory[page as usize].load(Ordering::SeqCst) == 8);
         assert!(expected);
         arena.world.delete(0);
         assert_eq!(arena.world.machine.tables_in_use(), 1);
