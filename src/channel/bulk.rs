@@ -17,7 +17,7 @@ use crate::sched::meter;
 use crate::vm::{self, work};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Encoder, Header, Kind, buffer_len};
@@ -91,6 +91,8 @@ impl Wanted {
 
 #[derive(Clone, Copy)]
 struct Asked {
+    /// Which one: a session that begins anew may have the number of an older one, and so its requests.
+    number: u64,
     /// The answer's, which names session and request.
     header: Header,
     wanted: Wanted,
@@ -98,6 +100,8 @@ struct Asked {
 
 /// What is still to be answered; the first one is being made.
 static WAITING: Mutex<VecDeque<Asked>> = Mutex::new(VecDeque::new());
+/// The number of the next that is asked for.
+static NUMBER: AtomicU64 = AtomicU64::new(0);
 /// Whether there is a job, or one will be submitted when the line has room.
 static AT_WORK: AtomicBool = AtomicBool::new(false);
 /// How much room on the line is waited for, if any.
@@ -118,7 +122,7 @@ impl Stage {
 }
 
 struct Making {
-    of: Option<Header>,
+    of: Option<u64>,
     stage: Stage,
     piece: Buffer<PAYLOAD_MAX>,
     encoder: Option<Encoder>,
@@ -186,12 +190,21 @@ pub fn ask(header: Header, wanted: Wanted) -> Result<(), ErrorReply> {
         if waiting.len() == WAITING_MAX {
             return Err(ErrorReply::Busy);
         }
-        waiting.push_back(Asked { header, wanted });
+        waiting.push_back(Asked {
+            number: NUMBER.fetch_add(1, Relaxed),
+            header,
+            wanted,
+        });
     }
     if !AT_WORK.swap(true, AcqRel) {
         job::submit(Box::new(step));
     }
     Ok(())
+}
+
+/// The session is over: nobody waits for its answers.
+pub fn forget() {
+    WAITING.lock().clear();
 }
 
 /// An interrupt of the UART: takes a step, because a CPU that runs a guest comes to a job at its next tick only.
@@ -222,35 +235,60 @@ fn next() -> Option<(Asked, usize)> {
         .zip(open.map(|open| open.max_payload))
 }
 
+/// What became of a step.
+enum Took {
+    /// It was taken.
+    Step,
+    /// The frame waits for so much room.
+    NoRoom(usize),
+    /// Nothing is asked for.
+    Nothing,
+}
+
+/// The job's step. Only the job ends itself, so there is one at most.
 fn step() -> Step {
-    MAKING.lock().step()
+    let took = MAKING.lock().step();
+    match took {
+        Took::Step => Step::Again,
+        Took::NoRoom(room) => {
+            // The UART's interrupts go on till there is.
+            ROOM_AWAITED.store(room, SeqCst);
+            if !console::has_room(room) || ROOM_AWAITED.swap(0, SeqCst) == 0 {
+                return Step::Done;
+            }
+            Step::Again
+        }
+        Took::Nothing => {
+            AT_WORK.store(false, SeqCst);
+            // Whoever asked before that has submitted no job.
+            let more = !WAITING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
+            if more { Step::Again } else { Step::Done }
+        }
+    }
 }
 
 /// What a step of reading came to: the answer, less the piece; none if there is more, and room for it.
 type Read = Option<Response<'static>>;
 
 impl Making {
-    fn step(&mut self) -> Step {
+    fn step(&mut self) -> Took {
         let Some((asked, max_payload)) = next() else {
             self.of = None;
-            AT_WORK.store(false, SeqCst);
-            // Whoever asked before that has submitted no job.
-            let more = !WAITING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
-            return if more { Step::Again } else { Step::Done };
+            return Took::Nothing;
         };
-        if self.of != Some(asked.header) {
-            self.begin(asked.header);
+        if self.of != Some(asked.number) {
+            self.begin(asked.number);
         }
         match self.stage {
             Stage::Reading { .. } => self.read(asked, max_payload),
             Stage::Framing { .. } => self.frame_some(),
             Stage::Sending => return self.send(),
         }
-        Step::Again
+        Took::Step
     }
 
-    fn begin(&mut self, header: Header) {
-        self.of = Some(header);
+    fn begin(&mut self, number: u64) {
+        self.of = Some(number);
         self.stage = Stage::FIRST;
         self.piece.len = 0;
     }
@@ -314,31 +352,29 @@ impl Making {
         }
     }
 
-    fn send(&mut self) -> Step {
+    fn send(&mut self) -> Took {
         let frame = self.frame.used();
         let room = frame.len() + LEFT_TO_OTHERS;
         // Held till the frame is on the line: none comes after the next session's first answer.
         let session = SESSION.lock();
-        if session.map(|open| open.session) != self.of.map(|header| header.session) {
+        let first = WAITING.lock().front().copied();
+        let open =
+            first.filter(|first| session.is_some_and(|open| open.session == first.header.session));
+        if open.map(|first| first.number) != self.of {
             self.of = None;
-            return Step::Again;
+            return Took::Step;
         }
         let sent = console::write_if_room(frame, room);
         drop(session);
         if sent.is_err() {
-            // The UART's interrupts go on till there is.
-            ROOM_AWAITED.store(room, SeqCst);
-            if !console::has_room(room) || ROOM_AWAITED.swap(0, SeqCst) == 0 {
-                return Step::Done;
-            }
-            return Step::Again;
+            return Took::NoRoom(room);
         }
         let mut waiting = WAITING.lock();
-        if waiting.front().map(|asked| asked.header) == self.of {
+        if waiting.front().map(|asked| asked.number) == self.of {
             waiting.pop_front();
         }
         self.of = None;
-        Step::Again
+        Took::Step
     }
 }
 

@@ -100,8 +100,10 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
         return Response::Error(ErrorReply::StaleSession);
     }
     let max_payload = usize::from(max_payload).clamp(RESPONSE_PAYLOAD_MIN, bulk::PAYLOAD_MAX);
-    let again = SESSION.lock().is_some_and(|open| open.session == session);
-    if !again {
+    // Asked for again, it gets the answer it got.
+    let open = SESSION.lock().filter(|open| open.session == session);
+    let max_payload = open.map_or(max_payload, |open| open.max_payload);
+    if open.is_none() {
         close();
         *SESSION.lock() = Some(Open {
             session,
@@ -121,6 +123,7 @@ fn close() {
     if SESSION.lock().take().is_none() {
         return;
     }
+    bulk::forget();
     for vm in vm::all() {
         vm.console.attached.store(false, Relaxed);
         vm.console.restart_input();

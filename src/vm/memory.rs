@@ -246,7 +246,9 @@ impl GuestMemory {
     pub fn clean(&self, ipa: u64, len: u64) {
         let first = ipa & !(PAGE as u64 - 1);
         let end = ipa.saturating_add(len);
-        for (base, run) in self.slots().iter().flat_map(|slot| &slot.runs) {
+        let slots = self.slots();
+        let meets = |slot: &&Slot| slot.base < end && first < slot.base + slot.pages * PAGE as u64;
+        for (base, run) in slots.iter().filter(meets).flat_map(|slot| &slot.runs) {
             let run_end = base + (run.pages() * PAGE) as u64;
             let (start, end) = (first.max(*base), end.min(run_end));
             if start < end {

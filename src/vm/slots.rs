@@ -210,6 +210,8 @@ impl Change {
                 Err(reply) => self.undo(Phase::Scrub(0), reply),
             },
             Phase::Attach => {
+                // Instruction caches may hold lines of what their last owner ran.
+                crate::arch::cache::invalidate_instructions();
                 let slot = Slot {
                     id,
                     base,

@@ -476,6 +476,8 @@ pub fn abandon(vm: &Vm) -> Option<u64> {
         stage2.give_up(epoch);
     }
     work.failure = None;
+    // Another host has asked for no deletion yet.
+    work.last_deleted = None;
     outstanding.map(|epoch| epoch.0)
 }
 

@@ -49,6 +49,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("stale_session", 60, stale_session).at(Place::Anywhere),
         Case::new("no_such_vm", 60, no_such_vm).at(Place::Anywhere),
         Case::new("session_ends_amid_pieces", 60, session_ends_amid_pieces),
+        Case::new("sessions_of_one_number", 60, sessions_of_one_number),
         Case::new("peer_vanishes_mid_transfer", 90, peer_vanishes).at(Place::Anywhere),
     ]
 }
@@ -457,7 +458,6 @@ fn no_such_vm(script: &mut Script) -> Result<()> {
     shell_answers(target)
 }
 
-/// A host that dies between a take and its commit loses nothing: the next one is told.
 /// Long pieces of memory are being made when another host says Hello: none of them comes after its answer.
 fn session_ends_amid_pieces(script: &mut Script) -> Result<()> {
     const PIECES: u16 = 12;
@@ -547,6 +547,63 @@ fn session_ends_amid_pieces(script: &mut Script) -> Result<()> {
     shell_answers(target)
 }
 
+/// A session may have the number of the one before it, which left pieces behind: none of them is its own.
+fn sessions_of_one_number(script: &mut Script) -> Result<()> {
+    const LONG: u16 = 8192;
+    const BASE: u64 = 0x4020_0000;
+    const ELSEWHERE: u64 = 0x4030_0000;
+    let mut random = Random(script.seed());
+    let kernel = (0..65536).map(|_| (random.next() >> 32) as u8).collect();
+    let bundle = guests::pack([of_kernel("noise", kernel)])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    target.shell_until("list", "running")?;
+    let mut old = Raw::connect(target, 0x4444);
+    let mut new = Raw::connect(target, 0x4444);
+    let hello = Request::Hello {
+        protocol: PROTOCOL,
+        max_payload: LONG,
+    };
+    let read = |ipa, len| Request::ReadMemory {
+        vm: VmId(0),
+        ipa,
+        len,
+    };
+    old.ask(&hello, |_| Ok(()))?;
+    let mut burst = Vec::new();
+    for _ in 0..16 {
+        burst.extend(old.frame(&read(BASE, 65536))?);
+    }
+    burst.extend(old.frame(&Request::Goodbye)?);
+    burst.extend(new.frame(&hello)?);
+    for _ in 0..16 {
+        burst.extend(new.frame(&read(ELSEWHERE, 64))?);
+    }
+    old.send(&burst)?;
+    // Both sessions are on one line: the first Hello is answered there too.
+    let (mut hellos, mut answers) = (0, 0);
+    for (_, payload) in new.all_responses(std::time::Duration::from_secs(20))? {
+        match Response::decode(&payload) {
+            Ok(Response::Hello { .. }) => hellos += 1,
+            Ok(Response::Memory { ipa, .. }) if hellos == 2 => {
+                ensure!(
+                    ipa == ELSEWHERE,
+                    "a piece of {ipa:#x}, which the session before it had asked for"
+                );
+                answers += 1;
+            }
+            _ => {}
+        }
+    }
+    ensure!(
+        (hellos, answers) == (2, 16),
+        "{hellos} hellos and {answers} answers behind them, of 2 and 16"
+    );
+    old.close()?;
+    shell_answers(target)
+}
+
+/// A host that dies between a take and its commit loses nothing: the next one is told.
 fn peer_vanishes(script: &mut Script) -> Result<()> {
     let config = Config {
         seed: Seed(script.seed()),
