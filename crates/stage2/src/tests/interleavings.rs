@@ -667,6 +667,8 @@ fn a_harvest_a_deletion_and_a_touch_of_a_table_between_them() {
                 ..SMALL
             });
             first_step(sim, 0, |slot| slot.life = Life::Dying);
+            // For the harvest to look where nothing is mapped yet.
+            sim.el2_write(FAR + PAGE_SIZE);
         },
         |sim| {
             vec![
