@@ -454,7 +454,8 @@ impl Ghost {
         }
         let (entry, level) = machine.walk(guest, ipa);
         let pte = crate::sync::raw(entry).load(Ordering::SeqCst);
-        let by_itself = is_dirty_leaf(pte, level) && !needs_a_bit(pte, level);
+        // Of a block the bit is another page's, perhaps.
+        let by_itself = is_dirty_leaf(pte, level) && !(level == 3 && needs_a_bit(pte, level));
         by_itself || has_late_update(machine, guest, ipa)
     }
 

@@ -82,9 +82,9 @@ pub fn is_dirty_leaf(pte: u64, level: u32) -> bool {
     is_leaf(pte, level) && pte & (TRACKED | WRITE) == TRACKED | WRITE
 }
 
-/// Is it a dirty page that no harvest finds by its leaf alone?
+/// Is it a dirty page or block that no harvest finds by its leaf alone?
 pub fn needs_a_bit(pte: u64, level: u32) -> bool {
-    level == 3 && is_dirty_leaf(pte, level) && pte & DBM == 0
+    is_dirty_leaf(pte, level) && pte & DBM == 0
 }
 
 impl Rules {
