@@ -458,17 +458,22 @@ fn no_such_vm(script: &mut Script) -> Result<()> {
     shell_answers(target)
 }
 
-/// Long pieces of memory are being made when another host says Hello: none of them comes after its answer.
-fn session_ends_amid_pieces(script: &mut Script) -> Result<()> {
-    const PIECES: u16 = 12;
-    const LONG: u16 = 8192;
+/// A guest whose memory does not compress, so that pieces of it are more than the line holds at once.
+fn start_noise(script: &mut Script) -> Result<&mut Target> {
     let mut random = Random(script.seed());
-    // What does not compress: more than the line holds at once.
     let kernel = (0..65536).map(|_| (random.next() >> 32) as u8).collect();
     let bundle = guests::pack([of_kernel("noise", kernel)])?;
     let target = script.start_tidemark("virt", &bundle, "")?;
     target.to_prompt()?;
     target.shell_until("list", "running")?;
+    Ok(target)
+}
+
+/// Long pieces of memory are being made when another host says Hello: none of them comes after its answer.
+fn session_ends_amid_pieces(script: &mut Script) -> Result<()> {
+    const PIECES: u16 = 12;
+    const LONG: u16 = 8192;
+    let target = start_noise(script)?;
     let mut raw = Raw::connect(target, 0x4444);
     let hello = Request::Hello {
         protocol: PROTOCOL,
@@ -552,12 +557,7 @@ fn sessions_of_one_number(script: &mut Script) -> Result<()> {
     const LONG: u16 = 8192;
     const BASE: u64 = 0x4020_0000;
     const ELSEWHERE: u64 = 0x4030_0000;
-    let mut random = Random(script.seed());
-    let kernel = (0..65536).map(|_| (random.next() >> 32) as u8).collect();
-    let bundle = guests::pack([of_kernel("noise", kernel)])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
-    target.to_prompt()?;
-    target.shell_until("list", "running")?;
+    let target = start_noise(script)?;
     let mut old = Raw::connect(target, 0x4444);
     let mut new = Raw::connect(target, 0x4444);
     let hello = Request::Hello {
@@ -582,7 +582,7 @@ fn sessions_of_one_number(script: &mut Script) -> Result<()> {
     old.send(&burst)?;
     // Both sessions are on one line: the first Hello is answered there too.
     let (mut hellos, mut answers) = (0, 0);
-    for (_, payload) in new.all_responses(std::time::Duration::from_secs(20))? {
+    for (_, payload) in new.all_responses(tidemark_tests::clocks::scaled(20))? {
         match Response::decode(&payload) {
             Ok(Response::Hello { .. }) => hellos += 1,
             Ok(Response::Memory { ipa, .. }) if hellos == 2 => {

@@ -7,10 +7,10 @@
 //! beside this one, goes back in its place.
 //!
 //! The value that the exchange returns says whether a leaf was dirty, and it is noted
-//! before the mutex is released, which a harvest needs to complete. A harvest that is collecting gets the page
-//! in its epoch at once: it looks for bits that were there when it began, and may be past this one's place. A CPU that cached the leaf as clean
-//! cannot make it dirty any more, since its update compares with memory; one that cached it as dirty
-//! writes on until the invalidation, to a page that is noted.
+//! before the mutex is released, which a harvest needs to complete. A harvest that is collecting gets the
+//! page in its epoch at once: it looks for bits that were there when it began, and may be past this one's
+//! place. A CPU that cached the leaf as clean cannot make it dirty any more, since its update compares
+//! with memory; one that cached it as dirty writes on until the invalidation, to a page that is noted.
 //!
 //! Where the slot stays, a fault may map the address again at once, and by pages what was a block. So a
 //! block of such a slot is busy until the invalidation (break-before-make, D8.14). No harvest splits

@@ -149,8 +149,8 @@ impl<H: Hardware> Stage2<H> {
     ///
     /// But a fault may have mapped a table since, or another CPU may have split the block, and now the
     /// page is dirty and its bit set. Who takes that bit must take the permission too, else nothing
-    /// would ever note the page again. Where the fault mapped a block, the bit is given back, for that to
-    /// be harvested as one.
+    /// would ever note the page again. A block of another level than `over`, which the caller harvests
+    /// after this, gets its bit back, for that to be harvested as one.
     fn take_outside_tables(
         &self,
         harvest: &mut Harvest<'_>,

@@ -151,31 +151,37 @@ fn a_harvest_and_a_first_touch() {
     }
 }
 
+/// A harvest of what `prepare` left unmapped, and a guest that fills it with a block; then a write to that, which
+/// the next harvest must know.
+fn a_hole_and_the_block_that_fills_it(features: Features, prepare: impl Fn(&Sim)) {
+    in_every_order(
+        setup(features),
+        &[IPA],
+        prepare,
+        move |sim| {
+            vec![
+                Box::new(move || drop(sim.harvest())),
+                Box::new(move || writes(sim, &[IPA, IPA + PAGE_SIZE])),
+            ]
+        },
+        |sim| {
+            sim.harvest();
+            sim.write(IPA + 2 * PAGE_SIZE);
+            sim.last_of_the_log();
+        },
+    );
+}
+
 /// A harvest that looks where EL2 wrote while nothing was mapped, and the fault that maps a block there.
 #[test]
 fn a_harvest_of_a_hole_and_the_block_that_fills_it() {
     for (engine, features) in machines() {
         for granularity in [Granularity::Block, Granularity::Adaptive] {
-            in_every_order(
-                setup(features),
-                &[IPA],
-                |sim| {
-                    sim.add(BLOCK);
-                    sim.start(engine, granularity);
-                    sim.el2_write(IPA);
-                },
-                move |sim| {
-                    vec![
-                        Box::new(move || drop(sim.harvest())),
-                        Box::new(move || writes(sim, &[IPA, IPA + PAGE_SIZE])),
-                    ]
-                },
-                |sim| {
-                    sim.harvest();
-                    sim.write(IPA + 2 * PAGE_SIZE);
-                    sim.last_of_the_log();
-                },
-            );
+            a_hole_and_the_block_that_fills_it(features, |sim| {
+                sim.add(BLOCK);
+                sim.start(engine, granularity);
+                sim.el2_write(IPA);
+            });
         }
     }
 }
@@ -221,34 +227,19 @@ fn a_full_harvest_waits_for_a_straggler_of_a_range() {
 #[test]
 fn a_converting_harvest_of_a_hole_and_the_block_that_fills_it() {
     for switch in [false, true] {
-        in_every_order(
-            setup(dbm()),
-            &[IPA],
-            |sim| {
-                sim.add(BLOCK);
-                if switch {
-                    sim.start(Engine::Dbm, Granularity::Block);
-                    sim.el2_write(IPA);
-                    sim.op("set_engine", |stage2| {
-                        stage2.set_engine(Engine::WriteProtect)
-                    })
-                    .unwrap();
-                } else {
-                    sim.start_all_dirty(Engine::WriteProtect, Granularity::Block);
-                }
-            },
-            move |sim| {
-                vec![
-                    Box::new(move || drop(sim.harvest())),
-                    Box::new(move || writes(sim, &[IPA, IPA + PAGE_SIZE])),
-                ]
-            },
-            |sim| {
-                sim.harvest();
-                sim.write(IPA + 2 * PAGE_SIZE);
-                sim.last_of_the_log();
-            },
-        );
+        a_hole_and_the_block_that_fills_it(dbm(), |sim| {
+            sim.add(BLOCK);
+            if switch {
+                sim.start(Engine::Dbm, Granularity::Block);
+                sim.el2_write(IPA);
+                sim.op("set_engine", |stage2| {
+                    stage2.set_engine(Engine::WriteProtect)
+                })
+                .unwrap();
+            } else {
+                sim.start_all_dirty(Engine::WriteProtect, Granularity::Block);
+            }
+        });
     }
 }
 
