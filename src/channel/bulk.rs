@@ -405,8 +405,14 @@ fn read_bitmap(
         .stage2()
         .in_flight(of.id, s2::Epoch(epoch.0))
         .map_err(work::refusal)?;
-    let words = words.get((first_page / 64) as usize..).unwrap_or_default();
-    let encoded = bitmap::encode(words, |word| word.load(Relaxed), pages, piece.room(room))
+    let first = (first_page / 64) as usize;
+    let marked = |word| {
+        let run = words.marked(first + word);
+        run.start - first..run.end - first
+    };
+    let read = |word: &AtomicU64| word.load(Relaxed);
+    let from = words.get(first..).unwrap_or_default();
+    let encoded = bitmap::encode_marked(from, read, marked, pages, piece.room(room))
         .ok_or(ErrorReply::OutOfRange)?;
     piece.len = encoded.len;
     Ok(Some(Response::Bitmap {

@@ -11,7 +11,7 @@ use crate::engine::Round;
 use crate::error::Error;
 use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::tlb::Pending;
-use crate::types::{Epoch, Level, PAGE_SHIFT, PAGE_SIZE, SlotId};
+use crate::types::{Epoch, Level, PAGE_SIZE, SlotId};
 
 /// The life of a log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,9 +127,11 @@ pub(crate) enum Ground {
 /// about than CPUs that harvest.
 pub(crate) struct Claims {
     ground: Ground,
+    /// All before was given out: where the harvest ends, once nothing is left to give out.
     next: u64,
-    /// Where the harvest ends.
     limit: u64,
+    /// Pages there were to give out.
+    pages: u64,
     /// How long a stretch is, a power of two.
     stretch: u64,
     /// What was left of stretches, as many as `kept`.
@@ -153,6 +155,7 @@ impl Claims {
             ground: Ground::All,
             next: 0,
             limit: u64::MAX,
+            pages: 0,
             stretch: Self::SHORTEST,
             left: [Stretch::ALL; Self::MOST],
             kept: 0,
@@ -167,6 +170,7 @@ impl Claims {
         self.ground = ground;
         self.next = within.from;
         self.limit = within.end;
+        self.pages = pages;
         self.stretch = share
             .clamp(Self::SHORTEST, Self::LONGEST)
             .next_power_of_two();
@@ -175,6 +179,9 @@ impl Claims {
 
     /// Gives out a stretch, if any is left.
     pub(crate) fn claim(&mut self, layout: &Layout, scope: Scope) -> Option<Stretch> {
+        if self.are_given_out(layout, scope) {
+            return None;
+        }
         let last = self.kept.checked_sub(1);
         let stretch = match last.and_then(|last| self.left.get(last)) {
             Some(left) => {
@@ -194,19 +201,23 @@ impl Claims {
         Some(stretch)
     }
 
-    fn next<'a>(&self, layout: &'a Layout, scope: Scope) -> Option<(&'a Slot, u64)> {
-        let mut from = self.next;
-        loop {
-            let (slot, here) = layout.next(scope, from)?;
+    /// Returns where there is something to give out. A slot that comes after there was nothing is left to
+    /// the next harvest, as is one that comes in front of the cursor.
+    fn next<'a>(&mut self, layout: &'a Layout, scope: Scope) -> Option<(&'a Slot, u64)> {
+        let place = |slot: &'a Slot| {
+            let here = self.next.max(slot.start());
             let here = match self.ground {
                 Ground::All => here,
-                Ground::Live => slot.start() + (slot.dirty.next_due(slot.page(here)) << PAGE_SHIFT),
+                Ground::Live => slot.address(slot.dirty.next_due(slot.page(here))),
             };
-            if here < slot.end() {
-                return (here < self.limit).then_some((slot, here));
-            }
-            from = slot.end();
+            (here < slot.end()).then_some((slot, here))
+        };
+        let next = layout.from(scope, self.next).find_map(place);
+        let next = next.filter(|(_, here)| *here < self.limit);
+        if next.is_none() {
+            self.next = self.limit;
         }
+        next
     }
 
     /// Takes back what is left of a stretch.
@@ -229,13 +240,18 @@ impl Claims {
     }
 
     /// Was everything given out?
-    pub(crate) fn are_given_out(&self, layout: &Layout, scope: Scope) -> bool {
-        self.kept == 0 && self.next(layout, scope).is_none()
+    pub(crate) fn are_given_out(&mut self, layout: &Layout, scope: Scope) -> bool {
+        self.kept == 0 && (self.next >= self.limit || self.next(layout, scope).is_none())
     }
 
     /// Returns the address up to which everything was given out.
     pub(crate) const fn reached(&self) -> u64 {
         self.next
+    }
+
+    /// Returns how many pages there were to give out.
+    pub(crate) const fn pages(&self) -> u64 {
+        self.pages
     }
 }
 

@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::Level;
 use alloc::vec::Vec;
+use core::ops::{ControlFlow, Range};
 
 pub(crate) struct Dirty {
     pages: u64,
@@ -38,6 +39,24 @@ pub(crate) struct Dirty {
     in_flight_parts: AtomicU64,
     /// Bits set in `in_flight`, kept in step with it by the harvest.
     in_flight_pages: AtomicU64,
+}
+
+/// Live bits of a word that went to the epoch.
+pub(crate) struct Moved {
+    /// The word's first page.
+    pub(crate) first: u64,
+    /// Bit n is the nth from there on.
+    pub(crate) pages: u64,
+    /// How many they are.
+    pub(crate) count: u32,
+}
+
+/// How far a look for live bits came.
+pub(crate) struct Looked {
+    /// Words of the bitmap that were looked at.
+    pub(crate) words: u64,
+    /// The page to go on at.
+    pub(crate) page: u64,
 }
 
 impl Dirty {
@@ -62,6 +81,17 @@ impl Dirty {
 
     pub(crate) fn in_flight(&self) -> &[AtomicU64] {
         &self.in_flight
+    }
+
+    /// Returns the first run of words from `word` on in which bits may be set in `in_flight`, by parts; an
+    /// empty one far behind if there is none.
+    pub(crate) fn in_flight_marked(&self, word: usize) -> Range<usize> {
+        let parts = self.in_flight_parts.load(Ordering::Relaxed);
+        let page = self.next_in(parts, word as u64 * 64);
+        let here = page >> self.part;
+        let run = parts.checked_shr(here as u32).unwrap_or(0).trailing_ones();
+        let end = (here + u64::from(run)) << self.part;
+        (page / 64) as usize..(end / 64) as usize
     }
 
     pub(crate) fn in_flight_pages(&self) -> u64 {
@@ -119,36 +149,6 @@ impl Dirty {
             .min(self.pages)
     }
 
-    /// Returns how many pages from `first` on, of `count`, the harvest that was begun finds no live bit of,
-    /// and how many words of the bitmap it took to see it.
-    pub(crate) fn quiet(&self, first: u64, count: u64) -> (u64, u64) {
-        let end = first.saturating_add(count).min(self.pages);
-        let due = self.due.load(Ordering::Relaxed);
-        let (mut at, mut read) = (first, 0);
-        while at < end {
-            let here = self.next_in(due, at);
-            if here != at {
-                at = here;
-                continue;
-            }
-            let stop = end.min(((at >> self.part) + 1) << self.part);
-            let words = part(&self.live, at, stop - at);
-            let idle = words.chunks(8).take_while(|line| is_clear(line)).count() * 8;
-            let rest = words.get(idle..).unwrap_or(&[]);
-            let clear = rest
-                .iter()
-                .take_while(|word| word.load(Ordering::Relaxed) == 0);
-            let clear = idle.min(words.len()) + clear.count();
-            read += clear as u64;
-            if clear < words.len() {
-                at = at.max((at / 64 + clear as u64) * 64);
-                break;
-            }
-            at = stop;
-        }
-        (at.min(end) - first, read)
-    }
-
     /// Returns the first page from `at` on in one of `parts`; far behind the slot if there is none.
     fn next_in(&self, parts: u64, at: u64) -> u64 {
         let here = at >> self.part;
@@ -179,44 +179,105 @@ impl Dirty {
         }
     }
 
-    /// Moves the live bits of a run of pages that the harvest is to take to the epoch, and calls `each` for
-    /// every word of them, with its first page and the bits moved.
-    pub(crate) fn take_live(&self, first: u64, count: u64, mut each: impl FnMut(u64, u64)) {
+    /// Moves the live bits of the pages `first..end` that the harvest is to take to the epoch, and calls
+    /// `each` for every word of them, until that says to stop.
+    pub(crate) fn take_live(
+        &self,
+        first: u64,
+        end: u64,
+        mut each: impl FnMut(Moved) -> ControlFlow<()>,
+    ) -> Looked {
+        let end = end.min(self.pages);
+        let (mut at, mut words) = (first, 0);
+        loop {
+            let (next, more) = self.next_live(at, end);
+            (at, words) = (next, words + more);
+            if at >= end {
+                break;
+            }
+            let moved = self.take_word(at, end);
+            // Even if there was nothing: what is left of the word is not of this run.
+            at = (at | 63) + 1;
+            if moved.is_some_and(|moved| each(moved).is_break()) {
+                break;
+            }
+        }
+        Looked {
+            words,
+            page: at.min(end),
+        }
+    }
+
+    /// Returns the first page from `at` on in a word with live bits that the harvest is to take, or one
+    /// that is not below `end`, and how many words were looked at. A function of its own, because in its
+    /// caller's midst it would find no register for its loop.
+    #[inline(never)]
+    fn next_live(&self, mut at: u64, end: u64) -> (u64, u64) {
         let due = self.due.load(Ordering::Relaxed);
-        if due & self.parts(first, count) == 0 {
-            return;
-        }
-        let end = first.saturating_add(count).min(self.pages);
-        let mut added = 0;
-        for (word, at) in part(&self.live, first, end.saturating_sub(first))
-            .iter()
-            .zip(first / 64..)
-        {
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
+        let mut looked = 0;
+        loop {
+            at = self.next_in(due, at);
+            if at >= end {
+                return (at, looked);
             }
-            // Not a swap: a word may be shared with pages of another table.
-            let mask = mask(at, first, end);
-            let taken = word.fetch_and(!mask, Ordering::AcqRel) & mask;
-            if taken != 0 {
-                self.live_pages
-                    .fetch_sub(u64::from(taken.count_ones()), Ordering::Relaxed);
-                added += self.add_word(at as usize, taken);
-                each(at * 64, taken);
+            let stop = end.min(((at >> self.part) + 1) << self.part);
+            let first = (at / 64) as usize;
+            let words = self.live.get(first..stop.div_ceil(64) as usize);
+            let words = words.unwrap_or(&[]);
+            let (lines, _) = words.as_chunks::<8>();
+            let clear = 8 * lines.iter().take_while(|line| is_clear(*line)).count();
+            let mut rest = words.get(clear..).unwrap_or(&[]);
+            while let Some((word, behind)) = rest.split_first() {
+                if word.load(Ordering::Relaxed) != 0 {
+                    let clear = words.len() - rest.len();
+                    return (at.max((first + clear) as u64 * 64), looked + clear as u64);
+                }
+                rest = behind;
             }
+            looked += words.len() as u64;
+            at = stop;
         }
-        self.added(first, count, added);
+    }
+
+    /// Moves the live bits of the word that holds `page`, from that on and below `end`, to the epoch.
+    fn take_word(&self, page: u64, end: u64) -> Option<Moved> {
+        let index = page / 64;
+        // Not a swap: a word may be shared with pages of another stretch.
+        let mask = mask(index, page, end);
+        let live = self.live.get(index as usize)?;
+        let pages = live.fetch_and(!mask, Ordering::AcqRel) & mask;
+        if pages == 0 {
+            return None;
+        }
+        let count = count(pages);
+        self.live_pages.fetch_sub(count.into(), Ordering::Relaxed);
+        let in_flight = self.in_flight.get(index as usize)?;
+        // All are new, unless an epoch was given up.
+        let new = match pages & !in_flight.fetch_or(pages, Ordering::AcqRel) {
+            new if new == pages => count,
+            new => self::count(new),
+        };
+        self.added(1 << (page >> self.part & 63), new.into());
+        let first = index * 64;
+        Some(Moved {
+            first,
+            pages,
+            count,
+        })
     }
 
     /// Adds pages `page + n` to the epoch for each bit n of `mask`. Returns how many are new, which is
-    /// for [`added`](Self::added).
+    /// for [`added_run`](Self::added_run).
     #[must_use]
     pub(crate) fn add(&self, page: u64, mask: u64) -> u64 {
         let (index, shift) = ((page / 64) as usize, page % 64);
-        let added = self.add_word(index, mask << shift);
+        let added = u64::from(self.add_word(index, mask << shift).count_ones());
         match shift {
             0 => added,
-            shift => added + self.add_word(index + 1, mask >> (64 - shift)),
+            shift => {
+                let next = self.add_word(index + 1, mask >> (64 - shift));
+                added + u64::from(next.count_ones())
+            }
         }
     }
 
@@ -233,31 +294,32 @@ impl Dirty {
         } else {
             added += self.add_partly(first, count);
         }
-        self.added(first, count, added);
+        self.added_run(first, count, added);
     }
 
     fn add_partly(&self, first: u64, count: u64) -> u64 {
-        let add = |(index, mask)| self.add_word(index, mask);
+        let add = |(index, mask)| u64::from(self.add_word(index, mask).count_ones());
         words(first, count, self.pages).map(add).sum()
     }
 
     /// Notes that of the pages `first..first + count` so many were added: two writes to a shared line for
     /// many words.
-    pub(crate) fn added(&self, first: u64, count: u64, added: u64) {
+    pub(crate) fn added_run(&self, first: u64, count: u64, added: u64) {
+        self.added(self.parts(first, count), added);
+    }
+
+    fn added(&self, parts: u64, added: u64) {
         if added != 0 {
-            self.in_flight_parts
-                .fetch_or(self.parts(first, count), Ordering::Relaxed);
+            self.in_flight_parts.fetch_or(parts, Ordering::Relaxed);
             self.in_flight_pages.fetch_add(added, Ordering::Relaxed);
         }
     }
 
+    /// Adds the pages of a word to the epoch and returns those that are new.
     fn add_word(&self, index: usize, mask: u64) -> u64 {
         let mask = mask & self.valid(index);
         match self.in_flight.get(index) {
-            Some(word) if mask != 0 => {
-                let before = word.fetch_or(mask, Ordering::AcqRel);
-                u64::from((mask & !before).count_ones())
-            }
+            Some(word) if mask != 0 => mask & !word.fetch_or(mask, Ordering::AcqRel),
             _ => 0,
         }
     }
@@ -317,7 +379,8 @@ impl Dirty {
             for bit in Bits(live) {
                 self.mark(index as u64 * 64 + u64::from(bit));
             }
-            self.added(index as u64 * 64, 64, self.add_word(index, in_flight));
+            let added = self.add_word(index, in_flight).count_ones();
+            self.added_run(index as u64 * 64, 64, added.into());
         }
         end < older.live.len()
     }
@@ -382,6 +445,19 @@ const fn part_of(pages: u64) -> u32 {
     let part = pages.div_ceil(64).next_power_of_two();
     let table = Level::L2.pages();
     (if part < table { table } else { part }).trailing_zeros()
+}
+
+/// Returns how many pages the bits of a word are. Often it is one, and counting is some twenty instructions.
+fn count(pages: u64) -> u32 {
+    #[inline(never)]
+    fn of_many(pages: u64) -> u32 {
+        pages.count_ones()
+    }
+    if pages & pages.wrapping_sub(1) == 0 {
+        u32::from(pages != 0)
+    } else {
+        of_many(pages)
+    }
 }
 
 /// Sets all bits of a word and returns how many were not set.

@@ -24,7 +24,7 @@ use crate::tlb::Pending;
 use crate::types::{Engine, Epoch, Gfn, Ipa, PAGE_SHIFT, Progress, SlotId};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::ops::Deref;
+use core::ops::{Deref, Range};
 use scan::{BUDGET, Harvest, Search};
 
 /// Words of the last epoch that a step forgets: half of it, for the harvest begins in the same step.
@@ -51,6 +51,15 @@ pub struct SlotDirty {
 pub struct Words {
     dirty: Arc<Dirty>,
     len: usize,
+}
+
+impl Words {
+    /// Returns the first run of words from `word` on in which there may be pages; those in front of it hold
+    /// none, and need not be looked at. Behind the last such run it is empty, and behind all words.
+    #[must_use]
+    pub fn marked(&self, word: usize) -> Range<usize> {
+        self.dirty.in_flight_marked(word)
+    }
 }
 
 impl Deref for Words {
@@ -110,8 +119,8 @@ impl<H: Hardware> Stage2<H> {
                     part,
                     // What was committed is forgotten. What was aborted counts for this one, but not for
                     // one of some pages, which is to hold no others.
-                    pass: match (control.stale, part) {
-                        (None, Some(_)) => TakePass::GiveBack(0),
+                    pass: match (control.last, control.stale, part) {
+                        (Some((_, Fate::Aborted)), None, Some(_)) => TakePass::GiveBack(0),
                         _ => TakePass::Clear,
                     },
                 })
@@ -129,6 +138,8 @@ impl<H: Hardware> Stage2<H> {
         let search = match (control.leaves, mode.engine) {
             (Leaves::Mixed { .. } | Leaves::Unarmed { .. }, _) => Search::Convert,
             (Leaves::OfTheEngine, Engine::Dbm) => Search::Leaves,
+            // The bit of a dirty block may be another page's: an epoch of some pages looks at all of them.
+            (Leaves::OfTheEngine, Engine::WriteProtect) if part.is_some() => Search::Leaves,
             (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
         };
         let mut cost = 0;
@@ -138,28 +149,44 @@ impl<H: Hardware> Stage2<H> {
                 if control.stale.is_some() {
                     cost = FORGET as u64 / 2;
                 }
-                control.stale = control.stale.and_then(|from| {
-                    words_step(&layout, from, FORGET, |slot, first, count| {
-                        slot.dirty.clear_in_flight(first, count)
-                    })
-                });
-                let total = layout.progress(scope, u64::MAX).1;
+                control.stale = control.stale.and_then(|from| forget(&layout, from));
                 if control.stale.is_some() {
+                    let (_, total) = layout.progress(scope, 0);
                     return Ok(Progress::More { done: 0, total });
                 }
-                // The bit of a dirty block may be another page's: an epoch of some pages looks at all of them.
-                let ground = match (search, part) {
-                    (Search::Live, None) => Ground::Live,
-                    _ => Ground::All,
-                };
                 taking.pass = TakePass::Scan;
-                control.round = Round::default();
-                let begun = layout.covered(scope);
-                begun.for_each(|slot| slot.dirty.begin_harvest());
-                control.claims.begin(ground, within, total, self.hw.cpus());
-                if ground == Ground::All {
-                    return Ok(Progress::More { done: 0, total });
+                let mut harvest = Harvest {
+                    mode,
+                    search,
+                    within,
+                    pending: &mut control.pending,
+                    round: Round::default(),
+                };
+                let (mut total, mut left) = (0, None);
+                for slot in layout.covered(scope) {
+                    slot.dirty.begin_harvest();
+                    total += slot.pages;
+                    // A step of it at once: where live bits say where to look, that is all most of the time,
+                    // and there is nothing to give out.
+                    if search == Search::Live && left.is_none() {
+                        left = self.harvest_slot(&mut harvest, slot, &mut cost);
+                    }
                 }
+                control.round = harvest.round;
+                let pages = part.map_or(total, |part| part.pages);
+                let cpus = self.hw.cpus();
+                let left = match (search, left) {
+                    (Search::Live, None) => return Ok(self.finish(control, &layout, pages)),
+                    (Search::Live, Some(from)) => Stretch { from, ..within },
+                    (Search::Leaves | Search::Convert, _) => {
+                        control.claims.begin(Ground::All, within, pages, cpus);
+                        return Ok(Progress::More { done: 0, total });
+                    }
+                };
+                control.claims.begin(Ground::Live, left, pages, cpus);
+                // The invalidation is another CPU's, perhaps, and its barrier is not for our writes.
+                self.hw.dsb_ishst();
+                return Ok(self.conclude(control, &layout));
             }
             TakePass::GiveBack(from) => {
                 let next = words_step(&layout, from, FILL, |slot, first, count| {
@@ -171,9 +198,8 @@ impl<H: Hardware> Stage2<H> {
             }
             TakePass::Scan => {}
         }
-        drop(layout);
+        let mut layout = layout;
         loop {
-            let layout = self.layout();
             let Some(stretch) = guard.claims.claim(&layout, scope) else {
                 return Ok(self.conclude(&mut guard, &layout));
             };
@@ -195,6 +221,7 @@ impl<H: Hardware> Stage2<H> {
             // Whoever holds the mutex may be waiting for readers.
             drop(layout);
             guard = self.control.lock();
+            layout = self.layout();
             guard.pending.append(&pending);
             guard.round.add(round);
             guard.claims.hand_in(left);
@@ -203,7 +230,7 @@ impl<H: Hardware> Stage2<H> {
                 .taking
                 .is_some_and(|taking| taking.epoch == epoch && taking.pass == TakePass::Scan);
             if left.is_some() || cost >= BUDGET || !scanning {
-                let progress = self.conclude(&mut guard, &self.layout());
+                let progress = self.conclude(&mut guard, &layout);
                 // What is concluded may be the harvest after the one that was asked for.
                 return Ok(if scanning {
                     progress
@@ -224,18 +251,22 @@ impl<H: Hardware> Stage2<H> {
     fn conclude(&self, control: &mut Control, layout: &Layout) -> Progress {
         // Of the harvest that is under way now: the caller's may have been given up meanwhile.
         let part = control.taking.and_then(|taking| taking.part);
-        let (scope, within) = layout.extent(control.scope, part);
-        let more = |control: &Control| {
-            let (done, total) = layout.progress(scope, control.claims.reached());
-            Progress::More { done, total }
-        };
+        let (scope, _) = layout.extent(control.scope, part);
         let drained = control.claims.are_given_out(layout, scope);
         let idle = control.claims.are_idle();
         self.drained.store(drained && !idle, Ordering::Relaxed);
         let collecting = |taking: &Taking| taking.pass == TakePass::Scan;
         if !control.taking.as_ref().is_some_and(collecting) || !drained || !idle {
-            return more(control);
+            let (done, total) = layout.progress(scope, control.claims.reached());
+            return Progress::More { done, total };
         }
+        self.finish(control, layout, control.claims.pages())
+    }
+
+    /// Ends the harvest of `pages` pages, of which all were looked at: what it found is the host's.
+    fn finish(&self, control: &mut Control, layout: &Layout, pages: u64) -> Progress {
+        let part = control.taking.and_then(|taking| taking.part);
+        let (scope, within) = layout.extent(control.scope, part);
         if control.leaves != Leaves::OfTheEngine {
             control.leaves = control.leaves.after(within, layout, control.scope);
             control.pending.push_everything();
@@ -250,7 +281,6 @@ impl<H: Hardware> Stage2<H> {
         }
         // No matter which of them this harvest looked at.
         let leaves = self.mappings().pages_4k;
-        let pages = part.map_or_else(|| layout.progress(scope, 0).1, |part| part.pages);
         control.round.leaves = leaves.min(pages);
         control.judged = Some(control.round);
         self.counters.harvests.fetch_add(1, Ordering::Relaxed);
@@ -321,7 +351,12 @@ impl<H: Hardware> Stage2<H> {
         control.taking = None;
         control.last = Some((epoch, Fate::Committed));
         control.last_committed = Some(epoch);
-        control.stale = Some(0);
+        // Most of the time all is forgotten at once; else the next take goes on. While a bitmap is being
+        // exchanged there are two of them.
+        control.stale = match control.resizing {
+            None => forget(&self.layout(), 0),
+            Some(_) => Some(0),
+        };
         Ok(())
     }
 
@@ -412,6 +447,13 @@ impl<H: Hardware> Stage2<H> {
     }
 }
 
+/// Forgets a committed epoch from an address on, as far as a step goes. Returns where to go on.
+fn forget(layout: &Layout, from: u64) -> Option<u64> {
+    words_step(layout, from, FORGET, |slot, first, count| {
+        slot.dirty.clear_in_flight(first, count)
+    })
+}
+
 fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> {
     match taking {
         Some(taking) if taking.epoch == epoch => match taking.pass {
@@ -460,6 +502,7 @@ impl Leaves {
 
 impl Layout {
     /// Returns which slots and addresses an epoch of `part` is of, or one of all that is logged.
+    #[inline(always)]
     fn extent(&self, logged: Scope, part: Option<Part>) -> (Scope, Stretch) {
         let Some(part) = part else {
             return (logged, Stretch::ALL);

@@ -139,6 +139,7 @@ mod models {
     use crate::*;
     use loom::sync::Arc;
     use loom::thread;
+    use std::ops::ControlFlow;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::vec::Vec;
 
@@ -392,16 +393,20 @@ mod models {
             let mut taken = 0;
             dirty.begin_harvest();
             if dirty.next_due(0) < 64 {
-                dirty.take_live(0, 64, |_, pages| taken |= pages);
+                dirty.take_live(0, 64, |moved| {
+                    taken |= moved.pages;
+                    ControlFlow::Continue(())
+                });
             }
             dirty.end_harvest();
             markers
                 .into_iter()
                 .for_each(|marker| marker.join().unwrap());
             dirty.begin_harvest();
-            dirty.take_live(0, 64, |_, pages| {
-                assert_eq!(taken & pages, 0, "taken twice");
-                taken |= pages;
+            dirty.take_live(0, 64, |moved| {
+                assert_eq!(taken & moved.pages, 0, "taken twice");
+                taken |= moved.pages;
+                ControlFlow::Continue(())
             });
             assert_eq!(taken, 0b11000);
             assert_eq!(dirty.in_flight()[0].load(Ordering::Relaxed), 0b11000);

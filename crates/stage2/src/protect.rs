@@ -387,10 +387,12 @@ pub(crate) fn words_step(
     words: usize,
     each: impl Fn(&Slot, usize, usize) -> usize,
 ) -> Option<u64> {
-    let (slot, here) = layout.next(Scope::All, from)?;
+    let mut slots = layout.from(Scope::All, from);
+    let slot = slots.next()?;
+    let here = from.max(slot.start());
     // Steps begin on the word that holds the address, so an odd start only clears a word twice.
     let first = slot.page(here) / 64;
     let next = each(slot, first as usize, words) as u64;
     let past = (slot.start() + next.saturating_mul(64 * PAGE_SIZE)).min(slot.end());
-    layout.next(Scope::All, past).map(|_| past)
+    (past < slot.end() || slots.next().is_some()).then_some(past)
 }

@@ -40,7 +40,7 @@ impl<T> Replicas<T> {
     }
 
     /// Reads the copy of `cpu`. A CPU that there was none of at the beginning shares the first one's.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read(&self, cpu: usize) -> RwLockReadGuard<'_, T> {
         let line = cpu.checked_sub(1).and_then(|other| self.others.get(other));
         line.unwrap_or(&self.first).0.read()

@@ -219,6 +219,11 @@ impl Slot {
         (ipa - self.start()) >> PAGE_SHIFT
     }
 
+    /// Returns the address of `page`.
+    pub(crate) const fn address(&self, page: u64) -> u64 {
+        self.start() + (page << PAGE_SHIFT)
+    }
+
     /// Returns where `page` lies and how many pages follow it there without a gap, itself included.
     pub(crate) fn backing(&self, page: u64) -> Option<(Pa, u64)> {
         let after = self
@@ -378,13 +383,15 @@ impl Layout {
 
     /// Returns the first slot of `scope` with anything at or above `from`, and where in it to go on.
     pub(crate) fn next(&self, scope: Scope, from: u64) -> Option<(&Slot, u64)> {
-        let after = self.slots.partition_point(|slot| slot.end() <= from);
-        let slot = self
-            .slots
-            .iter()
-            .skip(after)
-            .find(|slot| scope.covers(slot))?;
+        let slot = self.from(scope, from).next()?;
         Some((slot, from.max(slot.start())))
+    }
+
+    /// Returns the slots of `scope` with anything at or above `from`.
+    pub(crate) fn from(&self, scope: Scope, from: u64) -> impl Iterator<Item = &Slot> {
+        let after = self.slots.partition_point(|slot| slot.end() <= from);
+        let rest = self.slots.get(after..).unwrap_or(&[]).iter();
+        rest.filter(move |slot| scope.covers(slot))
     }
 
     /// Returns the slots of `scope`.

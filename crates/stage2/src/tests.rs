@@ -1,6 +1,7 @@
 //! Tests on the build machine. Names begin with the invariant they check, where there is one.
 
 mod age;
+mod bitmaps;
 mod clear;
 mod descriptors;
 mod engine;

@@ -18,6 +18,7 @@
 //! set bits past the end included.
 
 use core::fmt;
+use core::ops::Range;
 
 const EMPTY: u8 = 0;
 const FULL: u8 = 1;
@@ -49,10 +50,25 @@ pub fn encode<W>(
     pages: u32,
     out: &mut [u8],
 ) -> Option<Encoded> {
+    encode_marked(words, read, |word| word..usize::MAX, pages, out)
+}
+
+/// As [`encode`], without looking at words that are known to be zero: `marked` gives the first run of words from
+/// one on that may not be, which is empty and behind all words if there is none.
+pub fn encode_marked<W>(
+    words: &[W],
+    read: impl Fn(&W) -> u64,
+    marked: impl Fn(usize) -> Range<usize>,
+    pages: u32,
+    out: &mut [u8],
+) -> Option<Encoded> {
     let words = words.get(..words_for(pages)).unwrap_or(words);
     let there = u32::try_from(words.len() * 64).unwrap_or(u32::MAX);
     let pages = pages.min(there);
-    let runs = encode_runs(words, &read, pages, out);
+    let runs = encode_runs(words, &read, marked, pages, out);
+    if runs.is_some_and(|runs| runs.pages == pages && runs.len <= RAW_MIN) {
+        return runs;
+    }
     let raw = raw_fit(pages, out.len());
     match (runs, raw) {
         (Some(runs), Some(raw)) if runs.pages > raw.pages => Some(runs),
@@ -74,6 +90,9 @@ fn word_mask(pages: u32, index: usize) -> u64 {
         _ => u64::MAX,
     }
 }
+
+/// Shortest encoding as words: of one.
+const RAW_MIN: usize = 1 + 8;
 
 fn raw_fit(pages: u32, room: usize) -> Option<Encoded> {
     let words = words_for(pages).min(room.checked_sub(1)? / 8);
@@ -138,6 +157,7 @@ impl Bit {
 fn encode_runs<W>(
     words: &[W],
     read: &impl Fn(&W) -> u64,
+    marked: impl Fn(usize) -> Range<usize>,
     pages: u32,
     out: &mut [u8],
 ) -> Option<Encoded> {
@@ -147,10 +167,24 @@ fn encode_runs<W>(
     // Where the open run began, and the bytes before it.
     let (mut start, mut len) = (0, 1);
     let mut index = 0;
-    while let Some(word) = words.get(index).map(read) {
+    // Up to where words must be looked at.
+    let mut end = 0;
+    while index < words.len() {
+        if value == Bit::Clear && index >= end {
+            let next = marked(index);
+            index = next.start.clamp(index, words.len());
+            end = next.end.clamp(index, words.len());
+        }
+        let Some(word) = words.get(index).map(read) else {
+            break;
+        };
         if word == value.word() {
             index += 1;
-            index += words_like(value, words.get(index..)?, read);
+            let like = match value {
+                Bit::Clear => words.get(index..end),
+                Bit::Set => words.get(index..),
+            };
+            index += words_like(value, like.unwrap_or_default(), read);
             continue;
         }
         let room = out.get_mut(..most.min(index * 8 + RUNS_LOSS))?;
@@ -199,13 +233,13 @@ fn words_like<W>(value: Bit, words: &[W], read: &impl Fn(&W) -> u64) -> usize {
             .take_while(|eight| eight.iter().fold(!0, |all, word| all & read(word)) == !0)
             .count(),
     };
-    let rest = words.get(same * 8..).unwrap_or_default();
-    same * 8
-        + rest
-            .iter()
-            .take(8)
-            .take_while(|word| read(word) == value.word())
-            .count()
+    let mut rest = words.get(same * 8..).unwrap_or_default();
+    while let Some((word, behind)) = rest.split_first()
+        && read(word) == value.word()
+    {
+        rest = behind;
+    }
+    words.len() - rest.len()
 }
 
 /// Ends a run at each bit of `edges`, bit 0 being page `first`; `None` when they do not fit.
@@ -233,18 +267,15 @@ fn put_runs(
 /// Bytes of the longest varint.
 const VARINT_MAX: usize = 5;
 
-fn varint_len(value: u32) -> usize {
-    (32 - value.leading_zeros()).div_ceil(7).max(1) as usize
-}
-
 fn put_varint(mut value: u32, out: &mut [u8]) -> Option<usize> {
-    let len = varint_len(value);
-    for place in out.get_mut(..len)?.iter_mut() {
-        *place = (value & 0x7F) as u8 | 0x80;
+    let mut len = 0;
+    while value >= 0x80 {
+        *out.get_mut(len)? = value as u8 | 0x80;
         value >>= 7;
+        len += 1;
     }
-    *out.get_mut(len - 1)? &= 0x7F;
-    Some(len)
+    *out.get_mut(len)? = value as u8;
+    Some(len + 1)
 }
 
 /// Why an encoding was refused.

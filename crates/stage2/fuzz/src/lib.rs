@@ -218,7 +218,13 @@ impl Vm {
         for slot in self.stage2.taken(epoch).unwrap() {
             let words = self.stage2.in_flight(slot.slot, epoch).unwrap();
             let before = pages.len();
-            for page in 0..words.len() as u64 * 64 {
+            // Only where there may be any, as a host is given it.
+            let marked = |page: &u64| {
+                words
+                    .marked(*page as usize / 64)
+                    .contains(&(*page as usize / 64))
+            };
+            for page in (0..words.len() as u64 * 64).filter(marked) {
                 let word = words[page as usize / 64].load(std::sync::atomic::Ordering::SeqCst);
                 if word >> (page % 64) & 1 == 1 {
                     assert!(page < slot.pages, "past the end of slot {}", slot.slot);

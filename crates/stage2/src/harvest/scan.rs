@@ -12,7 +12,7 @@
 //! every change is one atomic operation.
 
 use crate::control::Stretch;
-use crate::dirty::{Bits, low_bits};
+use crate::dirty::{Bits, Moved, low_bits};
 use crate::engine::Round;
 use crate::hardware::Hardware;
 use crate::protect::arm;
@@ -23,15 +23,23 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::tlb::Pending;
 use crate::types::{Engine, Granularity, Level, PAGE_SHIFT, PAGE_SIZE};
 use crate::walk::Place;
+use core::ops::{ControlFlow, Range};
 
 /// What a step may cost, in loads of entries.
 pub(super) const BUDGET: u64 = 2048;
 /// What a walk counts for.
 const WALK: u64 = 16;
-/// What a dirty page counts for.
+/// What a dirty page counts for that is found among others.
 const DIRTY: u64 = 8;
+/// What one counts for that a live bit names.
+const NAMED: u64 = 3;
+/// What a word of live bits counts for.
+const WORD: u64 = 8;
 /// What a split counts for.
 const SPLIT: u64 = 1024;
+
+/// How many pages' live bits may be looked at in one go: 2048 words.
+const AT_ONCE: u64 = 2048 * 64;
 
 /// How much of a hole a visit covers: one may be 512 GiB wide, and full of writes by EL2.
 const HOLE: u64 = 16 << 20;
@@ -57,8 +65,16 @@ pub(super) struct Harvest<'a> {
     pub(super) round: Round,
 }
 
-/// An entry is being changed by another CPU: come back to it.
-struct Stall;
+impl Moved {
+    const fn cost(&self) -> u64 {
+        WORD + self.count as u64 * NAMED
+    }
+}
+
+/// An entry is being changed by another CPU, or wants a step of its own: come back to it.
+struct Stall {
+    at: u64,
+}
 
 impl<H: Hardware> Stage2<H> {
     /// Harvests a stretch as far as a step goes. Returns what is left of it.
@@ -70,31 +86,126 @@ impl<H: Hardware> Stage2<H> {
         stretch: Stretch,
         cost: &mut u64,
     ) -> Option<Stretch> {
-        let Stretch { mut from, end } = stretch;
+        let end = stretch.end;
         // Slot by slot: they may have gone, or others come, since the stretch was given out.
-        while let Some((slot, here)) = layout.next(scope, from)
-            && here < end
-        {
+        for slot in layout.from(scope, stretch.from) {
+            let mut from = stretch.from.max(slot.start());
             let stop = end.min(slot.end());
-            from = here;
             while from < stop {
                 if *cost >= BUDGET {
                     return Some(Stretch { from, end });
                 }
-                if harvest.search == Search::Live {
-                    from = harvest.first_live(slot, from, stop, cost);
-                    if from >= stop {
-                        break;
+                let reached = match harvest.search {
+                    Search::Live => {
+                        let pages = slot.page(from)..slot.page(stop);
+                        let reached = self.harvest_live(harvest, slot, pages, cost);
+                        reached.map(|page| slot.address(page))
                     }
-                }
-                match self.harvest_at(harvest, slot, Stretch { from, end: stop }, cost) {
+                    Search::Leaves | Search::Convert => {
+                        self.harvest_at(harvest, slot, Stretch { from, end: stop }, cost)
+                    }
+                };
+                match reached {
                     Ok(next) => from = next,
                     // Never passed over: whoever holds the entry may be about to publish dirty leaves.
-                    Err(Stall) => return Some(Stretch { from, end }),
+                    Err(Stall { at }) => return Some(Stretch { from: at, end }),
                 }
             }
         }
         None
+    }
+
+    /// Harvests what live bits name in `slot`, as far as one step goes at most. Returns where to go on, if not
+    /// behind it.
+    #[inline(always)]
+    pub(super) fn harvest_slot(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        cost: &mut u64,
+    ) -> Option<u64> {
+        match self.harvest_live(harvest, slot, 0..slot.pages.min(AT_ONCE), cost) {
+            Ok(page) if page >= slot.pages && *cost < BUDGET => None,
+            Ok(page) => Some(slot.address(page)),
+            Err(Stall { at }) => Some(at),
+        }
+    }
+
+    /// Harvests what live bits name of some pages of `slot`, as far as a step goes. Returns the page behind.
+    fn harvest_live(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        pages: Range<u64>,
+        cost: &mut u64,
+    ) -> Result<u64, Stall> {
+        let mut stalled = Ok(());
+        let looked = slot.dirty.take_live(pages.start, pages.end, |moved| {
+            *cost += moved.cost();
+            harvest.round.dirty += u64::from(moved.count);
+            match self.settle(harvest, slot, &moved, cost) {
+                Ok(()) if *cost < BUDGET => return ControlFlow::Continue(()),
+                Ok(()) => {}
+                Err(stall) => stalled = Err(stall),
+            }
+            ControlFlow::Break(())
+        });
+        *cost += 1 + looked.words;
+        stalled.map(|()| looked.page)
+    }
+
+    /// Makes clean what maps the pages of a word of live bits.
+    ///
+    /// Their bits are taken, so what maps them is looked for after that: a fault may have mapped a table
+    /// since, or another CPU split the block, and then the page is dirty and its bit set. Who takes the bit
+    /// must take the permission too, else nothing would ever note the page again; what cannot be made
+    /// clean now gets its bits back.
+    fn settle(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        moved: &Moved,
+        cost: &mut u64,
+    ) -> Result<(), Stall> {
+        let ipa = slot.address(moved.first);
+        let mut left = moved.pages;
+        while left != 0 {
+            let first = left.trailing_zeros();
+            let at = ipa + (u64::from(first) << PAGE_SHIFT);
+            *cost += WALK;
+            let place = self.descend(at);
+            // Where one walk ends, those of its neighbours in the same table or entry do.
+            let reach = match place.level {
+                Level::L3 => Level::L2.size(),
+                above => above.size(),
+            };
+            let near = (reach - (at & (reach - 1))) >> PAGE_SHIFT;
+            let group = left & low_bits(u64::from(first) + near);
+            let settled = match (place.kind, place.level) {
+                // A table that may be put back, with the pages in it.
+                (Kind::Busy, _) => Err(Stall { at }),
+                (_, Level::L3) => {
+                    let (base, mut stale) = (Level::L3.index(ipa), 0);
+                    for page in Bits(group) {
+                        let index = base + page as usize;
+                        stale |= u64::from(protect_page(place.table.entry(index))) << page;
+                    }
+                    harvest.pending.push_pages(ipa, stale);
+                    Ok(())
+                }
+                (Kind::Leaf, _) => self.harvest_block(harvest, slot, &place, at, cost),
+                // Written by EL2 where nothing is mapped.
+                _ => Ok(()),
+            };
+            if settled.is_err() {
+                for page in Bits(left) {
+                    slot.dirty.mark(moved.first + u64::from(page));
+                }
+                return settled;
+            }
+            left &= !group;
+        }
+        Ok(())
     }
 
     /// Harvests one table, block or hole of `slot` where a stretch begins, as far as it reaches into
@@ -110,7 +221,7 @@ impl<H: Hardware> Stage2<H> {
         let place = self.descend(here);
         let within = |size: u64| ((here & !(size - 1)) + size).min(end);
         match (place.kind, place.level) {
-            (Kind::Busy, _) => Err(Stall),
+            (Kind::Busy, _) => Err(Stall { at: here }),
             (_, Level::L3) => {
                 let end = within(Level::L2.size());
                 harvest.table(slot, &place, here, end, cost);
@@ -124,79 +235,46 @@ impl<H: Hardware> Stage2<H> {
                     }
                 }
                 let end = within(level.size().min(HOLE));
-                self.take_outside_tables(harvest, slot, here, end, Some(level), cost)?;
-                // Its bit is taken, so what it is must be looked at after that, and not be put off without one.
+                self.take_marked(harvest, slot, here, end, cost)?;
+                // Its bits are taken, so what it is is looked at after that.
                 let place = self.descend(here);
-                let harvested = match (place.kind, place.level) {
-                    (_, Level::L3) => Ok(()),
-                    (Kind::Leaf, _) => self.harvest_block(harvest, slot, &place, here, cost),
-                    _ => Err(Stall),
-                };
-                if harvested.is_err() && harvest.search == Search::Live {
-                    slot.dirty.mark(slot.page(here));
+                match (place.kind, place.level) {
+                    (_, Level::L3) => Ok(end),
+                    (Kind::Leaf, _) => self
+                        .harvest_block(harvest, slot, &place, here, cost)
+                        .map(|()| end),
+                    _ => Err(Stall { at: here }),
                 }
-                harvested.map(|()| end)
             }
             _ => {
                 let end = within(place.level.size().min(HOLE));
-                self.take_outside_tables(harvest, slot, here, end, None, cost)?;
+                self.take_marked(harvest, slot, here, end, cost)?;
                 Ok(end)
             }
         }
     }
 
     /// Takes the live bits where a moment ago there was no level-3 table. Most are writes by EL2.
-    ///
-    /// But a fault may have mapped a table since, or another CPU may have split the block, and now the
-    /// page is dirty and its bit set. Who takes that bit must take the permission too, else nothing
-    /// would ever note the page again. A block of another level than `over`, which the caller harvests
-    /// after this, gets its bit back, for that to be harvested as one.
-    fn take_outside_tables(
+    fn take_marked(
         &self,
         harvest: &mut Harvest<'_>,
         slot: &Slot,
         here: u64,
         end: u64,
-        over: Option<Level>,
         cost: &mut u64,
     ) -> Result<(), Stall> {
-        let mut met = Ok(());
-        harvest.take_live(slot, here, end, cost, |pending, ipa, mut pages| {
-            while pages != 0 {
-                let first = pages.trailing_zeros();
-                let at = ipa + u64::from(first) * PAGE_SIZE;
-                // Where one walk ends, those of its neighbours in the same table or entry do.
-                let place = self.descend(at);
-                let reach = match place.level {
-                    Level::L3 => Level::L2.size(),
-                    above => above.size(),
-                };
-                let give_back = |pages| {
-                    Bits(pages).for_each(|page| slot.dirty.mark(slot.page(ipa) + u64::from(page)));
-                };
-                let left = (reach - (at & (reach - 1))) >> PAGE_SHIFT;
-                let group = pages & low_bits(u64::from(first) + left);
-                pages &= !group;
-                match (place.kind, place.level) {
-                    // A table that may be put back, with the pages in it: look again next time.
-                    (Kind::Busy, _) => give_back(group),
-                    (_, Level::L3) => {
-                        for page in Bits(group) {
-                            let ipa = ipa + u64::from(page) * PAGE_SIZE;
-                            if protect_page(place.table.entry(Level::L3.index(ipa))) {
-                                pending.push(ipa, Level::L3);
-                            }
-                        }
-                    }
-                    (Kind::Leaf, level) if over != Some(level) && place.pte.is_dirty() => {
-                        give_back(group);
-                        met = Err(Stall);
-                    }
-                    _ => {}
-                }
+        let mut settled = Ok(());
+        let (first, last) = (slot.page(here), slot.page(end));
+        let looked = slot.dirty.take_live(first, last, |moved| {
+            *cost += moved.cost();
+            settled = self.settle(harvest, slot, &moved, cost);
+            match settled {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
             }
         });
-        met
+        *cost += 4 + looked.words;
+        settled.map_err(|_| Stall { at: here })
     }
 
     fn harvest_block(
@@ -217,7 +295,7 @@ impl<H: Hardware> Stage2<H> {
         }
         if level != Level::L2 && place.pte.is_dirty() && *cost > BUDGET / 8 {
             // Its bits are a step of their own.
-            return Err(Stall);
+            return Err(Stall { at: here });
         }
         let mut old = None;
         if place.pte.is_dirty() && harvest.mode.granularity != Granularity::Block {
@@ -226,7 +304,7 @@ impl<H: Hardware> Stage2<H> {
             match self.split(place.entry(), level, here, engine) {
                 Ok(block) => old = Some((block, Stale::Invalidated)),
                 Err(crate::split::Unsplit::NoTables) => {}
-                Err(crate::split::Unsplit::Raced) => return Err(Stall),
+                Err(crate::split::Unsplit::Raced) => return Err(Stall { at: here }),
             }
         }
         if old.is_none() && !place.pte.is_dirty() && harvest.search != Search::Convert {
@@ -235,7 +313,7 @@ impl<H: Hardware> Stage2<H> {
         let (block, stale) = match old {
             Some(old) => old,
             None => (
-                clean(place, harvest.search, engine).ok_or(Stall)?,
+                clean(place, harvest.search, engine).ok_or(Stall { at: here })?,
                 Stale::Yes,
             ),
         };
@@ -266,7 +344,7 @@ impl<H: Hardware> Stage2<H> {
         if harvest.mode.granularity == Granularity::Page {
             match self.split(place.entry(), level, here, engine) {
                 Ok(_) => return Ok(()),
-                Err(crate::split::Unsplit::Raced) => return Err(Stall),
+                Err(crate::split::Unsplit::Raced) => return Err(Stall { at: here }),
                 Err(crate::split::Unsplit::NoTables) => {}
             }
         }
@@ -305,44 +383,25 @@ fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
 }
 
 impl Harvest<'_> {
-    /// Returns the first address of a word of live bits in `here..end` that has any, or an address behind.
-    ///
-    /// An epoch of some pages looks at all of them: the bit of a dirty block may be another page's.
-    fn first_live(&self, slot: &Slot, here: u64, end: u64, cost: &mut u64) -> u64 {
-        if self.within != Stretch::ALL {
-            return here;
-        }
-        let pages = (end - here) >> PAGE_SHIFT;
-        let (quiet, read) = slot.dirty.quiet(slot.page(here), pages);
-        *cost += 1 + read;
-        here + (quiet << PAGE_SHIFT)
-    }
-
     /// Harvests the level-3 table at `place` from `here` to `end`.
     fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
+        let (first, last) = (slot.page(here), slot.page(end));
+        let looked = slot.dirty.take_live(first, last, |moved| {
+            *cost += moved.cost();
+            ControlFlow::Continue(())
+        });
+        *cost += 4 + looked.words;
         match self.search {
-            Search::Live => {
-                self.round.dirty += self.take_live(slot, here, end, cost, |pending, ipa, pages| {
-                    let mut stale = 0;
-                    for page in Bits(pages) {
-                        let index = Level::L3.index(ipa) + page as usize;
-                        stale |= u64::from(protect_page(place.table.entry(index))) << page;
-                    }
-                    pending.push_pages(ipa, stale);
-                });
-            }
-            Search::Leaves => {
-                self.take_live(slot, here, end, cost, |_, _, _| {});
-                let found = self.scan(slot, place, here, end, collect);
-                *cost += ((end - here) >> PAGE_SHIFT) + DIRTY * found;
-            }
             Search::Convert => {
                 let engine = self.mode.engine;
-                self.take_live(slot, here, end, cost, |_, _, _| {});
                 let found = self.scan(slot, place, here, end, |group, wanted| {
                     collect_converting(group, wanted, engine)
                 });
                 *cost += 4 * ((end - here) >> PAGE_SHIFT) + DIRTY * found;
+            }
+            Search::Leaves | Search::Live => {
+                let found = self.scan(slot, place, here, end, collect);
+                *cost += ((end - here) >> PAGE_SHIFT) + DIRTY * found;
             }
         }
     }
@@ -405,32 +464,10 @@ impl Harvest<'_> {
             base = next;
         }
         slot.dirty
-            .added(slot.page(here), (end - here) >> PAGE_SHIFT, added);
+            .added_run(slot.page(here), (end - here) >> PAGE_SHIFT, added);
         self.round.dirty += dirty;
         self.round.read += (end - here) >> PAGE_SHIFT;
         dirty
-    }
-
-    /// Moves the live bits of `here..end` to the epoch and returns how many. Hands them to `each`, 64 at
-    /// a time: an address and, as bits, the pages from there on.
-    fn take_live(
-        &mut self,
-        slot: &Slot,
-        here: u64,
-        end: u64,
-        cost: &mut u64,
-        mut each: impl FnMut(&mut Pending, u64, u64),
-    ) -> u64 {
-        let pages = (end - here) >> PAGE_SHIFT;
-        let pending = &mut *self.pending;
-        let mut taken = 0;
-        slot.dirty
-            .take_live(slot.page(here), pages, |first, pages| {
-                taken += u64::from(pages.count_ones());
-                each(pending, slot.start() + (first << PAGE_SHIFT), pages);
-            });
-        *cost += 4 + pages / 64 + DIRTY * taken;
-        taken
     }
 }
 

@@ -7,6 +7,7 @@ use super::world::*;
 use crate::pte::{CLEAR_WRITE, Permission, Pte};
 use crate::types::*;
 use crate::{Error, FaultAccess, FaultKind, Features, Outcome, Support};
+use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
 const IPA: u64 = 0x4000_0000;
@@ -624,15 +625,20 @@ fn invariant_18_marking_takes_any_range_and_names_what_is_no_memory() {
 fn invariant_19_bits_past_the_end_are_never_set() {
     use crate::dirty::Dirty;
     let dirty = Dirty::new(70).unwrap();
-    let add = |page, mask| dirty.added(page, 64, dirty.add(page, mask));
+    let add = |page, mask| dirty.added_run(page, 64, dirty.add(page, mask));
     add(64, u64::MAX);
     add(69, u64::MAX);
     dirty.mark_run(66, u64::MAX);
     dirty.mark_run(70, 1);
     dirty.add_run(68, 1000);
-    dirty.take_live(0, u64::MAX, |first, pages| {
-        assert!(first + u64::from(pages.ilog2()) < 70)
+    dirty.begin_harvest();
+    let mut taken = 0;
+    dirty.take_live(0, u64::MAX, |moved| {
+        assert!(moved.first + u64::from(moved.pages.ilog2()) < 70);
+        taken += moved.count;
+        ControlFlow::Continue(())
     });
+    assert_eq!(taken, 4);
     let words: std::vec::Vec<_> = dirty
         .in_flight()
         .iter()

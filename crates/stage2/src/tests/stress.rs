@@ -111,11 +111,8 @@ impl Arena {
 
     fn copy_epoch(&self, epoch: Epoch, copy: &mut [u64]) {
         let words = self.world.stage2.in_flight(SlotId(0), epoch).unwrap();
-        for (index, word) in words.iter().enumerate() {
-            for bit in crate::dirty::Bits(word.load(Ordering::SeqCst)) {
-                let page = index * 64 + bit as usize;
-                copy[page] = self.memory[page].load(Ordering::SeqCst);
-            }
+        for page in pages_of(&words) {
+            copy[page as usize] = self.memory[page as usize].load(Ordering::SeqCst);
         }
     }
 

@@ -212,16 +212,13 @@ impl World {
             let words = self.stage2.in_flight(slot.slot, epoch).unwrap();
             assert_eq!(words.len() as u64, slot.pages.div_ceil(64));
             let before = pages.len();
-            for (index, word) in words.iter().enumerate() {
-                for bit in crate::dirty::Bits(word.load(Ordering::SeqCst)) {
-                    let page = index as u64 * 64 + u64::from(bit);
-                    assert!(
-                        page < slot.pages,
-                        "bit {page} is past the end of a slot of {}",
-                        slot.pages
-                    );
-                    pages.push(slot.base.ipa().raw() + page * PAGE_SIZE);
-                }
+            for page in pages_of(&words) {
+                assert!(
+                    page < slot.pages,
+                    "bit {page} is past the end of a slot of {}",
+                    slot.pages
+                );
+                pages.push(slot.base.ipa().raw() + page * PAGE_SIZE);
             }
             assert_eq!((pages.len() - before) as u64, slot.dirty_pages);
         }
@@ -311,4 +308,21 @@ pub fn set(pages: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
 /// All pages of `start..start + bytes`.
 pub fn span(start: u64, bytes: u64) -> BTreeSet<u64> {
     (start..start + bytes).step_by(PAGE_SIZE as usize).collect()
+}
+
+/// The pages of an epoch's bitmap, as one reads it who looks only where there may be any.
+pub fn pages_of(words: &crate::Words) -> Vec<u64> {
+    let mut pages = Vec::new();
+    let mut at = 0;
+    while at < words.len() {
+        let marked = words.marked(at);
+        assert!(at <= marked.start && marked.start <= marked.end);
+        let end = marked.end.min(words.len());
+        for index in marked.start..end {
+            let word = words[index].load(Ordering::Acquire);
+            pages.extend(crate::dirty::Bits(word).map(|bit| index as u64 * 64 + u64::from(bit)));
+        }
+        at = marked.end.max(at + 1);
+    }
+    pages
 }

@@ -234,14 +234,11 @@ impl Sim {
             let words = self.op("in_flight", |stage2| stage2.in_flight(slot.slot, epoch));
             // A slot may have been deleted since.
             let Ok(words) = words else { continue };
-            for (index, word) in words.iter().enumerate() {
-                for bit in crate::dirty::Bits(word.load(std::sync::atomic::Ordering::Acquire)) {
-                    let page = index as u64 * 64 + u64::from(bit);
-                    assert!(page < slot.pages, "past the end of slot {}", slot.slot);
-                    let ipa = slot.base.ipa().raw() + page * PAGE_SIZE;
-                    lock(&self.ghost).copy(ipa);
-                    pages.insert(ipa);
-                }
+            for page in pages_of(&words) {
+                assert!(page < slot.pages, "past the end of slot {}", slot.slot);
+                let ipa = slot.base.ipa().raw() + page * PAGE_SIZE;
+                lock(&self.ghost).copy(ipa);
+                pages.insert(ipa);
             }
         }
         self.note(|| format!("copied {} pages", pages.len()));
@@ -249,8 +246,9 @@ impl Sim {
     }
 
     pub fn commit(&self, epoch: Epoch) {
-        self.op("commit", |stage2| stage2.commit(epoch)).unwrap();
+        // The host has all it needs when it says so; what it is told may be forgotten in the middle of that.
         lock(&self.ghost).commit();
+        self.op("commit", |stage2| stage2.commit(epoch)).unwrap();
         self.check_all();
     }
 
