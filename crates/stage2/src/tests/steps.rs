@@ -53,10 +53,10 @@ enum Leaves {
     Pages,
 }
 
-/// A VM of 4 GiB in large blocks, of 16 GiB in small ones, of 64 MiB in pages.
+/// A VM of 64 GiB in large blocks, of 16 GiB in small ones, of 64 MiB in pages.
 fn vm(leaves: Leaves) -> (World, u64, u64) {
     let (pages, pa, size) = match leaves {
-        Leaves::Gib => (4 * P1G, RAM, GIB),
+        Leaves::Gib => (64 * P1G, RAM, GIB),
         Leaves::Mib => (16 * P1G, RAM + 2 * MIB, 2 * MIB),
         Leaves::Pages => (64 * 256, RAM + PAGE_SIZE, PAGE_SIZE),
     };

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use tidemark_guests::pattern::{Gfn, PageRun};
 use tidemark_tests::clocks::Clocks;
 use tidemark_tests::guests::{self, Mib};
 use tidemark_tests::host::{Costs, Host};
@@ -14,6 +15,10 @@ use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
 use tidemark_wire::bundle::VmDraft;
 use tidemark_wire::message::{EngineChoice, Granularity, SlotId, Task, VmId};
+
+/// A slot at the end of 64 GiB of addresses, and its pages: 32 MiB.
+const FAR: SlotId = SlotId(9);
+const FAR_PAGES: u64 = 32 << 8;
 
 const ENGINES: [EngineChoice; 2] = [EngineChoice::Dbm, EngineChoice::WriteProtect];
 
@@ -127,6 +132,12 @@ fn enable(host: &mut Host, vm: VmId) -> Result<f64> {
 
 /// All that a host, or a person at the shell, can ask for.
 fn everything(host: &mut Host, target: &Target, vm: VmId, tiny: VmId) -> Result<()> {
+    // Memory up to the end of an address space of 64 GiB, for all that follows.
+    let far = PageRun {
+        first: Gfn((64 << 30 >> 12) - FAR_PAGES),
+        count: FAR_PAGES,
+    };
+    host.add_slot(vm, FAR, far)?;
     for engine in ENGINES {
         for granularity in [Granularity::Page, Granularity::Adaptive, Granularity::Block] {
             host.dirty_start(vm, engine, granularity)?;
@@ -137,6 +148,7 @@ fn everything(host: &mut Host, target: &Target, vm: VmId, tiny: VmId) -> Result<
             host.dirty_stop(vm)?;
         }
     }
+    host.delete_slot(vm, FAR)?;
     let ram = host.info(vm)?.slots.first().map(|slot| slot.base_ipa);
     let ram = ram.context("a guest without memory")?;
     // The kernel is what compresses worst.
