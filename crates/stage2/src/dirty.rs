@@ -240,6 +240,7 @@ impl Dirty {
     }
 
     /// Moves the live bits of the word that holds `page`, from that on and below `end`, to the epoch.
+    #[inline(always)]
     fn take_word(&self, page: u64, end: u64) -> Option<Moved> {
         let index = page / 64;
         // Not a swap: a word may be shared with pages of another stretch.

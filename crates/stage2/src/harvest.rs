@@ -17,7 +17,7 @@ use crate::engine::Round;
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::protect::{FILL, WORDS, words_step};
-use crate::slot::{Layout, Scope, Slot};
+use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::tlb::Pending;
@@ -155,38 +155,7 @@ impl<H: Hardware> Stage2<H> {
                     return Ok(Progress::More { done: 0, total });
                 }
                 taking.pass = TakePass::Scan;
-                let mut harvest = Harvest {
-                    mode,
-                    search,
-                    within,
-                    pending: &mut control.pending,
-                    round: Round::default(),
-                };
-                let (mut total, mut left) = (0, None);
-                for slot in layout.covered(scope) {
-                    slot.dirty.begin_harvest();
-                    total += slot.pages;
-                    // A step of it at once: where live bits say where to look, that is all most of the time,
-                    // and there is nothing to give out.
-                    if search == Search::Live && left.is_none() {
-                        left = self.harvest_slot(&mut harvest, slot, &mut cost);
-                    }
-                }
-                control.round = harvest.round;
-                let pages = part.map_or(total, |part| part.pages);
-                let cpus = self.hw.cpus();
-                let left = match (search, left) {
-                    (Search::Live, None) => return Ok(self.finish(control, &layout, pages)),
-                    (Search::Live, Some(from)) => Stretch { from, ..within },
-                    (Search::Leaves | Search::Convert, _) => {
-                        control.claims.begin(Ground::All, within, pages, cpus);
-                        return Ok(Progress::More { done: 0, total });
-                    }
-                };
-                control.claims.begin(Ground::Live, left, pages, cpus);
-                // The invalidation is another CPU's, perhaps, and its barrier is not for our writes.
-                self.hw.dsb_ishst();
-                return Ok(self.conclude(control, &layout));
+                return Ok(self.begin(control, &layout, (mode, search), cost));
             }
             TakePass::GiveBack(from) => {
                 let next = words_step(&layout, from, FILL, |slot, first, count| {
@@ -237,6 +206,54 @@ impl<H: Hardware> Stage2<H> {
                 } else {
                     self.somebody_else_steps()
                 });
+            }
+        }
+    }
+
+    /// Begins to collect.
+    ///
+    /// Where live bits say where to look, by a first step: most of the time that is all, and there is nothing
+    /// to give out. A look at leaves is for all CPUs.
+    #[inline(always)]
+    fn begin(
+        &self,
+        control: &mut Control,
+        layout: &Layout,
+        (mode, search): (LogMode, Search),
+        mut cost: u64,
+    ) -> Progress {
+        let part = control.taking.and_then(|taking| taking.part);
+        let (scope, within) = layout.extent(control.scope, part);
+        let mut harvest = Harvest {
+            mode,
+            search,
+            within,
+            pending: &mut control.pending,
+            round: Round::default(),
+        };
+        let (mut total, mut left) = (0, None);
+        for slot in layout.covered(scope) {
+            slot.dirty.begin_harvest();
+            total += slot.pages;
+            if search == Search::Live && left.is_none() {
+                left = self.harvest_slot(&mut harvest, slot, &mut cost);
+            }
+        }
+        control.round = harvest.round;
+        let pages = part.map_or(total, |part| part.pages);
+        let claims = &mut control.claims;
+        match (search, left) {
+            (Search::Live, None) => self.finish(control, layout, pages),
+            (Search::Live, Some(from)) => {
+                let left = Stretch { from, ..within };
+                claims.begin(Ground::Live, left, pages, self.hw.cpus());
+                // The invalidation is another CPU's, perhaps, and its barrier is not for our writes.
+                self.hw.dsb_ishst();
+                self.conclude(control, layout)
+            }
+            (Search::Leaves | Search::Convert, _) => {
+                claims.begin(Ground::All, within, pages, self.hw.cpus());
+                Progress::More { done: 0, total }
             }
         }
     }

@@ -6,7 +6,8 @@
 //! one found dirty is reported whole and, unless the log is to keep blocks, split for the next round.
 //!
 //! Under write protection the live bits alone say where to look, in tables and in blocks: a leaf that became
-//! dirty has a bit, or a CPU on its way to set one. What nobody wrote costs no walk.
+//! dirty has a bit, or a CPU on its way to set one. What nobody wrote costs no walk. An epoch of some pages
+//! looks at every leaf of theirs all the same: a dirty block's bit may be that of another page.
 //!
 //! Each CPU is at stretches of its own, but tables, words of the bitmaps and blocks reach over their ends:
 //! every change is one atomic operation.
