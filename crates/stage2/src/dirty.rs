@@ -125,6 +125,21 @@ impl Dirty {
         self.live_pages.fetch_add(new, Ordering::Relaxed);
     }
 
+    /// Notes those pages of a word that bits of `pages` say, the word's first being `first`.
+    pub(crate) fn mark_word(&self, first: u64, pages: u64) {
+        let index = (first / 64) as usize;
+        let pages = pages & self.valid(index);
+        if let Some(word) = self.live.get(index)
+            && pages != 0
+        {
+            let new = pages & !word.fetch_or(pages, Ordering::Release);
+            self.live_parts
+                .fetch_or(self.parts(first, 64), Ordering::Release);
+            self.live_pages
+                .fetch_add(count(new).into(), Ordering::Relaxed);
+        }
+    }
+
     /// Begins a harvest of all live bits. Those set from now on may be left to the next one.
     ///
     /// Under the control mutex, which whoever reads the bits has held since.
@@ -336,14 +351,8 @@ impl Dirty {
         let rest = self.in_flight.get(first..).unwrap_or(&[]);
         for (index, word) in (first..).zip(rest.iter().take(count)) {
             let pages = word.load(Ordering::Relaxed);
-            if let Some(live) = self.live.get(index)
-                && pages != 0
-            {
-                let new = pages & !live.fetch_or(pages, Ordering::AcqRel);
-                self.live_parts
-                    .fetch_or(self.parts(index as u64 * 64, 64), Ordering::Release);
-                self.live_pages
-                    .fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
+            if pages != 0 {
+                self.mark_word(index as u64 * 64, pages);
                 word.store(0, Ordering::Relaxed);
                 self.in_flight_pages
                     .fetch_sub(u64::from(pages.count_ones()), Ordering::Relaxed);
@@ -377,9 +386,7 @@ impl Dirty {
                 word.map_or(0, |word| word.load(Ordering::Acquire))
             };
             let (live, in_flight) = (of(&older.live), of(&older.in_flight));
-            for bit in Bits(live) {
-                self.mark(index as u64 * 64 + u64::from(bit));
-            }
+            self.mark_word(index as u64 * 64, live);
             let added = self.add_word(index, in_flight).count_ones();
             self.added_run(index as u64 * 64, 64, added.into());
         }

@@ -199,9 +199,7 @@ impl<H: Hardware> Stage2<H> {
                 _ => Ok(()),
             };
             if settled.is_err() {
-                for page in Bits(left) {
-                    slot.dirty.mark(moved.first + u64::from(page));
-                }
+                slot.dirty.mark_word(moved.first, left);
                 return settled;
             }
             left &= !group;
