@@ -316,8 +316,10 @@ fn drive(
         // From the start: an epoch that is given up is never used again either.
         work.last_taken = work.last_taken.max(epoch.0);
     }
-    // The first step at once: most work on a small guest is over with it.
-    if step(vm, &mut work) == Step::Done {
+    // The first step at once: most work on a small guest is over with it. Not a slot's, whose steps are the longest:
+    // this request came in an interrupt, with others perhaps.
+    let at_once = !matches!(wanted, Operation::Slot(_));
+    if at_once && step(vm, &mut work) == Step::Done {
         return match work.failure.take() {
             Some((_, failure)) => Err(failure),
             None => Ok(None),

@@ -5,7 +5,7 @@
 //! once, not twice. In two phases forgetting is the commit, so here it is an epoch that is *taken* of a
 //! range ([`take_range`](Stage2::take_range)): the range's pages are tracked anew, and its bits kept until
 //! the host has what they stand for. There is no separate look without consequences, and no need of one:
-//! what a range does not have costs its harvest next to nothing.
+//! a page that a range does not have costs its harvest a load of its leaf, under either engine.
 //!
 //! With that a log can start by noting every page and arming none
 //! ([`start_log_all_dirty`](Stage2::start_log_all_dirty), KVM's `INITIALLY_SET`): starting it costs two bits

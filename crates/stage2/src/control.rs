@@ -1,9 +1,9 @@
 //! Where the long operations are: starting, harvesting, stopping.
 //!
 //! One mutex. Starting and stopping hold it for one bounded step, and a second CPU that steps meanwhile
-//! does not wait: it is told there is more to do. A harvest holds it only to claim a stretch of guest
-//! memory and to hand in what it found there, so that as many CPUs harvest as step. Cursors are guest
-//! addresses, not indices, so slots may come and go between steps.
+//! does not wait: it is told there is more to do. A harvest holds it for its first step, and then only to
+//! claim a stretch of guest memory and to hand in what it found there, so that as many CPUs harvest as step.
+//! Cursors are guest addresses, not indices, so slots may come and go between steps.
 //!
 //! Lock order: this mutex, then a copy of the layout. The fault path takes only the latter.
 
@@ -179,9 +179,6 @@ impl Claims {
 
     /// Gives out a stretch, if any is left.
     pub(crate) fn claim(&mut self, layout: &Layout, scope: Scope) -> Option<Stretch> {
-        if self.are_given_out(layout, scope) {
-            return None;
-        }
         let last = self.kept.checked_sub(1);
         let stretch = match last.and_then(|last| self.left.get(last)) {
             Some(left) => {
@@ -204,6 +201,9 @@ impl Claims {
     /// Returns where there is something to give out. A slot that comes after there was nothing is left to
     /// the next harvest, as is one that comes in front of the cursor.
     fn next<'a>(&mut self, layout: &'a Layout, scope: Scope) -> Option<(&'a Slot, u64)> {
+        if self.next >= self.limit {
+            return None;
+        }
         let place = |slot: &'a Slot| {
             let here = self.next.max(slot.start());
             let here = match self.ground {
@@ -264,9 +264,10 @@ pub(crate) struct Control {
     pub(crate) claims: Claims,
     pub(crate) last: Option<(Epoch, Fate)>,
     pub(crate) last_committed: Option<Epoch>,
-    /// From this address on, the in-flight bitmaps still hold a committed epoch. The next take
-    /// forgets it piece by piece; so commit is quick, however large the VM. An aborted epoch is
-    /// simply not forgotten: what it held counts for the next one.
+    /// From this address on, the in-flight bitmaps still hold a committed epoch that was too large to be
+    /// forgotten by the commit. The next take does it piece by piece, and anew if it is given up meanwhile:
+    /// between takes it is all or nothing, because slots move. An aborted epoch is simply not forgotten:
+    /// what it held counts for the next one.
     pub(crate) stale: Option<u64>,
     pub(crate) leaves: Leaves,
     /// What the harvest under way has met so far.
@@ -320,6 +321,7 @@ impl Control {
     pub(crate) fn without_log(&self) -> Self {
         Self {
             last: self.last,
+            stale: self.stale,
             resizing: self.resizing,
             unseen_writers: self.unseen_writers,
             ..Self::new()

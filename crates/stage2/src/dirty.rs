@@ -87,7 +87,7 @@ impl Dirty {
     /// empty one far behind if there is none.
     pub(crate) fn in_flight_marked(&self, word: usize) -> Range<usize> {
         let parts = self.in_flight_parts.load(Ordering::Relaxed);
-        let page = self.next_in(parts, word as u64 * 64);
+        let page = self.next_in(parts, (word as u64).saturating_mul(64));
         let here = page >> self.part;
         let run = parts.checked_shr(here as u32).unwrap_or(0).trailing_ones();
         let end = (here + u64::from(run)) << self.part;
@@ -96,6 +96,12 @@ impl Dirty {
 
     pub(crate) fn in_flight_pages(&self) -> u64 {
         self.in_flight_pages.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many words there are in which bits may be set in `in_flight`.
+    pub(crate) fn in_flight_words(&self) -> usize {
+        let parts = self.in_flight_parts.load(Ordering::Relaxed);
+        (count(parts) as usize) << (self.part - 6)
     }
 
     /// Returns how many bits are live, exact when nobody marks or takes. Kept rather than counted:
@@ -325,8 +331,8 @@ impl Dirty {
     }
 
     fn added(&self, parts: u64, added: u64) {
+        self.in_flight_parts.fetch_or(parts, Ordering::Relaxed);
         if added != 0 {
-            self.in_flight_parts.fetch_or(parts, Ordering::Relaxed);
             self.in_flight_pages.fetch_add(added, Ordering::Relaxed);
         }
     }
@@ -387,22 +393,23 @@ impl Dirty {
             };
             let (live, in_flight) = (of(&older.live), of(&older.in_flight));
             self.mark_word(index as u64 * 64, live);
-            let added = self.add_word(index, in_flight).count_ones();
-            self.added_run(index as u64 * 64, 64, added.into());
+            if in_flight != 0 {
+                let added = self::count(self.add_word(index, in_flight));
+                self.added_run(index as u64 * 64, 64, added.into());
+            }
         }
         end < older.live.len()
     }
 
-    /// Forgets a settled epoch from word `first` on, as far as clearing `count` words goes. Returns the word
-    /// to go on at.
-    pub(crate) fn clear_in_flight(&self, first: usize, count: usize) -> usize {
-        if first == 0 {
-            self.in_flight_pages.store(0, Ordering::Relaxed);
-        }
+    /// Forgets a settled epoch from word `first` on, as far as clearing `count` words goes, of a slot that has
+    /// `pages` now: it may have had more. Returns the word to go on at.
+    pub(crate) fn clear_in_flight(&self, first: usize, count: usize, pages: u64) -> usize {
         let parts = self.in_flight_parts.load(Ordering::Relaxed);
         let next = self.clear(&self.in_flight, parts, first, count);
-        if next >= self.in_flight.len() {
+        if next as u64 * 64 >= pages {
             self.in_flight_parts.store(0, Ordering::Relaxed);
+            // Not before: whoever cuts a bitmap off meanwhile subtracts what is in it.
+            self.in_flight_pages.store(0, Ordering::Relaxed);
         }
         next
     }
@@ -456,7 +463,7 @@ const fn part_of(pages: u64) -> u32 {
 }
 
 /// Returns how many pages the bits of a word are. Often it is one, and counting is some twenty instructions.
-fn count(pages: u64) -> u32 {
+pub(crate) fn count(pages: u64) -> u32 {
     #[inline(never)]
     fn of_many(pages: u64) -> u32 {
         pages.count_ones()

@@ -231,6 +231,8 @@ impl<H: Hardware> Stage2<H> {
             pending: &mut control.pending,
             round: Round::default(),
         };
+        // Half a step, because others may be waiting for the mutex.
+        cost = cost.max(BUDGET / 2);
         let (mut total, mut left) = (0, None);
         for slot in layout.covered(scope) {
             slot.dirty.begin_harvest();
@@ -368,11 +370,11 @@ impl<H: Hardware> Stage2<H> {
         control.taking = None;
         control.last = Some((epoch, Fate::Committed));
         control.last_committed = Some(epoch);
-        // Most of the time all is forgotten at once; else the next take goes on. While a bitmap is being
+        // Most of the time all is forgotten at once; else the next take does it. While a bitmap is being
         // exchanged there are two of them.
         control.stale = match control.resizing {
-            None => forget(&self.layout(), 0),
-            Some(_) => Some(0),
+            None if forget_all(&self.layout()) => None,
+            _ => Some(0),
         };
         Ok(())
     }
@@ -402,6 +404,7 @@ impl<H: Hardware> Stage2<H> {
     fn abort_taking(&self, control: &mut Control) -> Option<Epoch> {
         let epoch = control.taking.take()?.epoch;
         control.last = Some((epoch, Fate::Aborted));
+        control.stale = control.stale.map(|_| 0);
         self.drained.store(false, Ordering::Relaxed);
         Some(epoch)
     }
@@ -467,8 +470,21 @@ impl<H: Hardware> Stage2<H> {
 /// Forgets a committed epoch from an address on, as far as a step goes. Returns where to go on.
 fn forget(layout: &Layout, from: u64) -> Option<u64> {
     words_step(layout, from, FORGET, |slot, first, count| {
-        slot.dirty.clear_in_flight(first, count)
+        slot.dirty.clear_in_flight(first, count, slot.pages)
     })
+}
+
+/// Forgets a committed epoch, if that is no more than a step. Was it?
+fn forget_all(layout: &Layout) -> bool {
+    let words = |slot: &Slot| slot.dirty.in_flight_words();
+    let all = layout.covered(Scope::All).map(words).sum::<usize>();
+    if all > FORGET {
+        return false;
+    }
+    for slot in layout.covered(Scope::All) {
+        slot.dirty.clear_in_flight(0, FORGET, slot.pages);
+    }
+    true
 }
 
 fn require_taken(taking: Option<Taking>, epoch: Epoch) -> Result<Taking, Error> {
@@ -524,9 +540,12 @@ impl Layout {
         let Some(part) = part else {
             return (logged, Stretch::ALL);
         };
-        let start = self.slot(part.slot).map_or(0, Slot::start);
-        let from = start + (part.first << PAGE_SHIFT);
-        let end = from + (part.pages << PAGE_SHIFT);
+        // It may have gone, or become smaller, since the epoch was begun.
+        let Some(slot) = self.slot(part.slot) else {
+            return (Scope::One(part.slot), Stretch { from: 0, end: 0 });
+        };
+        let page = |page: u64| slot.address(page.min(slot.pages));
+        let (from, end) = (page(part.first), page(part.first + part.pages));
         (Scope::One(part.slot), Stretch { from, end })
     }
 
@@ -538,7 +557,8 @@ impl Layout {
                     Carried::No => 0,
                 }
         };
-        self.slots.iter().map(of).sum()
+        // What a host is told may be wrong by a moment's changes, and must not end the machine.
+        self.slots.iter().map(of).fold(0, u64::saturating_add)
     }
 }
 

@@ -121,7 +121,7 @@ impl<H: Hardware> Stage2<H> {
                 let layout = self.layout();
                 let clear = |slot: &Slot, first, count| {
                     let live = slot.dirty.clear_live(first, count);
-                    live.min(slot.dirty.clear_in_flight(first, count))
+                    live.min(slot.dirty.clear_in_flight(first, count, slot.pages))
                 };
                 let next = words_step(&layout, from, WORDS, clear);
                 let total = layout.progress(scope, u64::MAX).1;

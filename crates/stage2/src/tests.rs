@@ -16,6 +16,7 @@ mod random;
 mod reslot;
 mod review2014;
 mod sequences;
+mod settled;
 mod sim;
 mod simulated;
 mod slots;

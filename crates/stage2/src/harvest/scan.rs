@@ -13,7 +13,7 @@
 //! every change is one atomic operation.
 
 use crate::control::Stretch;
-use crate::dirty::{Bits, Moved, low_bits};
+use crate::dirty::{Bits, Moved, count, low_bits};
 use crate::engine::Round;
 use crate::hardware::Hardware;
 use crate::protect::arm;
@@ -89,7 +89,8 @@ impl<H: Hardware> Stage2<H> {
     ) -> Option<Stretch> {
         let end = stretch.end;
         // Slot by slot: they may have gone, or others come, since the stretch was given out.
-        for slot in layout.from(scope, stretch.from) {
+        let slots = layout.from(scope, stretch.from);
+        for slot in slots.take_while(|slot| slot.start() < end) {
             let mut from = stretch.from.max(slot.start());
             let stop = end.min(slot.end());
             while from < stop {
@@ -97,11 +98,7 @@ impl<H: Hardware> Stage2<H> {
                     return Some(Stretch { from, end });
                 }
                 let reached = match harvest.search {
-                    Search::Live => {
-                        let pages = slot.page(from)..slot.page(stop);
-                        let reached = self.harvest_live(harvest, slot, pages, cost);
-                        reached.map(|page| slot.address(page))
-                    }
+                    Search::Live => self.harvest_marked(harvest, slot, from, stop, cost),
                     Search::Leaves | Search::Convert => {
                         self.harvest_at(harvest, slot, Stretch { from, end: stop }, cost)
                     }
@@ -143,7 +140,6 @@ impl<H: Hardware> Stage2<H> {
         let mut stalled = Ok(());
         let looked = slot.dirty.take_live(pages.start, pages.end, |moved| {
             *cost += moved.cost();
-            harvest.round.dirty += u64::from(moved.count);
             match self.settle(harvest, slot, &moved, cost) {
                 Ok(()) if *cost < BUDGET => return ControlFlow::Continue(()),
                 Ok(()) => {}
@@ -153,6 +149,20 @@ impl<H: Hardware> Stage2<H> {
         });
         *cost += 1 + looked.words;
         stalled.map(|()| looked.page)
+    }
+
+    /// The same between two addresses, where a moment ago there was no level-3 table. Most are writes by EL2.
+    fn harvest_marked(
+        &self,
+        harvest: &mut Harvest<'_>,
+        slot: &Slot,
+        here: u64,
+        end: u64,
+        cost: &mut u64,
+    ) -> Result<u64, Stall> {
+        let pages = slot.page(here)..slot.page(end);
+        let reached = self.harvest_live(harvest, slot, pages, cost);
+        reached.map(|page| slot.address(page))
     }
 
     /// Makes clean what maps the pages of a word of live bits.
@@ -191,6 +201,7 @@ impl<H: Hardware> Stage2<H> {
                         let index = base + page as usize;
                         stale |= u64::from(protect_page(place.table.entry(index))) << page;
                     }
+                    harvest.round.dirty += u64::from(count(stale));
                     harvest.pending.push_pages(ipa, stale);
                     Ok(())
                 }
@@ -234,7 +245,7 @@ impl<H: Hardware> Stage2<H> {
                     }
                 }
                 let end = within(level.size().min(HOLE));
-                self.take_marked(harvest, slot, here, end, cost)?;
+                let end = self.harvest_marked(harvest, slot, here, end, cost)?;
                 // Its bits are taken, so what it is is looked at after that.
                 let place = self.descend(here);
                 match (place.kind, place.level) {
@@ -247,33 +258,9 @@ impl<H: Hardware> Stage2<H> {
             }
             _ => {
                 let end = within(place.level.size().min(HOLE));
-                self.take_marked(harvest, slot, here, end, cost)?;
-                Ok(end)
+                self.harvest_marked(harvest, slot, here, end, cost)
             }
         }
-    }
-
-    /// Takes the live bits where a moment ago there was no level-3 table. Most are writes by EL2.
-    fn take_marked(
-        &self,
-        harvest: &mut Harvest<'_>,
-        slot: &Slot,
-        here: u64,
-        end: u64,
-        cost: &mut u64,
-    ) -> Result<(), Stall> {
-        let mut settled = Ok(());
-        let (first, last) = (slot.page(here), slot.page(end));
-        let looked = slot.dirty.take_live(first, last, |moved| {
-            *cost += moved.cost();
-            settled = self.settle(harvest, slot, &moved, cost);
-            match settled {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
-        });
-        *cost += 4 + looked.words;
-        settled.map_err(|_| Stall { at: here })
     }
 
     fn harvest_block(
@@ -462,8 +449,10 @@ impl Harvest<'_> {
             }
             base = next;
         }
-        slot.dirty
-            .added_run(slot.page(here), (end - here) >> PAGE_SHIFT, added);
+        if dirty != 0 {
+            slot.dirty
+                .added_run(slot.page(here), (end - here) >> PAGE_SHIFT, added);
+        }
         self.round.dirty += dirty;
         self.round.read += (end - here) >> PAGE_SHIFT;
         dirty

@@ -48,15 +48,17 @@ fn at_most(most: u64, name: &str, mut step: impl FnMut() -> Progress) {
 /// Blocks or pages: where the memory is, for it to be mapped so.
 #[derive(Clone, Copy)]
 enum Leaves {
+    Far,
     Gib,
     Mib,
     Pages,
 }
 
-/// A VM of 64 GiB in large blocks, of 16 GiB in small ones, of 64 MiB in pages.
+/// A VM of 64 or 4 GiB in large blocks, of 16 GiB in small ones, of 64 MiB in pages.
 fn vm(leaves: Leaves) -> (World, u64, u64) {
     let (pages, pa, size) = match leaves {
-        Leaves::Gib => (64 * P1G, RAM, GIB),
+        Leaves::Far => (64 * P1G, RAM, GIB),
+        Leaves::Gib => (4 * P1G, RAM, GIB),
         Leaves::Mib => (16 * P1G, RAM + 2 * MIB, 2 * MIB),
         Leaves::Pages => (64 * 256, RAM + PAGE_SIZE, PAGE_SIZE),
     };
@@ -77,7 +79,7 @@ fn vm(leaves: Leaves) -> (World, u64, u64) {
 /// A log over all kinds of leaves, everything dirty or nothing, from its start to its end.
 #[test]
 fn every_step_of_a_log_is_short() {
-    for leaves in [Leaves::Gib, Leaves::Mib, Leaves::Pages] {
+    for leaves in [Leaves::Far, Leaves::Gib, Leaves::Mib, Leaves::Pages] {
         for engine in [Engine::WriteProtect, Engine::Dbm] {
             for granularity in [Granularity::Block, Granularity::Adaptive] {
                 let (world, bytes, size) = vm(leaves);
