@@ -300,9 +300,7 @@ fn drive(
     mut work: MutexGuard<'static, VmWork>,
     wanted: Operation,
 ) -> Result<Option<(u64, u64)>, ErrorReply> {
-    if let Some((operation, failure)) = work.failure.take()
-        && operation == wanted
-    {
+    if let Some((_, failure)) = work.failure.take_if(|(operation, _)| *operation == wanted) {
         return Err(failure);
     }
     match work.operation {

@@ -163,8 +163,8 @@ impl Claims {
         }
     }
 
-    /// Begins, with the `pages` there are `within` to give out to `cpus`. Stretches of an aborted
-    /// harvest that are still worked at are handed in to this one.
+    /// Begins, with the `pages` there are `within` to give out to `cpus`. Nobody is at a stretch of another
+    /// harvest any more.
     pub(crate) fn begin(&mut self, ground: Ground, within: Stretch, pages: u64, cpus: usize) {
         let share = pages.saturating_mul(PAGE_SIZE) / (Self::SHARES * cpus.max(1) as u64);
         self.ground = ground;

@@ -1,7 +1,7 @@
 //! The two bitmaps of a slot: pages written and not yet taken, and pages the host has.
 //!
 //! `live` collects: write faults and every write by EL2 set bits in it at any time. `in_flight` holds
-//! what the harvest of one epoch found; only the harvest adds to it, and it stays until the epoch is
+//! what the harvest of one epoch found; only that adds to it, and who takes leaves away meanwhile; it stays until the epoch is
 //! committed, so a copy that failed loses nothing (invariant 19).
 //!
 //! Setting is `fetch_or` with release, taking is an RMW with acquire and release: a bit set while it
@@ -416,13 +416,13 @@ impl Dirty {
 
     /// Forgets what was noted before a log started. Otherwise as [`clear_in_flight`](Self::clear_in_flight).
     /// Nobody marks while no log is on.
-    pub(crate) fn clear_live(&self, first: usize, count: usize) -> usize {
+    pub(crate) fn clear_live(&self, first: usize, count: usize, pages: u64) -> usize {
         if first == 0 {
             self.live_pages.store(0, Ordering::Relaxed);
         }
         let parts = self.live_parts.load(Ordering::Relaxed) | self.due.load(Ordering::Relaxed);
         let next = self.clear(&self.live, parts, first, count);
-        if next >= self.live.len() {
+        if next as u64 * 64 >= pages {
             self.live_parts.store(0, Ordering::Relaxed);
             self.due.store(0, Ordering::Relaxed);
         }

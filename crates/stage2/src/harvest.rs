@@ -142,20 +142,16 @@ impl<H: Hardware> Stage2<H> {
             (Leaves::OfTheEngine, Engine::WriteProtect) if part.is_some() => Search::Leaves,
             (Leaves::OfTheEngine, Engine::WriteProtect) => Search::Live,
         };
-        let mut cost = 0;
         match taking.pass {
             TakePass::Taken => return Ok(Progress::Done),
             TakePass::Clear => {
-                if control.stale.is_some() {
-                    cost = FORGET as u64 / 2;
-                }
                 control.stale = control.stale.and_then(|from| forget(&layout, from));
                 if control.stale.is_some() {
                     let (_, total) = layout.progress(scope, 0);
                     return Ok(Progress::More { done: 0, total });
                 }
                 taking.pass = TakePass::Scan;
-                return Ok(self.begin(control, &layout, (mode, search), cost));
+                return Ok(self.begin(control, &layout, (mode, search)));
             }
             TakePass::GiveBack(from) => {
                 let next = words_step(&layout, from, FILL, |slot, first, count| {
@@ -167,7 +163,7 @@ impl<H: Hardware> Stage2<H> {
             }
             TakePass::Scan => {}
         }
-        let mut layout = layout;
+        let (mut layout, mut cost) = (layout, 0);
         loop {
             let Some(stretch) = guard.claims.claim(&layout, scope) else {
                 return Ok(self.conclude(&mut guard, &layout));
@@ -220,7 +216,6 @@ impl<H: Hardware> Stage2<H> {
         control: &mut Control,
         layout: &Layout,
         (mode, search): (LogMode, Search),
-        mut cost: u64,
     ) -> Progress {
         let part = control.taking.and_then(|taking| taking.part);
         let (scope, within) = layout.extent(control.scope, part);
@@ -231,8 +226,8 @@ impl<H: Hardware> Stage2<H> {
             pending: &mut control.pending,
             round: Round::default(),
         };
-        // Half a step, because others may be waiting for the mutex.
-        cost = cost.max(BUDGET / 2);
+        // Half a step, because others may be waiting for the mutex, and an epoch may have been forgotten in it.
+        let mut cost = BUDGET / 2;
         let (mut total, mut left) = (0, None);
         for slot in layout.covered(scope) {
             slot.dirty.begin_harvest();
@@ -301,7 +296,9 @@ impl<H: Hardware> Stage2<H> {
         // No matter which of them this harvest looked at.
         let leaves = self.mappings().pages_4k;
         control.round.leaves = leaves.min(pages);
-        control.judged = Some(control.round);
+        if part.is_none() {
+            control.judged = Some(control.round);
+        }
         self.counters.harvests.fetch_add(1, Ordering::Relaxed);
         self.counters
             .leaves_read

@@ -106,6 +106,8 @@ impl<H: Hardware> Stage2<H> {
                     scope,
                     // Epochs grow for as long as the VM lives: one that was given up stays so.
                     last: control.last,
+                    // What an older log left is none of this one's, from the first step on.
+                    stale: Some(0),
                     initially,
                     ..Control::new()
                 };
@@ -120,7 +122,7 @@ impl<H: Hardware> Stage2<H> {
             Phase::Starting(StartPass::Clear(from)) => {
                 let layout = self.layout();
                 let clear = |slot: &Slot, first, count| {
-                    let live = slot.dirty.clear_live(first, count);
+                    let live = slot.dirty.clear_live(first, count, slot.pages);
                     live.min(slot.dirty.clear_in_flight(first, count, slot.pages))
                 };
                 let next = words_step(&layout, from, WORDS, clear);
@@ -129,6 +131,7 @@ impl<H: Hardware> Stage2<H> {
                 if let Some(next) = next {
                     control.phase = Phase::Starting(StartPass::Clear(next));
                 } else {
+                    control.stale = None;
                     self.layouts
                         .change(|layout| layout.log = Some(Log { mode, scope }));
                     control.phase = Phase::Starting(match initially {

@@ -39,6 +39,9 @@ const WORD: u64 = 8;
 /// What a split counts for.
 const SPLIT: u64 = 1024;
 
+/// The first word of a step costs less than what makes a large block wait for a step of its own: steps end.
+const _: () = assert!(WORD + 64 * NAMED + WALK < BUDGET / 8);
+
 /// How many pages' live bits may be looked at in one go: 2048 words.
 const AT_ONCE: u64 = 2048 * 64;
 

@@ -97,6 +97,17 @@ fn invariant_19_a_slot_that_is_cut_off_after_the_log_counts_nothing() {
     assert_eq!(world.stage2.log_status().live_pages, 0);
 }
 
+#[test]
+fn invariant_19_a_start_that_is_stopped_leaves_nothing_of_an_older_log() {
+    let world = committed(2 * P1G);
+    world.stop();
+    let stage2 = &world.stage2;
+    let first = stage2.start_log(Engine::WriteProtect, Granularity::Page);
+    assert!(matches!(first, Ok(Progress::More { .. })), "{first:?}");
+    finish(|| stage2.stop_log()).unwrap();
+    assert_eq!(stage2.log_status().live_pages, 0);
+}
+
 /// An epoch of a slot that goes before it is done looks at no other slot, and believes of none that it did.
 #[test]
 fn invariant_01_an_epoch_of_a_slot_that_went_arms_no_other() {
