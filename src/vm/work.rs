@@ -400,11 +400,18 @@ pub fn stop_log(vm: &'static Vm) -> Result<Work<()>, ErrorReply> {
     Ok(progress.map_or(Work::Done(()), going))
 }
 
+/// By how much the number of an epoch may be greater than the last one's: with any, one request could leave no
+/// greater number for the next.
+const EPOCH_STEP_MAX: u64 = 1 << 32;
+
 /// Harvests into `epoch`.
 pub fn take(vm: &'static Vm, epoch: Epoch) -> Result<Work<TakeReport>, ErrorReply> {
     let stage2 = vm.memory.stage2();
     let wanted = s2::Epoch(epoch.0);
     let work = vm.work.lock();
+    if epoch.0 > work.last_taken.saturating_add(EPOCH_STEP_MAX) {
+        return Err(ErrorReply::OutOfRange);
+    }
     if work.operation.is_none() && stage2.log_status().outstanding == Some(wanted) {
         // Over, or asked for again because the answer was lost.
         match stage2.taken(wanted) {

@@ -378,6 +378,14 @@ fn out_of_range() -> Vec<(Request<'static>, Vec<ErrorReply>)> {
             vec![ErrorReply::NotLogging],
         ),
         (
+            // After this one there would be no greater one.
+            Request::DirtyTake {
+                vm,
+                epoch: Epoch(u64::MAX),
+            },
+            vec![ErrorReply::OutOfRange],
+        ),
+        (
             Request::DirtyCommit {
                 vm,
                 epoch: Epoch(9),
