@@ -14,6 +14,7 @@
 //! been started with the bundle that `--board-bundle` writes.
 
 mod bad_input;
+mod baseline;
 mod boot;
 mod case;
 mod copy;
@@ -94,6 +95,7 @@ fn run() -> Result<ExitCode> {
         copy::cases(),
         quota::cases(),
         bad_input::cases(),
+        baseline::cases(),
         hostile::cases(),
     ]
     .concat();
