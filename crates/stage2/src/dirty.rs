@@ -1,8 +1,8 @@
 //! The two bitmaps of a slot: pages written and not yet taken, and pages the host has.
 //!
 //! `live` collects: write faults and every write by EL2 set bits in it at any time. `in_flight` holds
-//! what the harvest of one epoch found; only that adds to it, and who takes leaves away meanwhile; it stays until the epoch is
-//! committed, so a copy that failed loses nothing (invariant 19).
+//! what the harvest of one epoch found; only that adds to it, and who takes leaves away meanwhile. It stays
+//! until the epoch is committed, so a copy that failed loses nothing (invariant 19).
 //!
 //! Setting is `fetch_or` with release, taking is an RMW with acquire and release: a bit set while it
 //! is being taken lands in this round or the next, never in neither (invariant 4). Setting never
@@ -267,13 +267,13 @@ impl Dirty {
         // Not a swap: a word may be shared with pages of another stretch.
         let mask = mask(index, page, end);
         let live = self.live.get(index as usize)?;
+        let in_flight = self.in_flight.get(index as usize)?;
         let pages = live.fetch_and(!mask, Ordering::AcqRel) & mask;
         if pages == 0 {
             return None;
         }
         let count = count(pages);
         self.live_pages.fetch_sub(count.into(), Ordering::Relaxed);
-        let in_flight = self.in_flight.get(index as usize)?;
         // All are new, unless an epoch was given up.
         let new = match pages & !in_flight.fetch_or(pages, Ordering::AcqRel) {
             new if new == pages => count,

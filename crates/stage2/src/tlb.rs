@@ -334,10 +334,6 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
                 }
                 self.count(1);
             }
-        } else if run.leaves == 1 {
-            let ipa = Ipa::new(run.start);
-            self.hw.tlbi_ipas2e1is(IpaOperand::new(ipa, hint));
-            self.count(1);
         } else {
             for leaf in 0..run.leaves {
                 let ipa = Ipa::new(run.start + leaf * run.level.size());

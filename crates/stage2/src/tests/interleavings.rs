@@ -86,6 +86,14 @@ fn writes(sim: &Sim, addresses: &[u64]) {
     }
 }
 
+/// A slot that is mapped and logged, and its first page written.
+fn written(sim: &Sim, place: Place, engine: Engine, granularity: Granularity) {
+    sim.add(place);
+    sim.map_ahead(0).unwrap();
+    sim.start(engine, granularity);
+    sim.write(IPA);
+}
+
 fn machines() -> Vec<(Engine, Features)> {
     let bbm2 = Features {
         bbm2: Support::Present,
@@ -111,12 +119,7 @@ fn a_harvest_and_a_write() {
             in_every_order(
                 setup,
                 &[IPA],
-                |sim| {
-                    sim.add(SMALL);
-                    sim.map_ahead(0).unwrap();
-                    sim.start(engine, Granularity::Page);
-                    sim.write(IPA);
-                },
+                |sim| written(sim, SMALL, engine, Granularity::Page),
                 move |sim| {
                     vec![
                         Box::new(move || (0..2).for_each(|_| drop(sim.harvest()))),
@@ -337,12 +340,7 @@ fn two_harvests_and_the_host() {
             in_every_order(
                 setup(features),
                 &[IPA],
-                |sim| {
-                    sim.add(place);
-                    sim.map_ahead(0).unwrap();
-                    sim.start(engine, granularity);
-                    sim.write(IPA);
-                },
+                |sim| written(sim, place, engine, granularity),
                 move |sim| {
                     let take = move || {
                         while sim.take_step(Epoch(1), None) != Ok(Progress::Done) {
@@ -373,12 +371,7 @@ fn a_take_and_its_giving_up() {
         in_every_order(
             setup(features),
             &[],
-            |sim| {
-                sim.add(SMALL);
-                sim.map_ahead(0).unwrap();
-                sim.start(engine, Granularity::Page);
-                sim.write(IPA);
-            },
+            |sim| written(sim, SMALL, engine, Granularity::Page),
             |sim| {
                 let epoch = sim.world.new_epoch();
                 vec![

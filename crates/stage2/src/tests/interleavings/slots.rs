@@ -17,12 +17,7 @@ fn a_change_of_access_and_a_split() {
         in_every_order(
             setup(features),
             &[IPA],
-            |sim| {
-                sim.add(BLOCK);
-                sim.map_ahead(0).unwrap();
-                sim.start(engine, Granularity::Block);
-                sim.write(IPA);
-            },
+            |sim| written(sim, BLOCK, engine, Granularity::Block),
             move |sim| {
                 vec![
                     Box::new(move || sim.set_access(0, Access::ReadOnly)),
@@ -45,11 +40,7 @@ fn a_change_of_access_and_a_split() {
                     }),
                 ]
             },
-            |sim| {
-                sim.last_of_the_log();
-                let leaves = sim.world.leaves();
-                assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
-            },
+            ends_read_only,
         );
     }
 }
@@ -109,6 +100,13 @@ fn a_deletion_and_a_touch_next_door() {
     }
 }
 
+/// Ends the log, and no leaf is writable.
+fn ends_read_only(sim: &Sim) {
+    sim.last_of_the_log();
+    let leaves = sim.world.leaves();
+    assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
+}
+
 /// A slot becomes read-only while a harvest is under way: its leaves go, and what they knew stays.
 #[test]
 fn a_harvest_and_a_change_of_access() {
@@ -117,12 +115,7 @@ fn a_harvest_and_a_change_of_access() {
             in_every_order(
                 setup(features),
                 &[IPA],
-                |sim| {
-                    sim.add(place);
-                    sim.map_ahead(0).unwrap();
-                    sim.start(engine, granularity);
-                    sim.write(IPA);
-                },
+                |sim| written(sim, place, engine, granularity),
                 move |sim| {
                     vec![
                         Box::new(move || drop(sim.harvest())),
@@ -132,11 +125,7 @@ fn a_harvest_and_a_change_of_access() {
                         }),
                     ]
                 },
-                |sim| {
-                    sim.last_of_the_log();
-                    let leaves = sim.world.leaves();
-                    assert!(leaves.iter().all(|(_, _, pte)| !pte.is_writable()));
-                },
+                ends_read_only,
             );
         }
     }
