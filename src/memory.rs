@@ -2,6 +2,7 @@
 //! and the frames that guests and tables are made of.
 
 use crate::board::map::{MemoryMap, Ranges};
+use core::fmt;
 use tidemark_ownership::Owner;
 
 pub mod frames;
@@ -19,6 +20,12 @@ pub struct Range {
     pub start: u64,
     /// First address past it.
     pub end: u64,
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..{:#x}", self.start, self.end)
+    }
 }
 
 impl Range {
@@ -73,6 +80,14 @@ const LARGEST_HEAP: u64 = 64 << 20;
 ///
 /// When there is not enough memory to run at all: nothing but EL2 is there yet.
 pub fn init(map: &MemoryMap) {
+    // First, because what is mapped stays as it is: the bundle is only read, and it is mapped
+    // although the boot loader reserved it.
+    if let Some(bundle) = map.bundle
+        && check_handed_over(map, bundle).is_ok()
+    {
+        stage1::map_identity(bundle, stage1::Access::Read)
+            .unwrap_or_else(|error| panic!("the bundle at {bundle:x?}: {error:?}"));
+    }
     for range in map.memory.iter() {
         // Memory that firmware keeps is not even mapped. The image is mapped already, part
         // by part, and the hole in it is the guard page.
@@ -144,15 +159,71 @@ pub fn init(map: &MemoryMap) {
     }
 }
 
-/// What the boot loader put into memory, as bytes.
-///
-/// `None` where the range is not memory: then the devicetree is wrong about it.
-pub fn handed_over(map: &MemoryMap, range: Range) -> Option<&'static [u8]> {
-    let inside = |all: Range| all.start <= range.start && range.end <= all.end;
-    if !map.memory.iter().any(inside) || map.reserved.iter().any(|r| r.overlaps(&range)) {
-        return None;
+/// Why what the boot loader says it put into memory is not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotReadable {
+    /// The devicetree has no memory at all of this place.
+    NotMemory,
+    /// A reservation says that nobody may map it.
+    NoMap(Range),
+    /// It would overwrite, or has overwritten, the hypervisor's image.
+    Image(Range),
+    /// It overlaps the devicetree.
+    Devicetree(Range),
+}
+
+impl fmt::Display for NotReadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotMemory => f.write_str("is not all memory"),
+            Self::NoMap(other) => {
+                write!(f, "overlaps {other}, which is reserved with `no-map`")
+            }
+            Self::Image(other) => write!(f, "overlaps the hypervisor's image at {other}"),
+            Self::Devicetree(other) => write!(f, "overlaps the devicetree at {other}"),
+        }
     }
-    // SAFETY: mapped memory (`init`) that the boot loader filled and the frame allocator
-    // never gets; nothing writes it.
-    Some(unsafe { core::slice::from_raw_parts(range.start as *const u8, range.size() as usize) })
+}
+
+/// Whether a range can be what the boot loader put there for us.
+///
+/// A reservation over it is the boot loader's own, made so that we keep it (U-Boot does that to
+/// every initrd), and is none against reading it.
+fn check_handed_over(map: &MemoryMap, range: Range) -> Result<(), NotReadable> {
+    let mut outside = Ranges::new();
+    outside.push(range);
+    for memory in map.memory.iter() {
+        outside = outside.without(memory);
+    }
+    if outside.iter().next().is_some() {
+        return Err(NotReadable::NotMemory);
+    }
+    if let Some(other) = map.bundle_no_map {
+        return Err(NotReadable::NoMap(other));
+    }
+    let image = layout::image();
+    if image.overlaps(&range) {
+        return Err(NotReadable::Image(image));
+    }
+    match stage1::devicetree_range() {
+        Some(tree) if tree.overlaps(&range) => Err(NotReadable::Devicetree(tree)),
+        _ => Ok(()),
+    }
+}
+
+/// The bundle that the boot loader put into memory, as bytes; `None` where it put none.
+///
+/// # Errors
+///
+/// Says why the place that it names cannot be read.
+pub fn bundle(map: &MemoryMap) -> Result<Option<&'static [u8]>, (Range, NotReadable)> {
+    let Some(range) = map.bundle else {
+        return Ok(None);
+    };
+    check_handed_over(map, range).map_err(|why| (range, why))?;
+    // SAFETY: `init` mapped it by the same check; the boot loader filled it, the frame allocator
+    // never gets it, and nothing writes it.
+    Ok(Some(unsafe {
+        core::slice::from_raw_parts(range.start as *const u8, range.size() as usize)
+    }))
 }

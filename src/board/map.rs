@@ -66,6 +66,8 @@ pub struct MemoryMap {
     pub reserved: Ranges,
     /// The bundle of guests, handed over as the initrd.
     pub bundle: Option<Range>,
+    /// A reservation with `no-map` that the bundle overlaps.
+    pub bundle_no_map: Option<Range>,
 }
 
 impl MemoryMap {
@@ -75,6 +77,7 @@ impl MemoryMap {
             memory: Ranges::new(),
             reserved: Ranges::new(),
             bundle: None,
+            bundle_no_map: None,
         };
         for node in fdt.root().children() {
             if super::string(node, "device_type") == Some("memory") && super::enabled(node) {
@@ -88,12 +91,6 @@ impl MemoryMap {
                 map.reserved.push(range.whole_pages());
             }
         }
-        let reserved = fdt.find_node("/reserved-memory");
-        for node in reserved.into_iter().flat_map(|node| node.children()) {
-            for range in super::registers(node) {
-                map.reserved.push(range.whole_pages());
-            }
-        }
         if let Some(chosen) = fdt.find_node("/chosen") {
             let address = |name| super::integer(chosen, name);
             if let (Some(start), Some(end)) =
@@ -101,6 +98,16 @@ impl MemoryMap {
                 && start < end
             {
                 map.bundle = Some(Range { start, end });
+            }
+        }
+        let reserved = fdt.find_node("/reserved-memory");
+        for node in reserved.into_iter().flat_map(|node| node.children()) {
+            for range in super::registers(node) {
+                map.reserved.push(range.whole_pages());
+                let overlaps = map.bundle.is_some_and(|bundle| range.overlaps(&bundle));
+                if overlaps && node.property("no-map").is_some() {
+                    map.bundle_no_map = Some(range);
+                }
             }
         }
         map

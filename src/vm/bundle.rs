@@ -22,15 +22,20 @@ pub fn get() -> Option<&'static Bundle<'static>> {
 ///
 /// Gives what the manifest wants when all guests have ended.
 pub fn read(map: &MemoryMap) -> WhenAllStopped {
-    let Some(place) = map.bundle else {
-        info!(
-            "no bundle of guests was handed over (QEMU: -initrd FILE; `tidectl bundle` makes one)"
-        );
-        return WhenAllStopped::default();
-    };
-    let Some(bytes) = memory::handed_over(map, place) else {
-        error!("bundle: {place:x?} is not memory; check what the boot loader says of the initrd");
-        return WhenAllStopped::default();
+    let bytes = match memory::bundle(map) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => {
+            info!(
+                "no bundle of guests was handed over (QEMU: -initrd FILE; U-Boot: booti IMAGE BUNDLE:SIZE FDT; `tidectl bundle` makes one)"
+            );
+            return WhenAllStopped::default();
+        }
+        Err((place, why)) => {
+            error!(
+                "bundle: {place}, where the boot loader says the initrd is, {why}; load it elsewhere"
+            );
+            return WhenAllStopped::default();
+        }
     };
     let bundle = match Bundle::parse(bytes) {
         Ok(bundle) => bundle,

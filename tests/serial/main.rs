@@ -18,6 +18,7 @@ mod baseline;
 mod boot;
 mod case;
 mod copy;
+mod handover;
 mod hostile;
 mod linux;
 mod oracle;
@@ -89,6 +90,7 @@ fn run() -> Result<ExitCode> {
     let mut arguments = Arguments::from_iter(&options.rest);
     let cases = [
         boot::cases(),
+        handover::cases(),
         linux::cases(),
         oracle::cases(),
         slots::cases(),

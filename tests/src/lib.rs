@@ -12,6 +12,7 @@
 
 pub mod artifacts;
 pub mod clocks;
+pub mod devicetree;
 pub mod guests;
 pub mod host;
 pub mod line;

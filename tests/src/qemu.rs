@@ -16,11 +16,25 @@ use crate::machine::{Machine, RamBacking};
 use crate::qmp::Qmp;
 use crate::work::Work;
 
+/// Who starts what runs on a machine.
+#[derive(Clone, Debug)]
+pub enum Starter {
+    /// QEMU itself: `-kernel`.
+    Kernel(PathBuf),
+    /// Firmware (`-bios`), which finds these files in RAM at these addresses.
+    Firmware {
+        /// The firmware.
+        image: PathBuf,
+        /// Files and where they lie.
+        loaded: Vec<(PathBuf, u64)>,
+    },
+}
+
 /// What is started on a machine.
 #[derive(Clone, Debug)]
 pub struct Payload {
-    /// `-kernel`.
-    pub kernel: PathBuf,
+    /// What comes first.
+    pub starter: Starter,
     /// `-initrd`.
     pub initrd: Option<PathBuf>,
     /// `-append`.
@@ -36,11 +50,20 @@ impl Payload {
     #[must_use]
     pub fn kernel(kernel: PathBuf) -> Self {
         Self {
-            kernel,
+            starter: Starter::Kernel(kernel),
             initrd: None,
             append: String::new(),
             devicetree: None,
             ram: RamBacking::Private,
+        }
+    }
+
+    /// Firmware, with files in RAM at their addresses.
+    #[must_use]
+    pub fn firmware(image: PathBuf, loaded: Vec<(PathBuf, u64)>) -> Self {
+        Self {
+            starter: Starter::Firmware { image, loaded },
+            ..Self::kernel(PathBuf::new())
         }
     }
 
@@ -90,8 +113,7 @@ impl Qemu {
     /// Leaves the command line in `command.txt` and QEMU's own words in `qemu.log` of
     /// the run's directory.
     pub fn start(work: &Work, machine: &Machine, payload: &Payload) -> Result<(Self, UnixStream)> {
-        let program = std::env::var_os("TIDEMARK_QEMU")
-            .unwrap_or_else(|| OsString::from("qemu-system-aarch64"));
+        let program = program();
         let serial = work.socket("serial");
         let control = work.socket("qmp");
         let serial_at = UnixListener::bind(&serial)?;
@@ -106,7 +128,18 @@ impl Qemu {
         arguments.extend(["-serial".into(), "chardev:serial".into()]);
         connect_argument(&mut arguments, "qmp", &control);
         arguments.extend(["-mon".into(), "chardev=qmp,mode=control".into()]);
-        arguments.extend(["-kernel".into(), payload.kernel.clone().into()]);
+        match &payload.starter {
+            Starter::Kernel(kernel) => arguments.extend(["-kernel".into(), kernel.into()]),
+            Starter::Firmware { image, loaded } => {
+                arguments.extend(["-bios".into(), image.into()]);
+                for (file, address) in loaded {
+                    let mut value = OsString::from("loader,force-raw=on,file=");
+                    value.push(file);
+                    value.push(format!(",addr={address:#x}"));
+                    arguments.extend(["-device".into(), value]);
+                }
+            }
+        }
         if let Some(initrd) = &payload.initrd {
             arguments.extend(["-initrd".into(), initrd.clone().into()]);
         }
@@ -215,6 +248,12 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// QEMU: `TIDEMARK_QEMU`, else the one on the path.
+#[must_use]
+pub fn program() -> OsString {
+    std::env::var_os("TIDEMARK_QEMU").unwrap_or_else(|| OsString::from("qemu-system-aarch64"))
 }
 
 /// Adds a socket that QEMU connects to.
