@@ -44,7 +44,12 @@ bench: qemu image guests tools ## measure inside EL2, results in target/bench/el
 	$(say) "bench"
 	@$(HOST) run $(Q) --bin bench -- $(ARGS)
 
-host-test: toolchain
+.PHONY: setup-test
+setup-test:
+	$(say) "tests of tools/lib"
+	@tools/test-setup
+
+host-test: toolchain setup-test
 	$(say) "tests of the crates on this machine"
 	@$(HOST) test $(Q) --no-fail-fast 2>&1 | $(BRIEF)
 	@$(HOST) test $(Q) --no-fail-fast --lib -p tidemark-guests 2>&1 | $(BRIEF)
@@ -98,7 +103,7 @@ check: lint fmt-check clippy doc-check host-test ## formatting, lints, documenta
 fmt-check: toolchain
 	$(say) "formatting"
 	@$(HOST) fmt --all -- --check
-	@for script in .ci/run tools/cargo tools/loom tools/plants tools/soak tools/setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
+	@for script in .ci/run tools/cargo tools/bare-root tools/loom tools/plants tools/soak tools/setup tools/test-setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
 
 fmt: lint ## put every source file into its form
 	@$(HOST) fmt --all

@@ -1,85 +1,44 @@
 # Debian's packages: installing some, and fetching others without touching the machine.
 
+# Where this machine says what it is and where its packages come from; the tests say other places.
+os_release=/etc/os-release
+apt_etc=/etc/apt
+
+# os FIELD: what os-release(5) says.
+os() (. "$os_release" 2>/dev/null && printf '%s' "${!1:-}")
+
 is_debian() {
-    have apt-get && [ -r /etc/os-release ] && [ "$(. /etc/os-release && echo "${ID:-}")" = debian ]
+    have apt-get && [ "$(os ID)" = debian ]
 }
 
-# The Debian archives this machine already uses, one `URI SUITE KEYRING` a line, from both
-# forms of sources file. Only those with component main and a suite of this release count.
-debian_entries() {
-    local codename
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-    local files=()
-    for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
+# debian_sources_for ARCH: those of the machine's sources that are Debian archives of this
+# release, and its backports, as deb822 stanzas for one architecture.
+debian_sources_for() {
+    local file files=() backports=
+    # testing and unstable have no number, and no backports.
+    [ -z "$(os VERSION_ID)" ] || backports=1
+    for file in "$apt_etc"/sources.list "$apt_etc"/sources.list.d/*.list "$apt_etc"/sources.list.d/*.sources; do
         [ -r "$file" ] && files+=("$file")
     done
     [ ${#files[@]} -gt 0 ] || return 0
-    awk -v codename="$codename" '
-        function flush(    u, s, i, j) {
-            if (types ~ /(^| )deb( |$)/ && enabled != "no" && (" " components " ") ~ / main /) {
-                split(uris, u, " "); split(suites, s, " ")
-                for (i in u) for (j in s) entry(u[i], s[j], key)
-            }
-            types = uris = suites = components = key = enabled = field = ""
-        }
-        function entry(uri, suite, key) {
-            if (suite ~ "^(" codename "|stable|oldstable|testing|unstable|sid)(-updates|-security|-backports|/updates)?$")
-                print uri, suite, (key ~ /^\// ? key : "-")
-        }
-        FNR == 1 { flush() }
-        FILENAME ~ /\.sources$/ {
-            if ($0 ~ /^#/) next
-            if ($0 ~ /^[ \t]*$/) { flush(); next }
-            if ($0 ~ /^[ \t]/) {
-                sub(/^[ \t]+/, "")
-            } else {
-                field = tolower($1); sub(/^[^:]*:[ \t]*/, "")
-            }
-            if (field == "types:") types = types " " $0
-            else if (field == "uris:") uris = uris " " $0
-            else if (field == "suites:") suites = suites " " $0
-            else if (field == "components:") components = components " " $0
-            else if (field == "signed-by:" && key == "") key = $1
-            else if (field == "enabled:") enabled = tolower($1)
-            next
-        }
-        $1 == "deb" {
-            key = ""
-            line = $0; sub(/^deb[ \t]+/, "", line)
-            if (line ~ /^\[/) {
-                options = line; sub(/\].*/, "", options); sub(/^[^]]*\][ \t]*/, "", line)
-                if (match(options, /signed-by=[^ \t\]]+/)) key = substr(options, RSTART + 10, RLENGTH - 10)
-            }
-            n = split(line, part, /[ \t]+/)
-            for (i = 3; i <= n; i++) if (part[i] == "main") entry(part[1], part[2], key)
-            key = ""
-        }
-        END { flush() }
-    ' "${files[@]}" | sort -u
+    awk -v codename="$(os VERSION_CODENAME)" -v arch="$1" -v backports="$backports" \
+        -f "$root/tools/lib/sources.awk" "${files[@]}"
 }
 
-# sources_for ARCH BACKPORTS: a sources.list for one architecture, from the entries that
-# are there; BACKPORTS is `with` or `without` this release's backports.
-sources_for() {
-    local arch=$1 backports=$2 entries
-    entries=$(debian_entries)
-    if [ "$backports" = with ] && [ -n "$(. /etc/os-release && echo "${VERSION_ID:-}")" ]; then
-        entries=$(printf '%s\n' "$entries" |
-            awk '{ print } $2 !~ /[-\/]/ { print $1, $2 "-backports", $3 }' | sort -u)
-    fi
-    printf '%s\n' "$entries" | awk -v arch="$arch" '
-        NF { print "deb [arch=" arch ($3 == "-" ? "" : " signed-by=" $3) "] " $1 " " $2 " main" }'
-}
-
-# private_apt DIR ARCH BACKPORTS: package lists of their own in DIR, so that neither the
-# machine's sources nor its architectures change. Writes DIR/apt.conf; lists are fetched.
+# private_apt DIR ARCH: package lists of their own in DIR, so that neither the machine's
+# sources nor its architectures change. Writes DIR/apt.conf; lists are fetched. One archive
+# that does not answer, or has no backports, does not make the others useless: what is to
+# be had is seen when a package is asked for.
 private_apt() {
-    local dir=$1 arch=$2 backports=$3
+    local dir=$1 arch=$2
     mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
-    sources_for "$arch" "$backports" >"$dir/sources.list"
-    [ -s "$dir/sources.list" ] || return 1
+    debian_sources_for "$arch" >"$dir/debian.sources"
+    if ! [ -s "$dir/debian.sources" ]; then
+        warn "no Debian archive of this release, with component main, in $apt_etc/sources.list or $apt_etc/sources.list.d"
+        return 1
+    fi
     cat >"$dir/apt.conf" <<END
-Dir::Etc::SourceList "$dir/sources.list";
+Dir::Etc::SourceList "$dir/debian.sources";
 Dir::Etc::SourceParts "/dev/null";
 Dir::State::Lists "$dir/lists";
 Dir::Cache "$dir/cache";
@@ -98,16 +57,30 @@ APT::Architecture "$arch";
 APT::Architectures { "$arch"; };
 END
     fi
-    logged env APT_CONFIG="$dir/apt.conf" apt-get -q update
+    logged env APT_CONFIG="$dir/apt.conf" apt-get -q update ||
+        warn "not all of Debian's package lists for $arch could be fetched (see $log)"
 }
 
 apt_candidate() {
     LC_ALL=C apt-cache policy "$1" 2>/dev/null | awk '$1 == "Candidate:" && $2 != "(none)" { print $2 }'
 }
 
+# apt_versions PACKAGE: all that the lists have, the newest first.
+apt_versions() {
+    LC_ALL=C apt-cache madison "$1" 2>/dev/null | awk '{ print $3 }' | uniq
+}
+
+# Never at the cost of a package that is there; apt_removals says beforehand which that would be.
 apt_get_install() {
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
-        install --no-install-recommends "$@"
+    as_root env ${APT_CONFIG:+APT_CONFIG="$APT_CONFIG"} DEBIAN_FRONTEND=noninteractive \
+        apt-get -q -y -o DPkg::Lock::Timeout=300 -o APT::Sandbox::User=root \
+        install --no-install-recommends --no-remove "$@"
+}
+
+# apt_removals ARGUMENT...: what installing would remove, and nothing if apt cannot install it at all.
+apt_removals() {
+    LC_ALL=C apt-get -q -s install --no-install-recommends "$@" 2>/dev/null |
+        awk '$1 == "Remv" { print $2 }' | sort -u | paste -sd' ' || :
 }
 
 apt_update() {
@@ -133,10 +106,18 @@ apt_install() {
     done
     if [ "$known" = no ]; then
         must "cannot fetch Debian's package lists" apt_update
-    elif logged apt_get_install "${wanted[@]}"; then
+    elif must_keep "${wanted[@]}" && logged apt_get_install "${wanted[@]}"; then
         return
     else
         must "cannot fetch Debian's package lists" apt_update
     fi
+    must_keep "${wanted[@]}"
     must "cannot install ${wanted[*]}" apt_get_install "${wanted[@]}"
+}
+
+# must_keep PACKAGE...: stops before an installation that would remove others.
+must_keep() {
+    local removals
+    removals=$(apt_removals "$@")
+    [ -z "$removals" ] || die "installing $* would remove $removals, so nothing was changed. If you can do without: apt-get install $*"
 }

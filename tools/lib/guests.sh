@@ -5,6 +5,8 @@
 # is needed. What is in the cache is not fetched again; TIDEMARK_KERNEL, TIDEMARK_BUSYBOX and
 # TIDEMARK_UBOOT name files to take instead.
 
+guests_way="TIDEMARK_KERNEL=<arm64 Image of Linux 6.12>  TIDEMARK_BUSYBOX=<static arm64 busybox>  TIDEMARK_UBOOT=<u-boot.bin for qemu_arm64>"
+
 setup_guests() {
     local store=$cache/guests out=$target/guests
     mkdir -p "$out"
@@ -39,13 +41,13 @@ newest_kernel() {
 fetch_guests() {
     local store=$1 kernel apt config package file
     is_debian || die "the guests come from Debian's packages, which this machine cannot fetch. Say where they are:
-  TIDEMARK_KERNEL=<arm64 Image of Linux 6.12>  TIDEMARK_BUSYBOX=<static arm64 busybox>  TIDEMARK_UBOOT=<u-boot.bin for qemu_arm64>"
+  $guests_way"
     say "fetching Debian's arm64 kernel, busybox and U-Boot"
     make_scratch
     apt=$scratch/arm64 config=$scratch/arm64/apt.conf
-    private_apt "$apt" arm64 with || private_apt "$apt" arm64 without ||
-        die "cannot fetch Debian's package lists for arm64 (see $log)"
-    kernel=$(newest_kernel "$config") || die "no linux-image-*-cloud-arm64-unsigned in Debian's lists"
+    private_apt "$apt" arm64 && kernel=$(newest_kernel "$config") ||
+        die "no linux-image-*-cloud-arm64-unsigned in Debian's lists for arm64 (see $log). Say where the guests are:
+  $guests_way"
     must "cannot fetch the guests' packages" env -C "$apt" APT_CONFIG="$config" \
         apt-get -q download "$kernel" busybox-static u-boot-qemu
     for package in "$apt"/*.deb; do

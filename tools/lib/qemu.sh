@@ -1,66 +1,79 @@
 # The emulator: QEMU 10, for the second UART of `virt` and stage-2 fixes older ones lack.
 
 qemu_wanted=10.0
+qemu_way="Install QEMU $qemu_wanted or newer, or name one: TIDEMARK_QEMU=/path/to/qemu-system-aarch64
+  (an older one too, if you ask for it so: tests that need a newer one then fail and say why)"
 
 qemu_version() {
     "$1" --version 2>/dev/null | sed -n '1s/^QEMU emulator version \([0-9.]*\).*/\1/p'
 }
 
-qemu_too_old() {
-    warn "QEMU ${1:-of unknown version} is older than $qemu_wanted: some machines in qemu/ may not start; $2"
+# qemu_is_there PROGRAM: whether it is new enough; sets $version, to nothing if it does not run.
+qemu_is_there() {
+    version=$(qemu_version "$1") || version=
+    [ -n "$version" ] && version_at_least "$version" "$qemu_wanted"
 }
 
 setup_qemu() {
-    local version way="install a newer one, or say where one is with TIDEMARK_QEMU=/path/to/qemu-system-aarch64"
+    local version there
     if [ -n "${TIDEMARK_QEMU:-}" ]; then
-        version=$(qemu_version "$TIDEMARK_QEMU") ||
-            die "TIDEMARK_QEMU=$TIDEMARK_QEMU does not run; it must be a qemu-system-aarch64"
-        version_at_least "$version" "$qemu_wanted" || qemu_too_old "$version" "$way"
+        qemu_is_there "$TIDEMARK_QEMU" && return
+        [ -n "$version" ] || die "TIDEMARK_QEMU=$TIDEMARK_QEMU does not run; it must be a qemu-system-aarch64"
+        # Who names one has asked for it.
+        warn "TIDEMARK_QEMU=$TIDEMARK_QEMU is QEMU $version, older than $qemu_wanted; tests that need a newer one fail"
         return
     fi
-    version=$(qemu_version qemu-system-aarch64) || version=
-    if [ -n "$version" ] && version_at_least "$version" "$qemu_wanted"; then
-        return
+    qemu_is_there qemu-system-aarch64 && return
+    if is_debian; then
+        install_qemu
+        hash -r
+        qemu_is_there qemu-system-aarch64 && { say "QEMU $version is installed"; return; }
     fi
-    if ! is_debian; then
-        [ -z "$version" ] || { qemu_too_old "$version" "$way"; return; }
-        die "no qemu-system-aarch64. Install QEMU $qemu_wanted or newer (Ubuntu: apt install qemu-system-arm;
-  Fedora: dnf install qemu-system-aarch64; Arch: pacman -S qemu-system-aarch64; macOS: brew install qemu),
-  or say where one is with TIDEMARK_QEMU=/path/to/qemu-system-aarch64"
+    if there=$(command -v qemu-system-aarch64); then
+        die "$there is QEMU ${version:-of no known version}, and it must be $qemu_wanted or newer.
+  $qemu_way"
     fi
-    install_qemu
-    hash -r
-    version=$(qemu_version qemu-system-aarch64) ||
-        die "qemu-system-arm is installed, but qemu-system-aarch64 does not run"
-    version_at_least "$version" "$qemu_wanted" || qemu_too_old "$version" "$way"
-    say "QEMU $version is installed"
+    die "there is no qemu-system-aarch64 (Ubuntu: apt install qemu-system-arm;
+  Fedora: dnf install qemu-system-aarch64; Arch: pacman -S qemu-system-aarch64; macOS: brew install qemu).
+  $qemu_way"
 }
 
-# Debian's own if it is new enough, else the release's backports, read through lists of
-# their own: the machine's sources stay as they are.
+# The machine's own sources if they have one that is new enough, else the release's backports, read
+# through lists of their own: the machine's sources stay as they are.
 install_qemu() {
-    local candidate
+    local candidate suite version removals refusals=
     candidate=$(apt_candidate qemu-system-arm)
-    candidate=${candidate#*:}
-    if [ -n "$candidate" ] && version_at_least "${candidate%%[+~-]*}" "$qemu_wanted"; then
+    if new_enough_qemu "$candidate"; then
         apt_install qemu-system-arm
         return
     fi
-    need_root -t "$(. /etc/os-release && echo "$VERSION_CODENAME")-backports" qemu-system-arm
+    suite=$(os VERSION_CODENAME)-backports
+    need_root -t "$suite" qemu-system-arm
     say "installing QEMU from Debian's backports"
     make_scratch
-    if private_apt "$scratch/host" "$(dpkg --print-architecture)" with &&
-        logged backports_install qemu-system-arm; then
-        return
-    fi
-    warn "no QEMU in this release's backports (see $log); taking Debian's own, which may be too old"
-    apt_install qemu-system-arm
+    private_apt "$scratch/host" "$(dpkg --print-architecture)" || die "no QEMU $qemu_wanted to install.
+  $qemu_way"
+    local -x APT_CONFIG=$scratch/host/apt.conf
+    # The newest first, and an older one if only that fits what is installed.
+    for version in $(apt_versions qemu-system-arm); do
+        new_enough_qemu "$version" || continue
+        removals=$(apt_removals -t "$suite" "qemu-system-arm=$version")
+        if [ -n "$removals" ]; then
+            refusals+="
+  $version would remove $removals"
+        elif logged apt_get_install -t "$suite" "qemu-system-arm=$version"; then
+            return
+        else
+            refusals+="
+  $version cannot be installed (see $log)"
+        fi
+    done
+    die "Debian has no QEMU $qemu_wanted or newer that can be installed here${refusals:-; its lists know none}
+  Nothing was changed. $qemu_way"
 }
 
-backports_install() {
-    local suite
-    suite=$(awk '$4 ~ /-backports$/ { print $4; exit }' "$scratch/host/sources.list")
-    as_root env APT_CONFIG="$scratch/host/apt.conf" DEBIAN_FRONTEND=noninteractive \
-        apt-get -q -y -o DPkg::Lock::Timeout=300 -o APT::Sandbox::User=root \
-        install --no-install-recommends -t "$suite" "$@"
+# new_enough_qemu DEBIAN-VERSION
+new_enough_qemu() {
+    local upstream=${1#*:}
+    [ -n "$upstream" ] && version_at_least "${upstream%%[+~-]*}" "$qemu_wanted"
 }

@@ -90,6 +90,10 @@ rustup_target() {
 
 # debian_rust REASON: Debian's Rust with its sources, in whichever packages it comes.
 debian_rust() {
+    # A bare Debian has no certificates, and its cargo fetches nothing without them.
+    if is_debian && ! [ -r /etc/ssl/certs/ca-certificates.crt ]; then
+        apt_install ca-certificates
+    fi
     if [ -x /usr/bin/cargo ] && new_enough /usr/bin/rustc && [ -n "$(debian_sources)" ]; then
         return
     fi
@@ -101,7 +105,8 @@ debian_rust() {
         need_root rustc-web cargo-web
         must "cannot fetch Debian's package lists" apt_update
         flavour=$(debian_flavour) ||
-            die "$1, nor in Debian's packages; install Rust $(rust_wanted) or newer with rustup"
+            die "$1, nor in Debian's packages that apt knows (Debian 12 has it among its security updates:
+  bookworm-security must be one of apt's sources); install Rust $(rust_wanted) or newer with rustup"
     fi
     # shellcheck disable=SC2086
     apt_install $flavour
