@@ -67,6 +67,10 @@ pub enum BoardError {
     Missing(&'static str),
     /// CPUs are not started by PSCI.
     NoPsci,
+    /// A node of /reserved-memory whose `reg` cannot be read.
+    Reservation(&'static str),
+    /// More reservations than are looked through.
+    Reservations(usize),
 }
 
 impl fmt::Display for BoardError {
@@ -80,6 +84,17 @@ impl fmt::Display for BoardError {
             Self::NoPsci => write!(
                 f,
                 "the devicetree has no /psci node: firmware with PSCI (TF-A) is needed to start CPUs"
+            ),
+            Self::Reservation(name) => write!(
+                f,
+                "/reserved-memory/{name}: its reg does not fit #address-cells and #size-cells, and guests must \
+                 not get that memory; correct the devicetree"
+            ),
+            Self::Reservations(count) => write!(
+                f,
+                "the devicetree reserves {count} ranges of memory, more than {}; join neighbours in \
+                 /reserved-memory",
+                map::MOST_RESERVATIONS
             ),
         }
     }

@@ -39,7 +39,7 @@ pub fn features() -> &'static Features {
 extern "C" fn boot_main() -> ! {
     console::init(board::early_uart());
     let fdt = board::devicetree().unwrap_or_else(|error| unusable(&error));
-    let map = MemoryMap::read(fdt);
+    let map = MemoryMap::read(fdt).unwrap_or_else(|error| unusable(&error));
     memory::init(&map);
     let board = Board::read(fdt).unwrap_or_else(|error| unusable(&error));
     smp::adopt_boot_cpu();

@@ -1,9 +1,12 @@
 //! EL2's own memory: its stage 1 (W^X, guard pages), the heap for its small objects,
 //! and the frames that guests and tables are made of.
 
-use crate::board::map::{MemoryMap, Ranges};
+use crate::arch::cache;
+use crate::board::map::MemoryMap;
 use core::fmt;
 use tidemark_ownership::Owner;
+pub use tidemark_ownership::Range;
+use tidemark_ownership::without;
 
 pub mod frames;
 pub mod heap;
@@ -12,62 +15,6 @@ pub mod stage1;
 
 /// A frame, and a page of any table: 4 KiB.
 pub const PAGE: usize = 4096;
-
-/// A half-open range of physical addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    /// First address.
-    pub start: u64,
-    /// First address past it.
-    pub end: u64,
-}
-
-impl fmt::Display for Range {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}..{:#x}", self.start, self.end)
-    }
-}
-
-impl Range {
-    /// A range by address and size; `None` where it wraps.
-    pub fn new(start: u64, size: u64) -> Option<Self> {
-        Some(Self {
-            start,
-            end: start.checked_add(size)?,
-        })
-    }
-
-    /// Bytes in it.
-    pub fn size(&self) -> u64 {
-        self.end.saturating_sub(self.start)
-    }
-
-    /// The range widened to whole pages.
-    pub fn whole_pages(&self) -> Self {
-        let mask = PAGE as u64 - 1;
-        Self {
-            start: self.start & !mask,
-            end: self.end.saturating_add(mask) & !mask,
-        }
-    }
-
-    /// Whether the two have an address in common.
-    pub fn overlaps(&self, other: &Self) -> bool {
-        self.start < other.end && other.start < self.end
-    }
-
-    /// What is left of it without `hole`: nothing, one range or two.
-    pub fn without(&self, hole: &Self) -> [Option<Self>; 2] {
-        let part = |start: u64, end: u64| (start < end).then_some(Self { start, end });
-        if !self.overlaps(hole) {
-            return [part(self.start, self.end), None];
-        }
-        [
-            part(self.start, hole.start.min(self.end)),
-            part(hole.end.max(self.start), self.end),
-        ]
-    }
-}
 
 /// The smallest heap that EL2 starts with.
 const SMALLEST_HEAP: u64 = 4 << 20;
@@ -88,75 +35,88 @@ pub fn init(map: &MemoryMap) {
         stage1::map_identity(bundle, stage1::Access::Read)
             .unwrap_or_else(|error| panic!("the bundle at {bundle:x?}: {error:?}"));
     }
-    for range in map.memory.iter() {
-        // Memory that firmware keeps is not even mapped. The image is mapped already, part
-        // by part, and the hole in it is the guard page.
-        let mut usable = Ranges::new();
-        usable.push(range);
-        usable = usable.without(layout::image().whole_pages());
-        for reserved in map.reserved.iter() {
-            usable = usable.without(reserved);
-        }
-        for range in usable.iter() {
-            stage1::map_identity(range, stage1::Access::ReadWrite)
-                .unwrap_or_else(|error| panic!("memory at {range:x?}: {error:?}"));
-        }
-    }
-    let mut free = map.memory;
-    for taken in map
-        .reserved
-        .iter()
-        .chain([layout::image()])
-        .chain(stage1::devicetree_range())
-        .chain(map.bundle)
-    {
-        free = free.without(taken.whole_pages());
-    }
-    let span = Range {
-        start: map
-            .memory
-            .iter()
-            .map(|range| range.start)
-            .min()
-            .unwrap_or(0),
-        end: map.memory.iter().map(|range| range.end).max().unwrap_or(0),
+    // Memory that firmware keeps is not even mapped. The image is mapped already, part by part, and the hole in
+    // it is the guard page.
+    let image = layout::image().whole_pages();
+    let mapped = || map.left(|| map.reserved().chain([image]));
+    let taken = || {
+        map.reserved()
+            .chain([image])
+            .chain(stage1::devicetree_range())
+            .chain(map.bundle)
+            .map(|range| range.whole_pages())
     };
-    let largest = free
-        .iter()
+    let span = Range {
+        start: map.memory().map(|range| range.start).min().unwrap_or(0),
+        end: map.memory().map(|range| range.end).max().unwrap_or(0),
+    };
+    let largest = map
+        .left(taken)
         .max_by_key(Range::size)
         .expect("the devicetree describes no free memory");
     let heap_size = (largest.size() / 32)
         .next_power_of_two()
         .clamp(SMALLEST_HEAP, LARGEST_HEAP);
     let table_size = frames::table_size(span);
+    // Each range that is taken out of memory makes one piece more at the most.
+    let pieces = map.memory().count() + map.reserved().count() + 1;
+    let stage1_size = tables_for(pieces as u64, span);
     assert!(
-        largest.size() > heap_size + table_size + SMALLEST_HEAP,
+        largest.size() > heap_size + table_size + stage1_size + SMALLEST_HEAP,
         "not enough free memory: {} KiB in one piece",
         largest.size() >> 10
     );
     // From the end: what guests get is then aligned to large blocks from the start.
-    let end = largest.end & !(PAGE as u64 - 1);
-    let heap = Range {
-        start: end - heap_size,
-        end,
+    let mut end = largest.end & !(PAGE as u64 - 1);
+    let mut cut = |size| {
+        end -= size;
+        Range {
+            start: end,
+            end: end + size,
+        }
     };
-    let table = Range {
-        start: heap.start - table_size,
-        end: heap.start,
+    let [heap, table, stage1] = [heap_size, table_size, stage1_size].map(&mut cut);
+    // The piece with the tables in it first, by what the image has for that.
+    if let Some(range) = mapped().find(|piece| piece.overlaps(&stage1)) {
+        map_all(range);
+    }
+    // SAFETY: mapped just now, in whole pages, and cut out of what the frame allocator gets.
+    unsafe {
+        cache::zero(stage1.start as usize, stage1.size() as usize);
+        stage1::feed(stage1);
+    }
+    for range in mapped() {
+        map_all(range);
+    }
+    let stage1 = Range {
+        start: stage1.start,
+        end: stage1::leftover().start,
     };
     // SAFETY: mapped above, and cut out of what the frame allocator gets.
     unsafe { heap::init(heap) };
     // SAFETY: as for the heap; whole pages, as many as the span needs.
     unsafe { frames::init(span, table) };
-    for own in [layout::image(), heap, table] {
+    for own in [layout::image(), heap, table, stage1] {
         frames::claim(own, Owner::Hypervisor);
     }
     if let Some(bundle) = map.bundle {
         frames::claim(bundle, Owner::Bundle);
     }
-    for range in free.without(heap).without(table).iter() {
+    for range in map.left(|| taken().chain([heap, table, stage1])) {
         frames::add(range);
     }
+}
+
+fn map_all(range: Range) {
+    stage1::map_identity(range, stage1::Access::ReadWrite)
+        .unwrap_or_else(|error| panic!("memory at {range:x?}: {error:?}"));
+}
+
+/// Bytes for the tables that map so many pieces of `span`: two of pages at the most for each, and what is above
+/// those once for each piece or for each stretch of memory, whichever is less.
+fn tables_for(pieces: u64, span: Range) -> u64 {
+    let above = (span.size() >> 30) + (span.size() >> 39) + 4;
+    (2 * pieces + above.min(4 * pieces)) * PAGE as u64
 }
 
 /// Why what the boot loader says it put into memory is not read.
@@ -190,12 +150,7 @@ impl fmt::Display for NotReadable {
 /// A reservation over it is the boot loader's own, made so that we keep it (U-Boot does that to
 /// every initrd), and is none against reading it.
 fn check_handed_over(map: &MemoryMap, range: Range) -> Result<(), NotReadable> {
-    let mut outside = Ranges::new();
-    outside.push(range);
-    for memory in map.memory.iter() {
-        outside = outside.without(memory);
-    }
-    if outside.iter().next().is_some() {
+    if without(range, || map.memory()).next().is_some() {
         return Err(NotReadable::NotMemory);
     }
     if let Some(other) = map.bundle_no_map {

@@ -1,96 +1,44 @@
 //! The machine's memory, read before there is a heap.
 
+use super::BoardError;
 use crate::memory::Range;
 use dtoolkit::Node;
-use dtoolkit::fdt::Fdt;
-
-/// A short list without a heap. What does not fit is counted, not kept.
-#[derive(Debug, Clone, Copy)]
-pub struct Ranges {
-    ranges: [Range; Self::CAPACITY],
-    len: usize,
-    /// Ranges that did not fit.
-    pub dropped: usize,
-}
-
-impl Ranges {
-    const CAPACITY: usize = 64;
-
-    /// An empty list.
-    pub const fn new() -> Self {
-        Self {
-            ranges: [Range { start: 0, end: 0 }; Self::CAPACITY],
-            len: 0,
-            dropped: 0,
-        }
-    }
-
-    /// Adds a range; empty ones are left out.
-    pub fn push(&mut self, range: Range) {
-        if range.size() == 0 {
-            return;
-        }
-        match self.ranges.get_mut(self.len) {
-            Some(place) => {
-                *place = range;
-                self.len += 1;
-            }
-            None => self.dropped += 1,
-        }
-    }
-
-    /// The ranges.
-    pub fn iter(&self) -> impl Iterator<Item = Range> {
-        self.ranges.iter().copied().take(self.len)
-    }
-
-    /// What is left of the list without `hole`.
-    pub fn without(&self, hole: Range) -> Self {
-        let mut left = Self::new();
-        left.dropped = self.dropped;
-        for range in self.iter() {
-            for part in range.without(&hole).into_iter().flatten() {
-                left.push(part);
-            }
-        }
-        left
-    }
-}
+use dtoolkit::fdt::{Fdt, FdtNode};
+use spin::{Mutex, MutexGuard};
+use tidemark_ownership::without;
 
 /// What memory there is, and what of it is spoken for.
 #[derive(Debug)]
 pub struct MemoryMap {
-    /// All memory.
-    pub memory: Ranges,
-    /// Reserved by firmware or the devicetree; not to be touched.
-    pub reserved: Ranges,
+    fdt: Fdt<'static>,
+    reserved: &'static [Range],
     /// The bundle of guests, handed over as the initrd.
     pub bundle: Option<Range>,
     /// A reservation with `no-map` that the bundle overlaps.
     pub bundle_no_map: Option<Range>,
 }
 
+/// The most reservations that there is room for before there is a heap.
+pub const MOST_RESERVATIONS: usize = 1024;
+
+/// Where they are kept.
+static RESERVED: Mutex<[Range; MOST_RESERVATIONS]> =
+    Mutex::new([Range { start: 0, end: 0 }; MOST_RESERVATIONS]);
+
 impl MemoryMap {
-    /// Reads memory, reservations and the initrd's place.
-    pub fn read(fdt: Fdt<'static>) -> Self {
+    /// Reads memory, reservations and the initrd's place. Once: the list of reservations is lent for good.
+    ///
+    /// # Errors
+    ///
+    /// A reservation that cannot be read, or too many of them: without them memory that firmware keeps would be
+    /// given to guests.
+    pub fn read(fdt: Fdt<'static>) -> Result<Self, BoardError> {
         let mut map = Self {
-            memory: Ranges::new(),
-            reserved: Ranges::new(),
+            fdt,
+            reserved: &[],
             bundle: None,
             bundle_no_map: None,
         };
-        for node in fdt.root().children() {
-            if super::string(node, "device_type") == Some("memory") && super::enabled(node) {
-                for range in super::registers(node) {
-                    map.memory.push(range);
-                }
-            }
-        }
-        for entry in fdt.memory_reservations() {
-            if let Some(range) = Range::new(entry.address(), entry.size()) {
-                map.reserved.push(range.whole_pages());
-            }
-        }
         if let Some(chosen) = fdt.find_node("/chosen") {
             let address = |name| super::integer(chosen, name);
             if let (Some(start), Some(end)) =
@@ -100,16 +48,56 @@ impl MemoryMap {
                 map.bundle = Some(Range { start, end });
             }
         }
+        let places = MutexGuard::leak(RESERVED.lock());
+        let mut count = 0;
+        let mut reserve = |range: Range| {
+            if let Some(place) = places.get_mut(count) {
+                *place = range.whole_pages();
+            }
+            count += 1;
+        };
+        for entry in fdt.memory_reservations() {
+            reserve(Range::up_to(entry.address(), entry.size()));
+        }
         let reserved = fdt.find_node("/reserved-memory");
         for node in reserved.into_iter().flat_map(|node| node.children()) {
-            for range in super::registers(node) {
-                map.reserved.push(range.whole_pages());
+            let unreadable = BoardError::Reservation(node.name());
+            for reg in node.reg().map_err(|_| unreadable)?.into_iter().flatten() {
+                let start = reg.address().map_err(|_| unreadable)?;
+                let range = Range::up_to(start, reg.size().map_err(|_| unreadable)?);
+                reserve(range);
                 let overlaps = map.bundle.is_some_and(|bundle| range.overlaps(&bundle));
                 if overlaps && node.property("no-map").is_some() {
                     map.bundle_no_map = Some(range);
                 }
             }
         }
-        map
+        map.reserved = places.get(..count).ok_or(BoardError::Reservations(count))?;
+        Ok(map)
+    }
+
+    /// All memory, as the devicetree has it.
+    pub fn memory(&self) -> impl Iterator<Item = Range> {
+        let is_memory = |&node: &FdtNode<'_>| {
+            super::string(node, "device_type") == Some("memory") && super::enabled(node)
+        };
+        let nodes = self.fdt.root().children().filter(is_memory);
+        nodes.flat_map(super::registers)
+    }
+
+    /// Reserved by firmware or the devicetree, in whole pages; not to be touched.
+    pub fn reserved(&self) -> impl Iterator<Item = Range> {
+        self.reserved.iter().copied()
+    }
+
+    /// What is left of memory without what `taken` goes through. Memory that is there twice counts once.
+    pub fn left<I: Iterator<Item = Range>>(
+        &self,
+        taken: impl Fn() -> I + Copy,
+    ) -> impl Iterator<Item = Range> {
+        let memory = self.memory().enumerate();
+        memory.flat_map(move |(n, range)| {
+            without(range, move || taken().chain(self.memory().take(n)))
+        })
     }
 }

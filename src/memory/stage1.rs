@@ -3,7 +3,7 @@
 //! Written by the boot CPU alone: first with the MMU off (plain stores, no locks), later
 //! before any other CPU runs. Entries are only ever added, never changed, so no
 //! break-before-make is needed (Arm ARM D8.14.1). Table memory comes from a fixed pool in
-//! the image; a machine that needs more of it stops at boot with the reason.
+//! the image; to map all memory, around however many reservations, from that memory itself.
 
 use super::{PAGE, Range, layout};
 use crate::arch::boot::EARLY_UART;
@@ -72,12 +72,44 @@ static MAPPED_STACKS: AtomicUsize = AtomicUsize::new(0);
 /// Bytes of a CPU's stack.
 pub const STACK_SIZE: usize = 32 * 1024;
 
+/// Memory that tables come from while there is some: where it started, its next table, and its end.
+static FED: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+
 fn table_at(address: u64) -> Option<&'static Table> {
+    let [start, next, _] = FED.each_ref().map(|place| place.load(Relaxed));
+    if (start..next).contains(&address) {
+        // SAFETY: `feed` was promised this memory for good, and `new_table` gave this part of it out: a table of
+        // atomics, mapped where it stands, and aligned as addresses in entries are.
+        return Some(unsafe { &*(address as *const Table) });
+    }
     let offset = (address as usize).checked_sub(POOL.as_ptr() as usize)?;
     POOL.get(offset / size_of::<Table>())
 }
 
+/// Has tables made of `range` from now on, as long as it lasts.
+///
+/// # Safety
+///
+/// It is zeroed, mapped read-write, in whole pages, and nobody else's for good, but for what [`leftover`] gives back.
+pub unsafe fn feed(range: Range) {
+    for (place, value) in FED.iter().zip([range.start, range.start, range.end]) {
+        place.store(value, Relaxed);
+    }
+}
+
+/// What no table was made of, and none will be.
+pub fn leftover() -> Range {
+    let [_, next, end] = FED.each_ref().map(|place| place.load(Relaxed));
+    FED[2].store(next, Relaxed);
+    Range { start: next, end }
+}
+
 fn new_table() -> Result<u64, MapError> {
+    let [_, next, end] = FED.each_ref().map(|place| place.load(Relaxed));
+    if next < end {
+        FED[1].store(next + PAGE as u64, Relaxed);
+        return Ok(next);
+    }
     let index = USED.load(Relaxed);
     let table = POOL.get(index).ok_or(MapError::OutOfTables)?;
     USED.store(index + 1, Relaxed);

@@ -24,6 +24,7 @@ mod linux;
 mod oracle;
 mod quota;
 mod raw;
+mod reserved;
 mod slots;
 
 use std::process::ExitCode;
@@ -91,6 +92,7 @@ fn run() -> Result<ExitCode> {
     let cases = [
         boot::cases(),
         handover::cases(),
+        reserved::cases(),
         linux::cases(),
         oracle::cases(),
         slots::cases(),

@@ -26,9 +26,11 @@
 extern crate std;
 
 mod owner;
+mod range;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use owner::{Generation, Guest, Kind, Owner, Pa, VmId};
+pub use range::{Range, without};
 pub use table::{Census, Error, FRAME_SIZE, FrameTable};
