@@ -2,7 +2,7 @@
 //! physical timer (CNTHP), which wakes a CPU for time slices and sleeping vCPUs.
 
 use super::{barrier, regs};
-use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0};
+use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0, CNTV_CTL_EL0};
 use tock_registers::interfaces::{Readable, Writeable};
 
 /// The physical count.
@@ -53,4 +53,10 @@ pub fn set_deadline(deadline: Option<u64>) {
         None => regs::CNTHP_CTL.set(0),
     }
     barrier::isb();
+}
+
+/// The line of the virtual timer, which is that of the vCPU loaded here: ENABLE, not IMASK, ISTATUS.
+#[inline]
+pub fn virtual_line_is_high() -> bool {
+    CNTV_CTL_EL0.get() & 0b111 == 0b101
 }

@@ -8,10 +8,10 @@ use crate::arch::gic::{self, VirtualInterface};
 use crate::arch::{timer, tlb};
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
-use tidemark_devices::VcpuIndex;
 use tidemark_devices::psci::PowerState;
 use tidemark_devices::vgic::{ListRegisters, Underflow};
 use tidemark_devices::virt::PHYSICAL_TIMER;
+use tidemark_devices::{Level, VcpuIndex};
 use tidemark_stage2::{Count, Flush, Meter};
 
 /// A vCPU.
@@ -304,5 +304,13 @@ impl ListRegisters for LiveListRegisters {
 
     fn deactivate(&mut self, physical: u16) {
         gic::deactivate(u32::from(physical));
+    }
+
+    /// The virtual timer's is the only one that is linked.
+    fn physical_line(&self, _: u16) -> Level {
+        match timer::virtual_line_is_high() {
+            true => Level::High,
+            false => Level::Low,
+        }
     }
 }

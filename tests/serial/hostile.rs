@@ -17,7 +17,7 @@ use tidemark_wire::message::{EngineChoice, Granularity, VmId, VmInfo, VmState};
 use crate::case::Case;
 
 /// Fewer cases than this are not the whole list.
-const AT_LEAST: usize = 50;
+const AT_LEAST: usize = 57;
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -27,6 +27,10 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("hostile_a72", 60, |script| {
             hostile(script, "virt-a72", None)
+        }),
+        // Both vCPUs on one CPU: each case is switched out and in.
+        Case::new("hostile_max_one_cpu", 120, |script| {
+            hostile(script, "virt-smp1", None)
         }),
         // The same while its memory is tracked: faults of its own and of the log's meet.
         Case::new("hostile_max_tracked_by_dbm", 60, |script| {

@@ -241,6 +241,8 @@ pub trait ListRegisters {
     fn set_underflow_interrupt(&mut self, underflow: Underflow);
     /// Deactivates a physical interrupt that the guest gave up without deactivating it (`ICC_DIR_EL1`).
     fn deactivate(&mut self, pintid: u16);
+    /// Looks at the line of a linked physical interrupt, as the device of this vCPU drives it now.
+    fn physical_line(&self, pintid: u16) -> Level;
 }
 
 /// One vCPU's part. On lines of its own: senders write `mail` while the owner works on the rest of its own.
@@ -283,7 +285,7 @@ impl Vgic {
 
     /// Reads a register.
     ///
-    /// ISPENDR and ISACTIVER of interrupts in list registers show what the last sync saw; whoever holds them is made to
+    /// ISPENDR and ISACTIVER of interrupts in list registers or with a hardware link show what the last sync saw; whoever holds them is made to
     /// need a sync, so that a guest that reads again gets the truth. [`Vgic::refresh`] gets it at once.
     #[inline]
     pub fn mmio_read(&self, vcpu: VcpuIndex, frame: Frame, offset: u64, size: AccessSize) -> u64 {
@@ -353,7 +355,8 @@ impl Vgic {
         kick
     }
 
-    /// Raises a private interrupt: its line is high, or its physical interrupt was taken and not deactivated.
+    /// Raises a private interrupt: its line is high, or its physical interrupt was taken and not deactivated. The latter is pending
+    /// until the guest takes it or a sync finds the physical line low.
     pub fn raise_ppi(&self, vcpu: VcpuIndex, ppi: Ppi, link: Link) -> Kick {
         self.change_private(vcpu, |private| match link {
             Link::Software => private.word.raise(ppi.bit()),
@@ -361,7 +364,7 @@ impl Vgic {
         })
     }
 
-    /// Takes a private interrupt back: its line is low. A hardware-linked one that the guest has not taken is deactivated by the next sync.
+    /// Takes a private interrupt back: its line is low. Nobody has to say so of a hardware-linked one: a sync looks at its line.
     pub fn lower_ppi(&self, vcpu: VcpuIndex, ppi: Ppi) -> Kick {
         self.change_private(vcpu, |private| private.word.lower(ppi.bit()))
     }

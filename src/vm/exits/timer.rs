@@ -24,9 +24,11 @@ pub enum Register {
 }
 
 /// Reads one.
-pub fn read(vcpu: &Vcpu, register: Register) -> u64 {
-    let state = *vcpu.physical_timer.lock();
+pub fn read(vcpu: &'static Vcpu, register: Register) -> u64 {
     let now = timer::now();
+    // What ISTATUS says the controller has been told: EL2's own timer may come a little later.
+    fire_physical(vcpu, now);
+    let state = *vcpu.physical_timer.lock();
     match register {
         Register::Value => state.compare.wrapping_sub(now) & 0xffff_ffff,
         Register::Control => {

@@ -37,6 +37,15 @@ impl Lr {
         Self(self.0 | HARDWARE | (pintid as u64 & PINTID_MASK) << PINTID_SHIFT)
     }
 
+    /// Cuts the link to the physical interrupt.
+    pub(super) const fn without_hardware(self) -> Self {
+        if self.is_hardware() {
+            Self(self.0 & !(HARDWARE | PINTID_MASK << PINTID_SHIFT))
+        } else {
+            self
+        }
+    }
+
     /// Asks for a maintenance interrupt at its end. Not for a hardware-linked one, where the bit is part of the pINTID.
     pub(super) const fn with_eoi(self) -> Self {
         Self(self.0 | EOI)

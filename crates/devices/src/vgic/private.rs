@@ -78,7 +78,6 @@ impl Private {
         if let Some(slot) = self.pintids.get_mut(usize::from(ppi.0) & 15) {
             *slot = pintid;
         }
-        self.word.latch |= ppi.bit();
         self.word.hardware |= ppi.bit();
         // Taken again before the last request to deactivate it was carried out: that request is void.
         self.word.release &= !ppi.bit();

@@ -114,7 +114,7 @@ impl Vgic {
         let bits = offset.checked_sub(SGI_FRAME).and_then(Bits::at);
         let shows_state = bits.is_some_and(|(bits, word)| bits.shows_state() && word == 0);
         match self.bank(vcpu) {
-            Some(bank) if shows_state && bank.private.lock().word.listed != 0 => Kick::one(vcpu),
+            Some(bank) if shows_state && bank.private.lock().word.may_be_stale() => Kick::one(vcpu),
             _ => Kick::NONE,
         }
     }
@@ -134,7 +134,7 @@ impl Vgic {
         };
         let private = bank.private.lock();
         let value = private.word.read(bits, self.mailed(vcpu));
-        let stale = bits.shows_state() && private.word.listed != 0;
+        let stale = bits.shows_state() && private.word.may_be_stale();
         drop(private);
         if stale {
             self.post(Kick::one(vcpu), MAIL_PRIVATE);

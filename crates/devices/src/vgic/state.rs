@@ -92,8 +92,8 @@ impl WordState {
             enabled: word.enabled,
             group1: word.group1,
             edge: word.edge,
-            // A hardware link is its physical line, which comes again where the state is restored.
-            pending: (word.latch & !word.hardware) | word.listed_pending() | mailed,
+            // Not `hardware`: that is a physical line, which comes again where the state is restored.
+            pending: word.latch | word.listed_pending() | mailed,
             line: word.line,
             active: word.active | word.listed_active(),
             priority: word.priority,

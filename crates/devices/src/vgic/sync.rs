@@ -2,7 +2,8 @@
 //!
 //! # Purpose
 //!
-//! [`Vgic::sync`] first folds: takes note of what the guest did with each list register in use, and corrects what the
+//! [`Vgic::sync`] first looks at the lines of hardware-linked interrupts that wait, whose falling nobody tells of. Then it folds: takes
+//! note of what the guest did with each list register in use, and corrects what the
 //! controller has since decided otherwise. Then it fills: the most urgent interrupt into a free list register,
 //! or over a less urgent one that the guest has not taken, until none is left or there is no room.
 //!
@@ -25,7 +26,7 @@ use super::private::{self, MAX_LIST_REGISTERS, Private, Supply};
 use super::shared::Shared;
 use super::word::{Physical, Simple, Word};
 use super::{Kick, ListRegisters, MAIL_SHARED, SPI_WORDS, Underflow, Vgic};
-use crate::VcpuIndex;
+use crate::{Level, VcpuIndex};
 
 /// SPIs that left this vCPU's list registers and may have to go to another.
 type Moved = [u32; SPI_WORDS];
@@ -82,6 +83,7 @@ impl Vgic {
             shared,
             moved: [0; SPI_WORDS],
         };
+        desk.sample(registers);
         desk.release(registers);
         desk.fold(registers);
         desk.fill(registers);
@@ -175,7 +177,8 @@ fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegi
         if lr.is_empty() && !lr.asks_maintenance() {
             private.word.unlist(bit);
             private.let_go(n);
-        } else if !private.word.is_as_noted(bit, lr) {
+        } else if !private.word.is_as_noted(bit, lr) || lr.is_hardware() && lr.is_pending() {
+            // Of a linked one that was not taken yet the line may have fallen.
             return Rest::All;
         }
     }
@@ -197,6 +200,11 @@ fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegi
     let pintid = private.pintid(intid);
     let lr = match simple {
         Simple::Edge(_) => private.word.list_simple(intid, intid),
+        _ if private.word.sampled() & 1 << (intid & 31) != 0
+            && registers.physical_line(pintid) == Level::Low =>
+        {
+            return Rest::All;
+        }
         _ => private.word.list(intid, intid, pintid, deliverable),
     };
     let n = free.trailing_zeros() as usize;
@@ -207,6 +215,19 @@ fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegi
 }
 
 impl Desk<'_> {
+    /// Gives up hardware-linked interrupts that wait and whose line is low.
+    #[inline]
+    fn sample(&mut self, registers: &mut impl ListRegisters) {
+        let mut left = self.private.word.sampled();
+        while left != 0 {
+            let intid = left.trailing_zeros();
+            left &= left - 1;
+            if registers.physical_line(self.private.pintid(intid)) == Level::Low {
+                self.private.word.unlink(1 << intid);
+            }
+        }
+    }
+
     /// Deactivates physical interrupts of hardware-linked ones that were given up before they were listed.
     #[inline]
     fn release(&mut self, registers: &mut impl ListRegisters) {
@@ -228,10 +249,14 @@ impl Desk<'_> {
             left &= left - 1;
             let (groups, intid) = (self.groups, self.private.held(n));
             let old = Lr(registers.read(n));
+            let line = match old.is_hardware() && !old.is_empty() {
+                true => registers.physical_line(old.pintid()),
+                false => Level::Low,
+            };
             let Some((word, bit, allowed)) = self.word(intid) else {
                 continue;
             };
-            let (new, physical) = word.fold(bit, old, word.deliverable(groups) & allowed);
+            let (new, physical) = word.fold(bit, old, word.deliverable(groups) & allowed, line);
             if physical == Physical::Deactivate {
                 registers.deactivate(old.pintid());
             }
@@ -293,8 +318,7 @@ impl Desk<'_> {
             }
             registers.write(n, Lr::EMPTY.0);
         }
-        let latched = self.private.word.hardware;
-        self.private.word.clear_pending(latched);
+        self.private.word.unlink(u32::MAX);
         self.private.supply = Supply::Enough;
         self.set_underflow(registers, Underflow::Off);
     }

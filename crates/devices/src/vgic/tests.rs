@@ -21,6 +21,8 @@ pub(super) struct CpuInterface {
     pub(super) deactivated: Vec<u16>,
     /// Physical interrupts deactivated by the guest's own doing.
     pub(super) ended: Vec<u16>,
+    /// The line of the one physical interrupt that may be linked.
+    pub(super) line: Level,
 }
 
 const ACTIVE: u64 = 1 << 63;
@@ -35,6 +37,7 @@ impl CpuInterface {
             underflow: Underflow::Off,
             deactivated: Vec::new(),
             ended: Vec::new(),
+            line: Level::Low,
         }
     }
 
@@ -118,6 +121,10 @@ impl ListRegisters for CpuInterface {
 
     fn deactivate(&mut self, pintid: u16) {
         self.deactivated.push(pintid);
+    }
+
+    fn physical_line(&self, _: u16) -> Level {
+        self.line
     }
 }
 
@@ -248,7 +255,11 @@ impl Board {
         self.settle(kick);
     }
 
+    /// Raises a PPI. The line of a linked one is high from here on.
     pub(super) fn raise(&mut self, index: usize, intid: u32, link: Link) {
+        if link != Link::Software {
+            self.cpus[index].line = Level::High;
+        }
         let kick = self
             .vgic
             .raise_ppi(vcpu(index), Ppi::new(intid).expect("a PPI"), link);

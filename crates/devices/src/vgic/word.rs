@@ -9,12 +9,17 @@
 //!
 //! For each interrupt (bit), where *listed* says whether a list register holds it:
 //!
-//! - Outside a list register its pending state is `latch`, or its line being high if it is level-triggered; its active state is `active`.
+//! - Outside a list register its pending state is `latch`, its line being high if it is level-triggered, or `hardware`; its active state is `active`.
 //! - In a list register, pending came from `latch` iff `soft`: listing moves the bit from `latch` to `soft`, taking it
 //!   back moves it from `soft` to `latch`. So a pending edge or SGI is in exactly one of `latch`, `soft`, or was seen by the guest.
+//!   In the same way it came from `hardware` iff `linked`.
+//! - The physical interrupt of a linked one is active iff `hardware`, `release`, or listed and `linked`. Its line is the device's, which
+//!   nobody tells of: it is looked at before the interrupt is listed, and at each fold ([`Word::fold`]). Low, the interrupt is no longer
+//!   pending, and the physical one is deactivated; that comes again when the line rises. Only a linked interrupt that the guest calls
+//!   edge-triggered stays.
 //! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
-//! - `soft`, `linked`, `in_pending`, `in_active`, `told` and `deactivate` mean something within `listed` only; listing sets
-//!   them all, and what is left of them afterwards is not cleared. `hardware` is within `latch`.
+//! - `soft`, `linked`, `in_pending`, `in_active`, `in_line`, `told` and `deactivate` mean something within `listed` only; listing sets
+//!   them all, and what is left of them afterwards is not cleared.
 //! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
 //!
 //! # Concurrency
@@ -22,6 +27,7 @@
 //! None: a word is behind its owner's lock.
 
 use super::list_register::{Group, Lr};
+use crate::Level;
 
 /// A bit register's function, in the order of their offsets: 0x080 each (IHI 0069, 12.8 and 12.10).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,9 +90,9 @@ pub(super) struct Word {
     /// Edge-triggered; the others are level-triggered.
     pub(super) edge: u32,
     pub(super) priority: [u8; 32],
-    /// Pending by an edge, an SGI, ISPENDR or a hardware link, and not listed as such.
+    /// Pending by an edge, an SGI or ISPENDR, and not listed as such.
     pub(super) latch: u32,
-    /// Pending by a hardware link.
+    /// Pending by a hardware link, and not listed as such.
     pub(super) hardware: u32,
     /// Lines that are high.
     pub(super) line: u32,
@@ -100,6 +106,8 @@ pub(super) struct Word {
     pub(super) in_pending: u32,
     /// Active in a list register when last folded.
     pub(super) in_active: u32,
+    /// Listed with a hardware link, whose line was high when last folded.
+    pub(super) in_line: u32,
     /// Listed, and its end will be told by a maintenance interrupt.
     pub(super) told: u32,
     /// To be made inactive in its list register.
@@ -143,6 +151,7 @@ impl Word {
         linked: 0,
         in_pending: 0,
         in_active: 0,
+        in_line: 0,
         told: 0,
         deactivate: 0,
         release: 0,
@@ -170,7 +179,7 @@ impl Word {
     /// Interrupts to be listed as pending.
     #[inline]
     pub(super) const fn fresh(&self, deliverable: u32) -> u32 {
-        (self.latch | self.held()) & deliverable & !self.listed & !self.active
+        (self.latch | self.held() | self.hardware) & deliverable & !self.listed & !self.active
     }
 
     /// Active interrupts without a list register. They go in before all others: the guest's deactivation finds them nowhere else.
@@ -187,11 +196,14 @@ impl Word {
     /// Those of them that concern a list register in use, or a physical interrupt.
     #[inline]
     pub(super) const fn pressing(&self, deliverable: u32) -> u32 {
-        let unsupported = self.in_pending & !(deliverable & (self.soft | self.held()));
+        let unsupported =
+            self.in_pending & !(deliverable & (self.soft | self.held() | self.linked));
         // Pending again at their end, of which nobody would tell.
-        let untold = (self.latch | self.held()) & !self.told & !self.linked;
+        let untold = (self.latch | self.held() | self.hardware) & !self.told & !self.linked;
+        // Its physical interrupt came again: it has ended.
+        let again = self.hardware & self.linked;
         let merge = self.latch & deliverable | self.active | self.deactivate | unsupported | untold;
-        self.listed & merge | self.release
+        self.listed & (merge | again) | self.release
     }
 
     /// Says whether a list register is as the last fold left it.
@@ -199,6 +211,11 @@ impl Word {
     pub(super) const fn is_as_noted(&self, bit: u32, lr: Lr) -> bool {
         lr.is_pending() == (self.in_pending & bit != 0)
             && lr.is_active() == (self.in_active & bit != 0)
+    }
+
+    /// Says whether only a sync tells what is pending and active: the guest changes list registers by itself, and a device its line.
+    pub(super) const fn may_be_stale(&self) -> bool {
+        self.listed | self.hardware != 0
     }
 
     /// Interrupts that are pending in a list register as far as the last fold saw, but for those their line alone makes so.
@@ -217,7 +234,8 @@ impl Word {
             Bits::Group => self.group1,
             Bits::SetEnable | Bits::ClearEnable => self.enabled,
             Bits::SetPending | Bits::ClearPending => {
-                mailed | self.latch | self.held() | self.listed_pending()
+                let linked = self.listed & self.linked & (self.in_pending | self.in_line);
+                mailed | self.latch | self.held() | self.hardware | self.listed_pending() | linked
             }
             Bits::SetActive | Bits::ClearActive => self.active | self.listed_active(),
         }
@@ -242,13 +260,23 @@ impl Word {
         }
     }
 
-    /// Forgets pending states that no line holds. A hardware-linked one is the line of its physical
-    /// interrupt: deactivated, that comes again if its line is still high.
+    /// Forgets pending states that no line holds.
     pub(super) fn clear_pending(&mut self, mask: u32) {
-        self.release |= self.hardware & mask;
-        self.hardware &= !mask;
         self.latch &= !mask;
         self.soft &= !mask;
+    }
+
+    /// Hardware-linked interrupts that are pending for as long as their line is high, and whose line nobody has looked at
+    /// since the guest ran.
+    #[inline]
+    pub(super) const fn sampled(&self) -> u32 {
+        self.hardware & !self.edge
+    }
+
+    /// Gives up hardware links that are not listed: their lines are low, or they are not this vCPU's any more.
+    pub(super) fn unlink(&mut self, mask: u32) {
+        self.release |= self.hardware & mask;
+        self.hardware &= !mask;
     }
 
     /// Sets the line of one interrupt high.
@@ -259,10 +287,9 @@ impl Word {
         self.line |= bit;
     }
 
-    /// Sets the line of one interrupt low, be it its own or that of its physical interrupt.
+    /// Sets the line of one interrupt low.
     pub(super) fn lower(&mut self, bit: u32) {
         self.line &= !bit;
-        self.clear_pending(bit & (self.hardware | self.listed & self.linked));
     }
 
     /// Reads ICFGR: two bits an interrupt, the upper one set for edge. `half` 1 is the upper 16 interrupts.
@@ -306,7 +333,7 @@ impl Word {
     /// Says whether nothing in the word is pending, or active without a list register.
     #[inline]
     pub(super) const fn is_quiet(&self) -> bool {
-        self.latch | self.line | self.active == 0
+        self.latch | self.line | self.active | self.hardware == 0
     }
 
     /// Gives the first of `allowed` to be listed, with its rank (lower goes first): stranded ones before all, then by priority, then by number.
@@ -350,25 +377,23 @@ impl Word {
         };
         let mut lr = Lr::new(intid, self.priority_of(index), group);
         let active = self.active & bit != 0;
-        if self.latch & deliverable & bit != 0 && !(active && self.hardware & bit != 0) {
+        self.soft &= !bit;
+        if self.latch & deliverable & bit != 0 {
             lr = lr.with_pending();
-            if self.hardware & bit != 0 {
-                lr = lr.with_hardware(pintid);
-            }
             self.latch &= !bit;
-            self.hardware &= !bit;
             self.soft |= bit;
-        } else {
-            self.soft &= !bit;
-            if self.held() & deliverable & bit != 0 && !active {
-                lr = lr.with_pending();
-            }
+        } else if self.held() & deliverable & bit != 0 && !active {
+            lr = lr.with_pending();
+        }
+        if self.hardware & deliverable & bit != 0 && !active {
+            lr = lr.with_pending().with_hardware(pintid);
+            self.hardware &= !bit;
         }
         if active {
             lr = lr.with_active();
             self.active &= !bit;
         }
-        if !lr.is_hardware() && (self.latch | !self.edge) & bit != 0 {
+        if !lr.is_hardware() && (self.latch | self.hardware | !self.edge) & bit != 0 {
             lr = lr.with_eoi();
         }
         self.listed |= bit;
@@ -414,11 +439,18 @@ impl Word {
         Lr::new(intid, self.priority_of(index), group).with_pending()
     }
 
-    /// Takes note of what the guest did with the list register of `bit`, and gives what it should hold now.
+    /// Takes note of what the guest did with the list register of `bit`, and gives what it should hold now. `line` is that of the
+    /// physical interrupt of a linked one.
     ///
     /// A level-triggered interrupt whose line is high is not made pending beside active: it would
     /// come twice if the line fell in between. Its EOI bit brings the caller back when it ends.
-    pub(super) fn fold(&mut self, bit: u32, lr: Lr, deliverable: u32) -> (Lr, Physical) {
+    pub(super) fn fold(
+        &mut self,
+        bit: u32,
+        lr: Lr,
+        deliverable: u32,
+        line: Level,
+    ) -> (Lr, Physical) {
         if !lr.is_pending() {
             self.soft &= !bit;
         }
@@ -428,21 +460,28 @@ impl Word {
         }
         let mut new = lr;
         let mut physical = Physical::Keep;
-        let merges = self.hardware & bit == 0 && !(lr.is_hardware() && lr.is_active());
-        if self.latch & deliverable & bit != 0 && merges {
+        self.in_line &= !bit;
+        if line == Level::High {
+            self.in_line |= bit;
+        }
+        if self.outgrows_link(bit, lr, line) {
+            // The physical one comes again if its line is high.
+            new = new.without_hardware();
+            physical = Physical::Deactivate;
+        }
+        if self.latch & deliverable & bit != 0 {
             self.latch &= !bit;
             self.soft |= bit;
             new = new.with_pending();
-        } else if lr.is_pending() && deliverable & (self.soft | self.held()) & bit == 0 {
-            new = new.without_pending();
-            physical = self.take_back(bit, lr);
+        }
+        let held = new.is_hardware() || (self.soft | self.held()) & bit != 0;
+        if new.is_pending() && !(held && deliverable & bit != 0) {
+            self.take_back(bit, new);
+            new = new.without_pending().without_hardware();
         }
         if self.active & bit != 0 {
             self.active &= !bit;
-            // Activating a linked one by hand has no meaning the hardware could carry.
-            if !lr.is_hardware() {
-                new = new.with_active();
-            }
+            new = new.with_active();
         }
         if self.deactivate & bit != 0 {
             self.deactivate &= !bit;
@@ -455,17 +494,28 @@ impl Word {
             self.unlist(bit);
             return (Lr::EMPTY, physical);
         }
+        if new.is_hardware() {
+            // Taken once more after the vCPU was switched in: the same line.
+            self.hardware &= !bit;
+        }
         // What is held back until the end, or may be by then, needs to be told of it.
-        if !new.is_hardware() && (self.latch | !self.edge) & bit != 0 {
+        if !new.is_hardware() && (self.latch | self.hardware | !self.edge) & bit != 0 {
             new = new.with_eoi();
         }
         self.note(bit, new);
         (new, physical)
     }
 
+    /// Says whether a linked list register has to become one without a link: its line is low before the guest took it; or
+    /// what is to be put into it the hardware could not carry (a linked one is not pending and active at once).
+    const fn outgrows_link(&self, bit: u32, lr: Lr, line: Level) -> bool {
+        let fell = lr.is_pending() && matches!(line, Level::Low) && self.edge & bit == 0;
+        let both = lr.is_active() && self.latch & bit != 0;
+        lr.is_hardware() && (fell || both || self.active & bit != 0)
+    }
+
     /// Takes a pending, inactive interrupt out of its list register to make room.
     pub(super) fn evict(&mut self, bit: u32, lr: Lr) {
-        // After a fold a pending one without `soft` is held by a line and has no link to cut.
         self.take_back(bit, lr);
         self.unlist(bit);
     }
@@ -475,9 +525,7 @@ impl Word {
         if lr.is_active() {
             self.active |= bit;
         }
-        if !lr.is_hardware() {
-            self.latch |= self.soft & bit;
-        }
+        self.latch |= self.soft & bit;
         self.unlist(bit);
         match lr.is_hardware() && !lr.is_empty() {
             true => Physical::Deactivate,
@@ -486,19 +534,11 @@ impl Word {
     }
 
     /// Moves the pending state of a list register back to where it came from.
-    fn take_back(&mut self, bit: u32, lr: Lr) -> Physical {
-        let soft = self.soft & bit;
+    fn take_back(&mut self, bit: u32, lr: Lr) {
+        self.latch |= self.soft & bit;
         self.soft &= !bit;
-        self.latch |= soft;
-        if !lr.is_hardware() {
-            return Physical::Keep;
-        }
-        // Without `soft` it was cleared by ICPENDR or its line: see clear_pending.
-        self.hardware |= soft;
-        if soft != 0 {
-            Physical::Keep
-        } else {
-            Physical::Deactivate
+        if lr.is_hardware() {
+            self.hardware |= bit;
         }
     }
 

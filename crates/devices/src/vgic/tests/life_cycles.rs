@@ -237,34 +237,84 @@ fn a_disabled_hardware_linked_timer_waits_and_keeps_its_link() {
 }
 
 #[test]
-fn a_hardware_linked_interrupt_given_up_is_deactivated() {
-    // Not listed.
+fn a_hardware_linked_interrupt_is_pending_as_long_as_its_line_is_high() {
+    // Not listed: disabled. Nobody tells of the line.
     let mut board = Board::new(1);
     board.raise(0, 27, Link::Hardware(27));
     board.bit(0, 0x280, 27);
-    assert_eq!(board.cpu(0).deactivated, [27], "ICPENDR on a disabled one");
+    board.sync(0);
+    assert_eq!(
+        board.read_bit(0, 0x200, 27),
+        1,
+        "ICPENDR takes nothing of a line's"
+    );
+    assert_eq!(board.cpu(0).deactivated, []);
+    board.cpu(0).line = Level::Low;
+    let refresh = GICR_SGI + 0x200;
+    let kick = board.vgic.refresh(Frame::Redistributor(V0), refresh);
+    assert_eq!(kick, Kick::one(V0), "only a sync tells");
+    board.settle(kick);
     assert_eq!(board.read_bit(0, 0x200, 27), 0);
-    // Listed and pending.
-    board.enable(0, 27);
+    assert_eq!(board.cpu(0).deactivated, [27], "so that it comes again");
+    // Nobody looked before it is enabled.
     board.raise(0, 27, Link::Hardware(27));
-    board.bit(0, 0x280, 27);
+    board.cpu(0).line = Level::Low;
+    board.enable(0, 27);
     assert_eq!(board.cpu(0).state(27), NONE);
+    assert!(!board.vgic.has_deliverable(V0));
     assert_eq!(board.cpu(0).deactivated, [27, 27]);
-    // Active: a kernel that takes over from a crashed one clears it so.
+    // Listed and pending.
+    board.raise(0, 27, Link::Hardware(27));
+    assert_eq!(board.cpu(0).state(27), P);
+    board.cpu(0).line = Level::Low;
+    board.sync(0);
+    assert_eq!(board.cpu(0).state(27), NONE);
+    assert_eq!(board.cpu(0).deactivated, [27; 3]);
+    // Active: pending beside it while the line is high.
     board.raise(0, 27, Link::Hardware(27));
     board.cpu(0).acknowledge();
+    let both = |board: &mut Board| {
+        let kick = board.vgic.refresh(Frame::Redistributor(V0), refresh);
+        board.settle(kick);
+        (board.read_bit(0, 0x200, 27), board.read_bit(0, 0x300, 27))
+    };
+    assert_eq!(both(&mut board), (1, 1));
+    board.cpu(0).line = Level::Low;
+    assert_eq!(both(&mut board), (0, 1));
+    assert_eq!(board.cpu(0).state(27), A);
+    // A kernel that takes over from a crashed one clears it so.
     board.bit(0, 0x380, 27);
     assert_eq!(board.cpu(0).state(27), NONE);
-    assert_eq!(board.cpu(0).deactivated, [27, 27, 27]);
-    assert_eq!(board.read_bit(0, 0x300, 27), 0);
-    // The caller saw the line low.
-    board.raise(0, 27, Link::Hardware(27));
-    board.lower(0, 27);
-    assert_eq!(board.cpu(0).state(27), NONE);
     assert_eq!(board.cpu(0).deactivated, [27; 4]);
+    assert_eq!(board.read_bit(0, 0x300, 27), 0);
     // And it still works.
     board.raise(0, 27, Link::Hardware(27));
     assert_eq!(board.cpu(0).acknowledge(), Some(27));
+}
+
+#[test]
+fn a_latch_beside_a_hardware_link_outlives_the_line() {
+    let mut board = Board::new(1);
+    board.bit(0, 0x200, 27);
+    board.raise(0, 27, Link::Hardware(27));
+    board.enable(0, 27);
+    let lr = board.cpu(0).holding(27).expect("listed");
+    assert_eq!(lr & HARDWARE, HARDWARE);
+    board.cpu(0).line = Level::Low;
+    board.sync(0);
+    let lr = board.cpu(0).holding(27).expect("still pending by hand");
+    assert_eq!((lr & HARDWARE, lr & EOI), (0, EOI));
+    assert_eq!(board.cpu(0).deactivated, [27]);
+    assert_eq!(board.cpu(0).acknowledge(), Some(27));
+    board.cpu(0).end(27);
+    board.sync(0);
+    assert_eq!(board.cpu(0).state(27), NONE);
+    // By hand while a linked one is active: the link is cut, as the hardware cannot show both.
+    board.raise(0, 27, Link::Hardware(27));
+    board.cpu(0).acknowledge();
+    board.bit(0, 0x200, 27);
+    assert_eq!(board.cpu(0).state(27), PA);
+    assert_eq!(board.cpu(0).deactivated, [27, 27]);
 }
 
 #[test]
@@ -511,8 +561,9 @@ mod earlier_lives {
         board.cpu(0).end(27);
         board.sync(0);
         // Listed again by hand, without a link.
+        board.cpu(0).line = Level::Low;
         board.bit(0, 0x200, 27);
-        board.lower(0, 27);
+        board.sync(0);
         assert_eq!(
             board.cpu(0).state(27),
             P,
@@ -523,13 +574,14 @@ mod earlier_lives {
         assert_eq!(board.cpu(0).acknowledge(), Some(27));
         board.cpu(0).end(27);
         board.sync(0);
-        board.cpu(0).acknowledge();
+        assert_eq!(board.cpu(0).acknowledge(), Some(27));
         board.cpu(0).end(27);
+        board.cpu(0).line = Level::Low;
         board.sync(0);
         // Pending by hand and not listed.
         board.disable(0, 27);
         board.bit(0, 0x200, 27);
-        board.lower(0, 27);
+        board.sync(0);
         assert_eq!(board.read_bit(0, 0x200, 27), 1);
         assert_eq!(board.cpu(0).deactivated, []);
     }

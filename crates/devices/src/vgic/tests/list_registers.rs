@@ -180,6 +180,9 @@ fn a_sync_with_one_sgi_touches_one_register() {
         fn deactivate(&mut self, pintid: u16) {
             self.inner.deactivate(pintid);
         }
+        fn physical_line(&self, pintid: u16) -> Level {
+            self.inner.physical_line(pintid)
+        }
     }
     let mut board = Board::new(2);
     board.enable(1, 5);

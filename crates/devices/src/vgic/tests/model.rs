@@ -3,6 +3,9 @@
 //! The model is the interrupt state machine of IHI 0069, 4.1.2: pending, active, enabled, line, target, for
 //! each interrupt by itself. Random devices and guests drive both. Syncs happen only where a kick,
 //! a maintenance interrupt or underflow asks for one, so a missing one shows as an interrupt the guest is not offered.
+//!
+//! [`TIMER`] is linked to a physical interrupt: its device tells nobody of its line. While it is not active at the physical
+//! controller a high line makes it come to the hypervisor. What is in a list register when the line falls stays there until a sync.
 
 use proptest::prelude::*;
 use std::vec;
@@ -11,6 +14,8 @@ use super::*;
 
 const VCPUS: usize = 2;
 const PRIVATE: [u32; 4] = [1, 5, 20, 27];
+/// The one that is hardware-linked.
+const TIMER: u32 = 27;
 const SHARED: [u32; 7] = [33, 40, 41, 70, 100, 127, 159];
 /// As deep as a guest nests here: one list register is left for the next.
 const DEPTH: usize = 3;
@@ -52,6 +57,11 @@ enum Step {
     Acknowledge(usize),
     End(usize),
     ClearActive(usize),
+    SetActive(usize),
+    /// Reads ISPENDR and ISACTIVER as a trapped access does.
+    Read(usize),
+    /// Another vCPU has the CPU for a while.
+    Switch(usize),
 }
 
 const COUNT: usize = VCPUS * PRIVATE.len() + SHARED.len();
@@ -71,6 +81,8 @@ struct Pair {
     stacks: [Vec<usize>; VCPUS],
     /// Ended while pending and active, so pending in their list registers without the controller having had a say.
     returned: Vec<usize>,
+    /// The timer's interrupt is active at the physical controller.
+    physical: [bool; VCPUS],
 }
 
 impl Pair {
@@ -90,6 +102,7 @@ impl Pair {
             groups: true,
             stacks: [Vec::new(), Vec::new()],
             returned: Vec::new(),
+            physical: [false; VCPUS],
         }
     }
 
@@ -111,9 +124,10 @@ impl Pair {
         offered.map(|interrupt| interrupt.priority).min()
     }
 
-    /// What the hardware does by itself: the underflow interrupt.
+    /// What the hardware does by itself: the timers' interrupts, the underflow interrupt.
     fn hardware(&mut self) {
         for index in 0..VCPUS {
+            self.timer(index);
             let cpu = &self.board.cpus[index];
             let valid = cpu.lrs.iter().filter(|lr| **lr >> 62 != 0).count();
             if cpu.underflow == Underflow::On && valid <= 1 {
@@ -122,8 +136,34 @@ impl Pair {
         }
     }
 
-    fn check(&self) {
+    /// The physical controller's part in the timer.
+    fn timer(&mut self, index: usize) {
+        for _ in 0..4 {
+            let cpu = &mut self.board.cpus[index];
+            // By the guest or by the controller: it may come again.
+            if !cpu.ended.is_empty() || !cpu.deactivated.is_empty() {
+                self.physical[index] = false;
+            }
+            cpu.ended.clear();
+            cpu.deactivated.clear();
+            if self.physical[index] || cpu.line == Level::Low {
+                return;
+            }
+            self.physical[index] = true;
+            self.board.raise(index, TIMER, Link::Hardware(27));
+        }
+        panic!("the timer of vCPU {index} comes again and again");
+    }
+
+    fn check(&mut self) {
         for index in 0..VCPUS {
+            let timer = self.number(index, TIMER);
+            let spurious = !self.model[timer].pending();
+            if spurious && self.board.cpus[index].state(TIMER) & 1 != 0 {
+                // It was listed when its line fell; any sync takes it back.
+                self.board.sync(index);
+                self.timer(index);
+            }
             let cpu = &self.board.cpus[index];
             match cpu.next() {
                 Some(intid) => {
@@ -195,6 +235,14 @@ impl Pair {
                     return;
                 }
                 self.model[number].set_line(high);
+                if intid == TIMER {
+                    self.board.cpus[index].line = match high {
+                        true => Level::High,
+                        false => Level::Low,
+                    };
+                    self.hardware();
+                    return self.check();
+                }
                 match (intid, high) {
                     (32.., true) => self.board.line(intid, Level::High),
                     (32.., false) => self.board.line(intid, Level::Low),
@@ -204,7 +252,7 @@ impl Pair {
             }
             Step::Edge(number, edge) => {
                 let (index, intid) = key(number);
-                if intid < 16 {
+                if intid < 16 || intid == TIMER {
                     return;
                 }
                 self.model[number].edge = edge;
@@ -248,24 +296,56 @@ impl Pair {
                 }
                 self.board.bit(index, 0x380, intid);
             }
+            Step::SetActive(number) => {
+                let (index, intid) = key(number);
+                // One that is made active by hand has no priority to drop: this guest keeps to those it took.
+                if intid != TIMER || !self.model[number].active {
+                    return;
+                }
+                self.board.bit(index, 0x300, intid);
+            }
+            Step::Read(number) => self.compare_state(number),
+            Step::Switch(index) => self.switch(index),
         }
         self.hardware();
         self.check();
     }
 
-    /// Reads all pending and active states after everybody synced.
+    /// Reads all pending and active states.
     fn compare_states(&mut self) {
-        self.board.sync_all();
-        for (number, interrupt) in self.model.iter().enumerate() {
-            let (index, intid) = key(number);
-            let read = |base| self.board.read_bit(index, base, intid) == 1;
-            assert_eq!(
-                read(0x200),
-                interrupt.pending(),
-                "pending {intid} of {index}"
-            );
-            assert_eq!(read(0x300), interrupt.active, "active {intid} of {index}");
+        for number in 0..COUNT {
+            self.compare_state(number);
         }
+    }
+
+    /// Reads one, as a guest does.
+    fn compare_state(&mut self, number: usize) {
+        let (index, intid) = key(number);
+        let frame = match intid {
+            0..32 => Frame::Redistributor(vcpu(index)),
+            _ => Frame::Distributor,
+        };
+        let base = if intid < 32 { GICR_SGI } else { 0 };
+        for (function, register) in [("pending", 0x200), ("active", 0x300)] {
+            let offset = base + register + u64::from(intid / 32) * 4;
+            let kick = self.board.vgic.refresh(frame, offset);
+            self.board.settle(kick);
+            let read = self.board.read_bit(index, register, intid) == 1;
+            let interrupt = self.model[number];
+            let expected = match function {
+                "pending" => interrupt.pending(),
+                _ => interrupt.active,
+            };
+            assert_eq!(read, expected, "{function} {intid} of {index}");
+        }
+    }
+
+    /// Switches a vCPU out and in: its list registers travel with it, the physical interrupt is active while one of them is linked.
+    fn switch(&mut self, index: usize) {
+        self.physical[index] = false;
+        let linked = |lr: &u64| lr & HARDWARE != 0 && lr & (PENDING | ACTIVE) != 0;
+        self.physical[index] = self.board.cpus[index].lrs.iter().any(linked);
+        self.board.sync(index);
     }
 
     /// Lets the guests take and end everything, without a sync that nothing asks for.
@@ -303,7 +383,10 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => any::<bool>().prop_map(Step::Groups),
         8 => vcpu.clone().prop_map(Step::Acknowledge),
         6 => vcpu.prop_map(Step::End),
-        1 => number.prop_map(Step::ClearActive),
+        1 => number.clone().prop_map(Step::ClearActive),
+        1 => number.clone().prop_map(Step::SetActive),
+        3 => number.prop_map(Step::Read),
+        2 => (0..VCPUS).prop_map(Step::Switch),
     ]
 }
 

@@ -6,6 +6,7 @@ mod calls;
 mod devices;
 mod identity;
 mod interrupts;
+mod levels;
 mod map;
 mod memory;
 mod modes;
@@ -80,6 +81,10 @@ const CASES: &[(&str, Body)] = &[
     ("timer_physical", timers::physical),
     ("timer_virtual", timers::virtual_),
     ("clock_alarm", timers::clock_alarm),
+    ("level_virtual_timer", levels::virtual_timer_),
+    ("level_physical_timer", levels::physical_timer_),
+    ("level_clock", levels::clock),
+    ("level_uart", levels::uart),
     ("wfi_storm", timers::wfi_storm),
     ("wfe", timers::wfe),
     ("wfi_with_timeout", timers::wfit),

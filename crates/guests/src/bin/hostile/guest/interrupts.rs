@@ -20,7 +20,7 @@ const GICR: usize = 0x080a_0000;
 /// The interrupt that shows that interrupts work.
 const SIGN: Private = Private(5);
 /// Nothing is pending.
-const NONE: Private = Private(1023);
+pub const NONE: Private = Private(1023);
 
 fn store(register: usize, value: u32) {
     let register = ptr::with_exposed_provenance_mut::<u32>(register);
@@ -56,6 +56,9 @@ fn reset() {
         for register in [0x180, 0x280, 0x380] {
             store(GICD + register + 4 * word, u32::MAX);
         }
+        // Levels, as PPIs.
+        store(GICD + 0xc00 + 8 * word, 0);
+        store(GICD + 0xc04 + 8 * word, 0);
     }
     reset_interface();
     gic::init_distributor();
@@ -87,6 +90,49 @@ pub fn enable_shared(interrupt: Private) {
     }
     store(GICD + 0x80 + 4 * word, u32::MAX);
     store(GICD + 0x100 + 4 * word, bit);
+}
+
+/// Lets an interrupt through to vCPU 0, be it private or shared.
+pub fn enable_only(interrupt: Private) {
+    match interrupt.0 {
+        0..32 => gic::init(&[interrupt]),
+        _ => enable_shared(interrupt),
+    }
+}
+
+/// Where an interrupt's bit is: the register of the group at `base` (GICD_ISENABLER is 0x100), and the bit.
+fn place(base: usize, interrupt: Private) -> (usize, u32) {
+    let register = match interrupt.0 / 32 {
+        0 => GICR + 0x1_0000 + base,
+        word => GICD + base + 4 * word as usize,
+    };
+    (register, 1 << (interrupt.0 % 32))
+}
+
+/// Reads an interrupt's bit.
+pub fn bit(base: usize, interrupt: Private) -> bool {
+    let (register, bit) = place(base, interrupt);
+    let register = ptr::with_exposed_provenance::<u32>(register);
+    // SAFETY: a register of the GIC, mapped as device memory.
+    unsafe { register.read_volatile() & bit != 0 }
+}
+
+/// Writes a one to it.
+pub fn write_bit(base: usize, interrupt: Private) {
+    let (register, bit) = place(base, interrupt);
+    store(register, bit);
+}
+
+/// Sets GICD_CTLR's group enables.
+pub fn groups(groups: u32) {
+    store(GICD, 1 << 4 | groups);
+}
+
+/// Sends a shared interrupt to a vCPU, by its number.
+pub fn route(interrupt: Private, vcpu: u64) {
+    let router = GICD + 0x6000 + 8 * interrupt.0 as usize;
+    // SAFETY: a register of the GIC, mapped as device memory.
+    unsafe { ptr::with_exposed_provenance_mut::<u64>(router).write_volatile(vcpu) };
 }
 
 /// Waits for the next interrupt, without taking it as an exception, and ends it; [`NONE`] if there is none for long.

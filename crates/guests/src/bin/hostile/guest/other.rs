@@ -1,4 +1,4 @@
-//! vCPU 1: idle, in a storm of its own, answering interrupts, or off.
+//! vCPU 1: idle, busy with nothing, in a storm of its own, answering interrupts, or off.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -13,6 +13,7 @@ const IDLE: u32 = 1;
 const STORM: u32 = 2;
 const ANSWER: u32 = 3;
 const LEAVE: u32 = 4;
+const BUSY: u32 = 5;
 
 /// What it is to do.
 static WANTED: AtomicU32 = AtomicU32::new(IDLE);
@@ -72,6 +73,11 @@ pub fn answer() -> bool {
     want(ANSWER)
 }
 
+/// Has it keep its CPU until [`calm`], no interrupt taken; whether it does.
+pub fn busy() -> bool {
+    want(BUSY)
+}
+
 /// Turns it off; whether it is.
 pub fn leave(cpu: Mpidr) -> bool {
     want(LEAVE);
@@ -101,6 +107,12 @@ fn work(_vcpu: Vcpu) -> ! {
                         gic::end(QUESTION);
                         gic::send(gic::sgi(REPLY, Mpidr(0)));
                     }
+                    smp::pause();
+                }
+            }
+            BUSY => {
+                DOES.store(BUSY, Ordering::Release);
+                while WANTED.load(Ordering::Acquire) == BUSY {
                     smp::pause();
                 }
             }

@@ -85,10 +85,12 @@ impl Timer {
     fn quiet(&self, case: &mut Case, what: &str) {
         let until = counter::now() + counter::frequency() / 2000;
         while counter::now() < until {}
-        // What is in a list register already is not taken back when the level falls: one may be late, and is spurious.
-        let late = gic::acknowledge();
-        if late == self.interrupt {
-            gic::end(late);
+        // The virtual timer is turned off without an exit: what is in a list register by then stays there until the next, and is spurious.
+        if self.interrupt == Private::VIRTUAL_TIMER {
+            let late = gic::acknowledge();
+            if late == self.interrupt {
+                gic::end(late);
+            }
         }
         let got = gic::acknowledge();
         case.check(got.0 >= 1020, format_args!("{what}, off: {got:?}"));
@@ -212,11 +214,6 @@ pub fn clock_alarm(case: &mut Case, _world: &mut World) {
         );
         put(ICR, 1);
         put(IMSC, 0);
-        // One may be in a list register already: it is spurious.
-        let late = gic::acknowledge();
-        if late == ALARM {
-            gic::end(late);
-        }
         let more = gic::acknowledge();
         case.check(more.0 >= 1020, format_args!("after its end: {more:?}"));
     }
