@@ -2,14 +2,16 @@
 //!
 //! Text is EL2's shell, or the console of the guest that the terminal is attached to.
 //! Frames are a session with the host tool. Nothing binary is sent before the host has said
-//! HELLO, and a session that the host left is over with the next HELLO: what it took and
-//! did not commit is dirty again.
+//! HELLO, and a session that the host left is over with the next HELLO, or, if it holds something, when
+//! nothing is heard of it any more (`lease`): what it took and did not commit is dirty again, what it
+//! paused goes on, and a log that it started for itself is stopped.
 //!
 //! Locks, in order: `RECEIVER`, then `SESSION`; a guest console's are leaves. Neither is
 //! held while a request is carried out, because carrying it out may send events. `bulk` has its own.
 
 mod bulk;
 mod commands;
+mod lease;
 mod shell;
 
 use crate::arch::timer;
@@ -23,6 +25,7 @@ use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
 use log::warn;
 use spin::Mutex;
+use tidemark_lease::Lease;
 use tidemark_wire::frame::{self, BadReason, Decoder, Header, Item, Kind, Seq, Session};
 use tidemark_wire::message::{CONSOLE_OVERHEAD, Event, Task, VmId};
 
@@ -55,6 +58,8 @@ pub struct Open {
     session: Session,
     max_payload: usize,
     next_event: Seq,
+    /// How long it may be silent, once it holds something or said so.
+    lease: Option<Lease>,
 }
 
 /// Bad frames since the start, for the log's sake.

@@ -403,7 +403,7 @@ fn switch_to(vcpu: &'static Vcpu) {
 
 /// Sets EL2's timer for whatever this CPU must not miss.
 fn arm_timer() {
-    let mut deadline = SLICE_END.get().min(TURN_END.get());
+    let mut deadline = SLICE_END.get().min(TURN_END.get()).min(job::earliest());
     if job::waiting() {
         // Absolute: a guest that exits often must not push it ahead for ever.
         if JOB_DUE.get() == NEVER {
@@ -451,6 +451,7 @@ pub fn tick() {
         }
     }
     JOB_DUE.set(NEVER);
+    job::begin_due(now);
     if job::waiting() {
         job::run_for(now, timer::ticks(JOB_BUDGET));
     }

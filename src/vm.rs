@@ -29,6 +29,7 @@ use spin::{Mutex, Once};
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::Vgic;
+use tidemark_lease::Holds;
 use tidemark_ownership::Generation;
 use tidemark_stage2::Quota;
 use tidemark_wire::bundle::VmSpec;
@@ -89,8 +90,8 @@ pub struct Status {
     pub wish: Wish,
     /// How often it was restarted.
     pub restarts: u32,
-    /// A pause was asked for and not taken back: a restart ends in one.
-    pub pause_wanted: bool,
+    /// Who keeps it paused: a restart ends in a pause too.
+    pub holds: Holds,
     /// How often it was let go on after a pause: what was true of one pause is not of the next.
     pub pauses: u32,
 }
@@ -153,7 +154,7 @@ impl Vm {
                 reason: "not started".into(),
                 wish: Wish::Nothing,
                 restarts: 0,
-                pause_wanted: false,
+                holds: Holds::default(),
                 pauses: 0,
             }),
             last_on: [const { AtomicU8::new(0) }; MAX_CPUS],

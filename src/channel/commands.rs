@@ -2,7 +2,7 @@
 //! again tells how far they are, and what carries guest memory or a bitmap is answered later (`bulk`).
 
 use super::bulk::{self, Wanted};
-use super::{Open, SESSION, send};
+use super::{Open, SESSION, lease, send};
 use crate::arch::timer;
 use crate::console;
 use crate::sched::{self, meter};
@@ -11,7 +11,7 @@ use crate::vm::{self, Vm, Wish, lifecycle, stage2, throttle};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
-use log::info;
+use log::{info, warn};
 use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Header, Kind, Session};
@@ -83,7 +83,7 @@ fn answer<'a>(
     {
         return Some(hello(header.session, protocol, max_payload));
     }
-    if SESSION.lock().map(|open| open.session) != Some(header.session) {
+    if !lease::heard(header.session) {
         return Some(Response::Error(ErrorReply::StaleSession));
     }
     if let Some(wanted) = Wanted::of(&request) {
@@ -109,7 +109,10 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
             session,
             max_payload,
             next_event: tidemark_wire::frame::Seq(0),
+            lease: None,
         });
+    } else {
+        lease::heard(session);
     }
     Response::Hello {
         protocol: PROTOCOL,
@@ -118,7 +121,16 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
     }
 }
 
-/// Ends the session: what was taken and not committed is dirty again.
+/// Ends the session of which nothing is heard any more, if that is still so: no request is carried out meanwhile.
+pub fn close_if_silent() {
+    let _one_at_a_time = SCRATCH.lock();
+    if lease::is_over() {
+        warn!("link: nothing heard of the host's session any more; it is over");
+        close();
+    }
+}
+
+/// Ends the session: what was taken and not committed is dirty again, and what it held is given back.
 fn close() {
     if SESSION.lock().take().is_none() {
         return;
@@ -127,11 +139,18 @@ fn close() {
     for vm in vm::all() {
         vm.console.attached.store(false, Relaxed);
         vm.console.restart_input();
-        if let Some(epoch) = work::abandon(vm) {
+        let had = work::abandon(vm);
+        if let Some(epoch) = had.epoch {
             info!(
                 "{}: epoch {epoch} was not committed; its pages are dirty again",
                 vm.name()
             );
+        }
+        if had.log {
+            info!("{}: the session's dirty log is stopped with it", vm.name());
+        }
+        if lifecycle::session_over(vm) {
+            info!("{}: the session's pause is over with it", vm.name());
         }
     }
 }
@@ -157,15 +176,20 @@ fn carry_out<'a>(
         }
         Request::List => Response::Vms(vm::all().iter().map(|vm| summary(vm)).collect()),
         Request::Info { vm } => Response::Info(info_of(find(vm)?)),
-        Request::Pause { vm } => {
+        Request::Pause { vm, hold } => {
             let vm = find(vm)?;
-            lifecycle::wish(vm, Wish::Pause, "").map_err(ErrorReply::BadState)?;
+            lease::begin_for(hold);
+            lifecycle::pause(vm, hold).map_err(ErrorReply::BadState)?;
             state(vm)
         }
-        Request::Resume { vm } => {
+        Request::Resume { vm, hold } => {
             let vm = find(vm)?;
-            lifecycle::resume(vm).map_err(ErrorReply::BadState)?;
+            lifecycle::resume(vm, hold).map_err(ErrorReply::BadState)?;
             state(vm)
+        }
+        Request::KeepAlive { patience_ms } => {
+            lease::set_patience(patience_ms)?;
+            Response::Ok
         }
         Request::Reset { vm, restarts } => {
             let vm = find(vm)?;
@@ -195,7 +219,12 @@ fn carry_out<'a>(
             vm,
             engine,
             granularity,
-        } => progress(work::start_log(find(vm)?, engine, granularity)?),
+            hold,
+        } => {
+            let vm = find(vm)?;
+            lease::begin_for(hold);
+            progress(work::start_log(vm, engine, granularity, hold)?)
+        }
         Request::DirtyEngine { vm, engine } => progress(work::set_engine(find(vm)?, engine)?),
         Request::DirtyStop { vm } => progress(work::stop_log(find(vm)?)?),
         Request::DirtyStatus { vm } => Response::DirtyStatus(work::status(find(vm)?)),

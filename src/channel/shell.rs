@@ -12,6 +12,7 @@ use alloc::string::String;
 use core::sync::atomic::Ordering::Relaxed;
 use spin::Mutex;
 use tidemark_ownership::{Census, Kind};
+use tidemark_wire::message::{Hold, VmState};
 
 const LONGEST: usize = 128;
 /// Frames counted in one step.
@@ -198,6 +199,17 @@ fn dirty(vm: &'static Vm) {
     }
 }
 
+fn resume(vm: &'static Vm) -> Result<(), VmState> {
+    lifecycle::resume(vm, Hold::Lasting)?;
+    if vm.status.lock().holds.has(Hold::Session) {
+        print(format_args!(
+            "{}: the host's session still holds it\n",
+            vm.name()
+        ));
+    }
+    Ok(())
+}
+
 fn change(verb: &str, vm: &'static Vm) {
     let result = match verb {
         "info" => {
@@ -209,8 +221,8 @@ fn change(verb: &str, vm: &'static Vm) {
             Ok(())
         }
         "stop" => lifecycle::wish(vm, Wish::Stop, "stopped from the shell"),
-        "pause" => lifecycle::wish(vm, Wish::Pause, ""),
-        "resume" => lifecycle::resume(vm),
+        "pause" => lifecycle::pause(vm, Hold::Lasting),
+        "resume" => resume(vm),
         _ => commands::restart(vm),
     };
     if let Err(state) = result {

@@ -3,11 +3,12 @@
 //! A job is a step function that says whether it wants another turn. Any CPU may take the
 //! next step of any job; one job is never stepped by two CPUs at once.
 
-use super::meter;
+use super::{NEVER, meter};
 use crate::arch::{gic, timer};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
-use core::sync::atomic::{AtomicUsize, Ordering::*};
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_wire::message::Task;
 
@@ -38,6 +39,11 @@ static JOBS: Mutex<VecDeque<Job>> = Mutex::new(VecDeque::new());
 /// Jobs that are queued or being stepped.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 
+/// Jobs for later: when each may begin, and which.
+static DELAYED: Mutex<Vec<(u64, Job)>> = Mutex::new(Vec::new());
+/// When the first of them is due; `NEVER` if there is none.
+static EARLIEST: AtomicU64 = AtomicU64::new(NEVER);
+
 /// Gives the CPUs a job.
 pub fn submit(job: Job) {
     enqueue(job);
@@ -55,6 +61,35 @@ pub fn submit_to_all(job: impl Fn() -> Job) {
 pub fn submit_here(job: Job) {
     enqueue(job);
     super::call(crate::arch::cpu::index());
+}
+
+/// Gives the CPUs a job that begins when the count is `due`: this CPU's timer sees to that, and any other's that is set
+/// meanwhile.
+pub fn submit_at(due: u64, job: Job) {
+    {
+        let mut delayed = DELAYED.lock();
+        delayed.push((due, job));
+        EARLIEST.fetch_min(due, Relaxed);
+    }
+    super::call(crate::arch::cpu::index());
+}
+
+/// When the first delayed job is due.
+pub fn earliest() -> u64 {
+    EARLIEST.load(Relaxed)
+}
+
+/// Puts delayed jobs that are due among the others.
+pub fn begin_due(now: u64) {
+    if now < earliest() {
+        return;
+    }
+    let mut delayed = DELAYED.lock();
+    let due: Vec<_> = delayed.extract_if(.., |(due, _)| *due <= now).collect();
+    let first = delayed.iter().map(|(due, _)| *due).min();
+    EARLIEST.store(first.unwrap_or(NEVER), Relaxed);
+    drop(delayed);
+    due.into_iter().for_each(|(_, job)| enqueue(job));
 }
 
 fn enqueue(job: Job) {

@@ -7,7 +7,7 @@
 use super::exits::device;
 use super::loader::Loader;
 use super::vcpu::Run;
-use super::{Vm, Wish, work};
+use super::{Status, Vm, Wish, work};
 use crate::arch::{barrier, timer};
 use crate::board::options::WhenIdle;
 use crate::sched::{self, job};
@@ -16,7 +16,9 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use core::sync::atomic::{AtomicBool, Ordering::*};
 use log::{error, info, warn};
-use tidemark_wire::message::VmState;
+use spin::MutexGuard;
+use tidemark_lease::Holds;
+use tidemark_wire::message::{Hold, VmState};
 
 /// Whether the machine goes off with its last guest.
 static POWER_OFF_WHEN_IDLE: AtomicBool = AtomicBool::new(false);
@@ -41,7 +43,7 @@ pub fn start(vm: &'static Vm) {
         }
         status.state = VmState::Starting;
         status.pauses += 1;
-        status.pause_wanted = false;
+        status.holds = Holds::default();
         status.reason.clear();
         vm.held.store(true, SeqCst);
     }
@@ -71,7 +73,7 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
         let mut status = vm.status.lock();
         status.state = VmState::Running;
         // A guest must not get out of a pause by restarting itself.
-        if status.pause_wanted && status.wish == Wish::Nothing {
+        if status.holds.any() && status.wish == Wish::Nothing {
             status.wish = Wish::Pause;
         }
         // What was wished for meanwhile comes next.
@@ -104,29 +106,46 @@ pub fn failed(vm: &'static Vm, reason: String) {
 ///
 /// Gives the state that does not allow it.
 pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
-    {
-        let mut status = vm.status.lock();
-        let possible = matches!(
-            status.state,
-            VmState::Running | VmState::Paused | VmState::Starting
-        );
-        if !possible && wish != Wish::Nothing {
-            return Err(status.state);
-        }
-        if wish == Wish::Pause {
-            status.pause_wanted = true;
-            // Paused already, or it will be as soon as it is loaded.
-            if status.state != VmState::Running {
-                return Ok(());
-            }
-        }
-        // The stronger wish stays.
-        if status.wish < wish {
-            status.wish = wish;
-            status.reason = reason.into();
-        }
-        vm.held.store(true, SeqCst);
+    let status = vm.status.lock();
+    let possible = matches!(
+        status.state,
+        VmState::Running | VmState::Paused | VmState::Starting
+    );
+    if !possible && wish != Wish::Nothing {
+        return Err(status.state);
     }
+    hold_for(vm, status, wish, reason);
+    Ok(())
+}
+
+/// Pauses a VM for whoever asks, or has whoever asks keep it paused too.
+///
+/// # Errors
+///
+/// Gives the state that does not allow it.
+pub fn pause(vm: &'static Vm, hold: Hold) -> Result<(), VmState> {
+    let mut status = vm.status.lock();
+    match status.state {
+        VmState::Running => {
+            status.holds.take(hold);
+            hold_for(vm, status, Wish::Pause, "");
+        }
+        // It is, or will be as soon as it is loaded.
+        VmState::Paused | VmState::Starting => status.holds.take(hold),
+        VmState::Stopped | VmState::Failed => return Err(status.state),
+    }
+    Ok(())
+}
+
+/// Holds the vCPUs for a change, which is made here if none of them runs.
+fn hold_for(vm: &'static Vm, mut status: MutexGuard<'static, Status>, wish: Wish, reason: &str) {
+    // The stronger wish stays.
+    if status.wish < wish {
+        status.wish = wish;
+        status.reason = reason.into();
+    }
+    vm.held.store(true, SeqCst);
+    drop(status);
     for vcpu in vm.vcpus() {
         vcpu.attention.store(true, SeqCst);
         let running = *vcpu.run.lock() == Run::Running;
@@ -135,31 +154,29 @@ pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
         }
     }
     settle(vm);
-    Ok(())
 }
 
-/// Lets a paused VM go on, or takes back a wish to pause.
+/// Takes a pause back. The VM goes on, or does not pause, unless it is held by somebody else too.
 ///
 /// # Errors
 ///
 /// Gives the state that does not allow it.
-pub fn resume(vm: &'static Vm) -> Result<(), VmState> {
+pub fn resume(vm: &'static Vm, hold: Hold) -> Result<(), VmState> {
     {
         let mut status = vm.status.lock();
+        let held = status.holds.any();
+        status.holds.give_back(hold);
         match status.state {
+            VmState::Starting if held => return Ok(()),
+            VmState::Paused | VmState::Running if status.holds.any() => return Ok(()),
             VmState::Paused => status.state = VmState::Running,
             VmState::Running => {}
-            VmState::Starting if status.pause_wanted => {
-                status.pause_wanted = false;
-                return Ok(());
-            }
             other => return Err(other),
         }
         if status.wish == Wish::Pause {
             status.wish = Wish::Nothing;
         }
         status.pauses += 1;
-        status.pause_wanted = false;
         vm.held.store(status.wish != Wish::Nothing, SeqCst);
     }
     for vcpu in vm.vcpus() {
@@ -170,6 +187,12 @@ pub fn resume(vm: &'static Vm) -> Result<(), VmState> {
     }
     channel::state_changed(vm);
     Ok(())
+}
+
+/// The session that held it is over: takes its pause back, and says whether there was one.
+pub fn session_over(vm: &'static Vm) -> bool {
+    let held = vm.status.lock().holds.has(Hold::Session);
+    held && resume(vm, Hold::Session).is_ok()
 }
 
 /// A vCPU has left its CPU: was it the last that a change waits for?

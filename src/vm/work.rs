@@ -87,6 +87,10 @@ pub struct VmWork {
     progress: (u64, u64),
     failure: Option<(Operation, ErrorReply)>,
     policy: Policy,
+    /// Whose the log is, while there is one.
+    keeper: Option<Hold>,
+    /// Its session is over: it is stopped once what is being done has ended.
+    orphaned: bool,
     /// The counters when the log was started.
     since: s2::Counters,
     /// The same of stalls.
@@ -228,14 +232,28 @@ fn note(
                 Operation::Engine(engine) => work.policy = Policy::Fixed(engine),
                 Operation::Take(_) if work.policy == Policy::Adaptive => adapt(vm),
                 Operation::Slot(Wanted::Deleted(id)) => work.last_deleted = Some(id),
-                Operation::Take(_) | Operation::Stop | Operation::Slot(Wanted::Added(_)) => {}
+                Operation::Stop => work.keeper = None,
+                Operation::Take(_) | Operation::Slot(Wanted::Added(_)) => {}
             }
         }
         Err(reply) => work.failure = Some((operation, reply)),
     }
     work.operation = None;
     work.change = None;
+    let orphaned = core::mem::take(&mut work.orphaned);
+    if orphaned && vm.memory.stage2().log_status().stage != LogStage::Off {
+        // Whoever steps goes on with that.
+        begin_stop(work);
+        return Step::Again;
+    }
     Step::Done
+}
+
+/// The log is stopped next, though nobody asks how far that is.
+fn begin_stop(work: &mut VmWork) {
+    work.operation = Some(Operation::Stop);
+    work.progress = (0, 0);
+    work.keeper = None;
 }
 
 /// What the throttle has to know of an operation that is over.
@@ -343,6 +361,7 @@ pub fn start_log(
     vm: &'static Vm,
     choice: EngineChoice,
     granularity: Granularity,
+    hold: Hold,
 ) -> Result<Work<()>, ErrorReply> {
     require_cleared(vm)?;
     let policy = Policy::of(choice);
@@ -359,12 +378,16 @@ pub fn start_log(
             .mode
             .is_some_and(|mode| mode.granularity == granularity);
         return if same && work.policy == policy {
+            if hold == Hold::Lasting {
+                work.keeper = Some(hold);
+            }
             Ok(Work::Done(()))
         } else {
             Err(ErrorReply::AlreadyLogging)
         };
     }
-    if status.stage == LogStage::Off {
+    if status.stage == LogStage::Off && work.operation.is_none() {
+        work.keeper = Some(hold);
         work.since = stage2.counters();
         work.stalls_since = throttle::stalls(vm);
     }
@@ -471,8 +494,17 @@ pub fn abort(vm: &Vm, epoch: Epoch) -> Result<(), ErrorReply> {
     vm.memory.stage2().abort(epoch).map_err(refusal)
 }
 
-/// The host is gone: what it took and did not commit is dirty again.
-pub fn abandon(vm: &Vm) -> Option<u64> {
+/// What is taken back from a host that is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Abandoned {
+    /// What it took and did not commit: it is dirty again.
+    pub epoch: Option<u64>,
+    /// The log that it started for itself is being stopped.
+    pub log: bool,
+}
+
+/// The host is gone: takes back what it had.
+pub fn abandon(vm: &'static Vm) -> Abandoned {
     let mut work = vm.work.lock();
     let stage2 = vm.memory.stage2();
     let outstanding = stage2.abort_outstanding();
@@ -485,7 +517,20 @@ pub fn abandon(vm: &Vm) -> Option<u64> {
     work.failure = None;
     // Another host has asked for no deletion yet.
     work.last_deleted = None;
-    outstanding.map(|epoch| epoch.0)
+    let epoch = outstanding.map(|epoch| epoch.0);
+    let on = stage2.log_status().stage != LogStage::Off || work.operation.is_some();
+    let log = on && work.keeper == Some(Hold::Session);
+    match work.operation {
+        _ if !log => {}
+        Some(Operation::Stop) => {}
+        Some(_) => work.orphaned = true,
+        None => {
+            begin_stop(&mut work);
+            drop(work);
+            job::submit(Box::new(move || step(vm, &mut vm.work.lock())));
+        }
+    }
+    Abandoned { epoch, log }
 }
 
 /// Adds a slot.

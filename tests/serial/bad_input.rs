@@ -14,7 +14,7 @@ use tidemark_wire::PROTOCOL;
 use tidemark_wire::bundle::{BootFiles, Bundle, VmDraft};
 use tidemark_wire::checksum::crc32c;
 use tidemark_wire::message::{
-    EngineChoice, ErrorReply, Granularity, Request, Response, SlotId, VmId,
+    EngineChoice, ErrorReply, Granularity, Hold, Request, Response, SlotId, VmId,
 };
 
 use crate::case::{Case, Place};
@@ -335,7 +335,10 @@ fn out_of_range() -> Vec<(Request<'static>, Vec<ErrorReply>)> {
     vec![
         (Request::Info { vm: VmId(77) }, vec![ErrorReply::NoSuchVm]),
         (
-            Request::Pause { vm: VmId(u16::MAX) },
+            Request::Pause {
+                vm: VmId(u16::MAX),
+                hold: Hold::Lasting,
+            },
             vec![ErrorReply::NoSuchVm],
         ),
         (

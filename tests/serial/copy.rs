@@ -16,7 +16,7 @@ use tidemark_tests::guests::{self, LINUX_PROMPT, Mib};
 use tidemark_tests::host::{Host, OracleGuest};
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
-use tidemark_wire::message::{EngineChoice, Granularity, VmId};
+use tidemark_wire::message::{EngineChoice, Granularity, Hold, VmId};
 
 use crate::case::{Case, Place};
 
@@ -66,7 +66,7 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
     copy_and_check(&mut guest.host, vm, &plan)?;
     // The guest goes on as if nothing had been: it ends its run in order when told.
     guest.host.dirty_stop(vm)?;
-    guest.host.client().resume(vm)?;
+    guest.host.client().resume(vm, Hold::Lasting)?;
     guest.stop_free()?;
     guest.command("sum")?;
     guest.host.finish();
@@ -110,7 +110,7 @@ fn copy_512m_linux(script: &mut Script) -> Result<()> {
     };
     copy_and_check(&mut host, vm, &plan)?;
     host.dirty_stop(vm)?;
-    host.client().resume(vm)?;
+    host.client().resume(vm, Hold::Lasting)?;
     host.type_line(vm, "echo alive $((40 + 2))")?;
     host.expect(vm, "alive 42")
         .context("the guest did not go on")?;

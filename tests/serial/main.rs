@@ -25,6 +25,7 @@ mod oracle;
 mod quota;
 mod raw;
 mod reserved;
+mod sessions;
 mod slots;
 
 use std::process::ExitCode;
@@ -97,6 +98,7 @@ fn run() -> Result<ExitCode> {
         oracle::cases(),
         slots::cases(),
         copy::cases(),
+        sessions::cases(),
         quota::cases(),
         bad_input::cases(),
         baseline::cases(),

@@ -14,7 +14,7 @@ use tidemark_tests::oracle::Step;
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
 use tidemark_wire::message::{
-    DirtyStatus, EngineChoice, ErrorReply, Granularity, Quota, Stalls, VmState,
+    DirtyStatus, EngineChoice, ErrorReply, Granularity, Hold, Quota, Stalls, VmState,
 };
 
 use crate::case::Case;
@@ -248,11 +248,11 @@ fn a_stalled_guest_is_handled(script: &mut Script, engine: EngineChoice) -> Resu
     let none = Stalls::default();
     guest.until_stalled(none).context("before the pause")?;
 
-    guest.host.client().pause(vm)?;
+    guest.host.client().pause(vm, Hold::Lasting)?;
     // A pause is not the quota's doing.
     guest.nobody_waits().context("paused")?;
     let paused = guest.stalls()?;
-    guest.host.client().resume(vm)?;
+    guest.host.client().resume(vm, Hold::Lasting)?;
     guest.until_stalled(paused).context("after the pause")?;
 
     // Neither is what comes before the next start.

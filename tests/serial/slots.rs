@@ -14,7 +14,7 @@ use tidemark_tests::host::{Host, OracleGuest};
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
 use tidemark_wire::message::{
-    EngineChoice, Epoch, ErrorReply, Granularity, Request, Response, SlotId, SlotInfo, VmId,
+    EngineChoice, Epoch, ErrorReply, Granularity, Hold, Request, Response, SlotId, SlotInfo, VmId,
     VmState,
 };
 use tidemark_wire::{HOT_SLOT_FIRST, HOT_SLOT_LAST, HOT_SLOT_UNIT};
@@ -312,7 +312,7 @@ fn kept(guest: &mut OracleGuest) -> Result<()> {
         slots(&mut guest.host, vm)? == there,
         "a restart lost a slot"
     );
-    guest.host.client().pause(vm)?;
+    guest.host.client().pause(vm, Hold::Lasting)?;
     guest.host.client().hash(vm, SlotId(7), &mut |_, _| {})?;
     // Also of a guest that is paused, or over.
     delete(&mut guest.host, vm, 7)?;

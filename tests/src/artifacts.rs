@@ -21,6 +21,8 @@ pub enum Artifact {
     Bench,
     /// The guest that does what no guest may.
     Hostile,
+    /// The host's tool, for what only a process of its own can have happen to it.
+    Tidectl,
 }
 
 impl Artifact {
@@ -34,6 +36,7 @@ impl Artifact {
             Self::Oracle => "guests/oracle.img",
             Self::Bench => "guests/bench.img",
             Self::Hostile => "guests/hostile.img",
+            Self::Tidectl => "debug/tidectl",
         }
     }
 
@@ -41,6 +44,7 @@ impl Artifact {
     fn maker(self) -> &'static str {
         match self {
             Self::Image => "make image",
+            Self::Tidectl => "make tools",
             _ => "make guests",
         }
     }

@@ -13,7 +13,7 @@ use tidectl::client::{Client, Options, Output};
 use tidectl::link::{Link, Port};
 use tidemark_guests::pattern::{Config, Gfn, Iteration, PAGE_BYTES, PageRun};
 use tidemark_wire::message::{
-    ConsoleFrom, Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, SlotAccess,
+    ConsoleFrom, Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Hold, SlotAccess,
     SlotId, Task, VmId, VmInfo, VmState,
 };
 
@@ -178,7 +178,7 @@ impl Host {
     ) -> Result<()> {
         Ok(self
             .client
-            .start_log(vm, engine, granularity, &mut |_, _| {})?)
+            .start_log(vm, engine, granularity, Hold::Lasting, &mut |_, _| {})?)
     }
 
     /// Starts the dirty log where that must be refused, and returns how it was.
@@ -190,7 +190,7 @@ impl Host {
     ) -> Result<ErrorReply> {
         match self
             .client
-            .start_log(vm, engine, granularity, &mut |_, _| {})
+            .start_log(vm, engine, granularity, Hold::Lasting, &mut |_, _| {})
         {
             Err(tidectl::Error::Target { reply, .. }) => Ok(reply),
             Err(error) => Err(error.into()),

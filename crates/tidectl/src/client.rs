@@ -8,8 +8,10 @@
 //!   the answer to a later one shows that its own was lost. All requests are idempotent.
 //! - Nothing waits for ever: a target that answers nothing for [`Options::timeout`] is
 //!   [`Error::NoAnswer`], a closed line [`Error::Closed`], Ctrl-C [`Error::Interrupted`].
-//! - Dropping a client says goodbye, which aborts an epoch in flight; if that is lost, the
-//!   next session's `Hello` does it.
+//! - Dropping a client says goodbye, which aborts an epoch in flight and gives back what the session
+//!   holds; if that is lost, the next session's `Hello` does it, or the target once it has heard nothing
+//!   for [`Options::patience`].
+//! - While it holds something, the target hears of it all the time, whatever its owner is busy with.
 //!
 //! Concurrency: a reader thread decodes, a writer thread writes (so that a target that does
 //! not read cannot block the clock), the client itself belongs to one thread.
@@ -31,7 +33,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
-use threads::Incoming;
+use threads::{Incoming, Outgoing};
 use tidemark_wire::PROTOCOL;
 use tidemark_wire::frame::{BadReason, Seq, Session};
 use tidemark_wire::message::{Request, Response, VmId, VmState};
@@ -44,6 +46,8 @@ const SILENT_PATIENCE: Duration = Duration::from_millis(500);
 pub struct Options {
     /// Silence after which the target counts as gone.
     pub timeout: Duration,
+    /// Silence after which this end counts as gone for the target, which then takes back what the session holds.
+    pub patience: Duration,
     /// Silence after which a request is sent again.
     pub retry: Duration,
     /// Requests in flight.
@@ -60,6 +64,7 @@ impl Options {
     pub fn for_pace(pace: Pace) -> Self {
         Self {
             timeout: Duration::from_secs(10),
+            patience: Duration::from_millis(u64::from(tidemark_wire::PATIENCE_MS)),
             retry: pace.retry(),
             window: pace.window(),
             max_payload: pace.max_payload(),
@@ -126,7 +131,8 @@ pub struct Stats {
 pub struct Client {
     incoming: Receiver<Incoming>,
     injector: Injector,
-    outgoing: Option<Sender<Vec<u8>>>,
+    outgoing: Option<Sender<Outgoing>>,
+    beat: Beat,
     session: Session,
     seq: Seq,
     options: Options,
@@ -150,6 +156,14 @@ enum Line {
     /// for as long each time.
     Silent,
     Closed,
+}
+
+/// Whether the target is told all the time that this end is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beat {
+    /// The session holds nothing.
+    None,
+    Going,
 }
 
 /// Whether the interrupt flag ends what is being done.
@@ -188,6 +202,7 @@ impl Client {
             incoming: threads.incoming,
             injector: threads.injector,
             outgoing: Some(threads.outgoing),
+            beat: Beat::None,
             session: random_session(),
             seq: Seq(0),
             max_payload: tidemark_wire::RESPONSE_PAYLOAD_MIN,
@@ -277,6 +292,8 @@ impl Client {
         self.heed = Heed::Nothing;
         self.options.timeout = patience;
         self.options.retry = self.options.retry.min(patience / 2);
+        // After the goodbye it would be a frame on a line of text.
+        let _ = self.outgoing.as_ref().map(|out| out.send(Outgoing::NoBeat));
         // Best effort: the next session's hello has the same effect.
         let _ = self.call(
             "closing the session",

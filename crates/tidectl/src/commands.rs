@@ -61,7 +61,8 @@ pub struct Global {
     /// Say nothing but errors.
     #[arg(short, long, global = true)]
     pub quiet: bool,
-    /// Silence after which the target counts as gone.
+    /// Silence after which the target counts as gone, and this tool for the target: what it
+    /// paused for its own work then runs on.
     #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub timeout: Duration,
 }
@@ -77,7 +78,7 @@ pub enum Command {
     Info(VmArg),
     /// Open a VM's console. Ctrl-] leaves.
     Monitor(monitor::MonitorArgs),
-    /// Pause a VM and wait until it is.
+    /// Pause a VM and wait until it is. It stays so until it is resumed.
     #[command(
         after_help = "Example:\n  tidectl pause debian && tidectl hash debian && tidectl resume debian"
     )]
@@ -255,6 +256,8 @@ impl Context {
         let link = self.link()?;
         let options = Options {
             timeout: self.timeout,
+            // It is the same question from the other end.
+            patience: self.timeout,
             interrupt: Arc::clone(&self.interrupt),
             ..Options::for_pace(link.pace)
         };

@@ -7,7 +7,8 @@
 //! Invariants: the log is on before the first byte is read, so whatever changes behind the
 //! copy's back is in the next bitmap. An epoch is committed only once its pages are written.
 //! Whatever fails, the guest is left as it was found: running if it ran, not logged if it was
-//! not. The image's files are synced once, before success is reported; a copy that did not
+//! not. If this program dies or the line is cut, the target sees to that: pause and log are
+//! the session's. The image's files are synced once, before success is reported; a copy that did not
 //! finish is worth nothing, so its rounds are not synced one by one.
 
 use crate::bitmaps::{Bitmaps, Run};
@@ -19,7 +20,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tidemark_wire::PAGE_SIZE;
 use tidemark_wire::message::{
-    EngineChoice, Granularity, SlotAccess, SlotId, TakeReport, VmId, VmState,
+    EngineChoice, Granularity, Hold, SlotAccess, SlotId, TakeReport, VmId,
 };
 
 /// Differing pages named when verification fails.
@@ -129,7 +130,7 @@ pub fn run(
     let logging = client.log_status(vm)?.logging;
     if logging.is_none() {
         let mut tell = working(watch, "starting the dirty log");
-        client.start_log(vm, plan.engine, plan.granularity, &mut tell)?;
+        client.start_log(vm, plan.engine, plan.granularity, Hold::Session, &mut tell)?;
     }
     let copied = Image::create(&plan.image_dir, &before.slots).and_then(|image| {
         Copy {
@@ -141,15 +142,14 @@ pub fn run(
         }
         .run()
     });
-    let resume = match (&copied, before.summary.state, plan.after) {
-        (_, VmState::Paused, _) | (Ok(_), _, After::Paused) => false,
-        (Ok(_), _, After::AsBefore) | (Err(_), _, _) => true,
-    };
     // Put back what was changed, even after a failure; its error is the one to report.
-    let mut tidied = Ok(());
-    if resume {
-        tidied = client.undisturbed(|client| client.resume_if_paused(vm));
-    }
+    let mut tidied = client.undisturbed(|client| match (&copied, plan.after) {
+        // No moment between the two.
+        (Ok(_), After::Paused) => client
+            .pause(vm, Hold::Lasting)
+            .and_then(|()| client.let_go(vm)),
+        (Ok(_), After::AsBefore) | (Err(_), _) => client.let_go(vm),
+    });
     if logging.is_none() {
         let mut tell = working(watch, "stopping the dirty log");
         let stopped = client.undisturbed(|client| client.stop_log(vm, &mut tell));
@@ -187,7 +187,7 @@ impl Copy<'_> {
             }
         }
         let paused = Instant::now();
-        self.client.pause(self.vm)?;
+        self.client.pause(self.vm, Hold::Session)?;
         (self.watch)(Step::Paused);
         let number = rounds.len() as u32;
         rounds.push(self.round(number, Phase::Last)?);

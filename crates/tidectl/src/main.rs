@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::Parser;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,7 +13,10 @@ use tidectl::output::report;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let interrupt = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        if is_ignored(signal) {
+            continue;
+        }
         // The second one ends the process at once, the first lets it put things back. Without
         // handlers (which should not happen) the first one ends it, which is safe as well.
         let _ = flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupt));
@@ -26,4 +29,16 @@ fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Whether whoever started this wants the signal to do nothing, as `nohup` does: a handler would undo that.
+///
+/// SIGPIPE needs none: the standard library ignores it, and writing to what nobody reads is an error like any other.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }

@@ -79,7 +79,8 @@ impl Ui {
     /// Says what is being done.
     pub fn say(&self, words: &str) {
         if self.chatter == Chatter::Normal {
-            eprintln!("{words}");
+            // A terminal that is gone is no reason to stop, nor to panic.
+            let _ = writeln!(io::stderr(), "{words}");
         }
     }
 

@@ -14,7 +14,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tidemark_wire::bundle::Bundle;
-use tidemark_wire::message::{Engine, Granularity, Logging, SlotAccess, VmState};
+use tidemark_wire::message::{Engine, Granularity, Hold, Logging, SlotAccess, VmState};
 
 struct Stage {
     target: Arc<Mutex<Target>>,
@@ -54,7 +54,11 @@ impl Stage {
     }
 
     fn paused(self) -> Self {
-        lock(&self.target).vms[0].state = VmState::Paused;
+        {
+            let vm = &mut lock(&self.target).vms[0];
+            vm.state = VmState::Paused;
+            vm.holds.insert(Hold::Lasting as u8);
+        }
         self
     }
 
@@ -474,14 +478,22 @@ fn dirty_get_on_a_line_that_closes_loses_nothing() {
     assert_eq!(got["dirty_pages"], 7);
 }
 
-#[test]
-fn ctrl_c_gives_the_epoch_back() {
-    let stage = Stage::new("sigint").logging().paused();
+fn kill(signal: &str, child: &Child) {
+    let pid = child.id();
+    // The shell's own: a small system has no program of that name.
+    let kill = Command::new("sh")
+        .args(["-c", &format!("kill -{signal} {pid}")])
+        .status()
+        .expect("kill runs");
+    assert!(kill.success());
+}
+
+/// A tool in the middle of a harvest of seven pages.
+fn harvesting(stage: &Stage, command: &mut Command) -> Child {
     (0..7).for_each(|page| lock(&stage.target).vms[0].write(0, page, 1));
     // Slow enough to be caught in the middle.
     lock(&stage.target).vms[0].slowness = u64::MAX - 1;
-    let child = stage
-        .command(&["--json", "dirty", "get", "debian", "-o", "b"])
+    let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -492,18 +504,43 @@ fn ctrl_c_gives_the_epoch_back() {
         assert!(begun.elapsed() < Duration::from_secs(10));
         std::thread::sleep(Duration::from_millis(5));
     }
-    let pid = child.id().to_string();
-    // The shell's own: a small system has no program of that name.
-    let kill = Command::new("sh")
-        .args(["-c", &format!("kill -INT {pid}")])
-        .status()
-        .expect("kill runs");
-    assert!(kill.success());
-    let (code, name, _) = failed(finish(child));
-    assert_eq!((code, name.as_str()), (130, "interrupted"));
-    let state = lock(&stage.target);
-    assert_eq!(state.vms[0].outstanding, None);
-    assert_eq!(state.vms[0].dirty(), 7);
+    child
+}
+
+#[test]
+fn signals_give_the_epoch_back() {
+    for signal in ["INT", "TERM", "HUP"] {
+        let stage = Stage::new(&format!("sig{signal}")).logging().paused();
+        let mut command = stage.command(&["--json", "dirty", "get", "debian", "-o", "b"]);
+        let child = harvesting(&stage, &mut command);
+        kill(signal, &child);
+        let (code, name, _) = failed(finish(child));
+        assert_eq!((code, name.as_str()), (130, "interrupted"), "{signal}");
+        let state = lock(&stage.target);
+        assert_eq!(state.vms[0].outstanding, None, "{signal}");
+        assert_eq!(state.vms[0].dirty(), 7, "{signal}");
+    }
+}
+
+#[test]
+fn a_hang_up_that_is_to_be_ignored_is() {
+    let stage = Stage::new("nohup").logging().paused();
+    let get = format!(
+        "trap '' HUP; exec {} dirty get debian -o b",
+        env!("CARGO_BIN_EXE_tidectl")
+    );
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &get])
+        .env("TIDECTL_PORT", stage.socket.port())
+        .current_dir(&stage.dir);
+    let child = harvesting(&stage, &mut command);
+    kill("HUP", &child);
+    std::thread::sleep(Duration::from_millis(300));
+    // And then the harvest is over.
+    lock(&stage.target).vms[0].slowness = 0;
+    let output = finish(child);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use tidectl::image::{Contents, MemoryFile};
 use tidectl::link::{Link, Pace};
 use tidemark_wire::frame::Session;
 use tidemark_wire::message::{
-    ConsoleFrom, EngineChoice, ErrorReply, Granularity, SlotAccess, SlotId, VmId, VmState,
+    ConsoleFrom, EngineChoice, ErrorReply, Granularity, Hold, SlotAccess, SlotId, VmId, VmState,
 };
 
 const VM: VmId = VmId(0);
@@ -66,7 +66,7 @@ fn bad_line(seed: u64) -> Faults {
 fn start(client: &mut Client) {
     let (engine, granularity) = (EngineChoice::Auto, Granularity::Page);
     client
-        .start_log(VM, engine, granularity, &mut |_, _| {})
+        .start_log(VM, engine, granularity, Hold::Lasting, &mut |_, _| {})
         .expect("a log");
 }
 
@@ -115,14 +115,17 @@ fn lifecycle() {
         code(client.hash(VM, SlotId(1), &mut |_, _| {})),
         (5, "not-paused")
     );
-    client.pause(VM).expect("it pauses");
-    client.pause(VM).expect("it is paused");
-    assert_eq!(client.resume(VM).expect("it runs"), VmState::Running);
+    client.pause(VM, Hold::Lasting).expect("it pauses");
+    client.pause(VM, Hold::Lasting).expect("it is paused");
+    assert_eq!(
+        client.resume(VM, Hold::Lasting).expect("it runs"),
+        VmState::Running
+    );
     client.reset(VM).expect("it resets");
     assert_eq!(lock(&target).vms[0].restarts, 1);
     assert_eq!(client.stop(VM).expect("it stops"), VmState::Stopped);
-    assert_eq!(code(client.pause(VM)), (5, "vm-gone"));
-    assert_eq!(code(client.resume(VM)), (5, "bad-state"));
+    assert_eq!(code(client.pause(VM, Hold::Lasting)), (5, "vm-gone"));
+    assert_eq!(code(client.resume(VM, Hold::Lasting)), (5, "bad-state"));
 }
 
 #[test]
@@ -241,11 +244,65 @@ fn copy_leaves_a_paused_guest_paused_and_a_log_running() {
     let target = Target::new(vec![small()]);
     let mut client = open(&target, Faults::default());
     start(&mut client);
-    client.pause(VM).expect("it pauses");
+    client.pause(VM, Hold::Lasting).expect("it pauses");
     copy::run(&mut client, VM, &plan("paused"), &mut |_| {}).expect("an exact copy");
     let state = lock(&target);
     assert_eq!(state.vms[0].state, VmState::Paused);
     assert!(state.vms[0].logging.is_some());
+}
+
+#[test]
+fn a_dying_session_gives_back_its_pause_and_its_log_and_nobody_elses() {
+    for lasting in [false, true] {
+        let target = Target::new(vec![small()]);
+        let mut client = open(&target, Faults::default());
+        if lasting {
+            start(&mut client);
+            client.pause(VM, Hold::Lasting).expect("it pauses");
+        }
+        client.close();
+        let mut client = open(&target, Faults::default());
+        let died = copy::run(&mut client, VM, &plan("dying"), &mut |step| {
+            if matches!(step, Step::Paused) {
+                // As at a SIGKILL: nobody puts anything back, and the target finds out.
+                let mut target = lock(&target);
+                target.session = None;
+                target.vms[0].give_back();
+                target.vms[0].session_over();
+            }
+        });
+        assert_eq!(code(died), (5, "stale-session"));
+        let state = &lock(&target).vms[0];
+        let (paused, logging) = (state.state == VmState::Paused, state.logging.is_some());
+        assert_eq!((paused, logging), (lasting, lasting));
+    }
+}
+
+#[test]
+fn a_session_that_holds_something_is_heard_of_while_its_owner_is_busy() {
+    let target = Target::new(vec![small()]);
+    let options = Options {
+        patience: Duration::from_millis(1),
+        ..options()
+    };
+    let mut client = open_with(&target, Faults::default(), options).expect("a session");
+    client.pause(VM, Hold::Lasting).expect("it pauses");
+    assert_eq!(lock(&target).patience_ms, None, "nothing is the session's");
+    client.pause(VM, Hold::Session).expect("it pauses");
+    // The shortest there is.
+    assert_eq!(lock(&target).patience_ms, Some(1000));
+    // The owner says nothing, and more is heard than the answer to it takes.
+    let begun = Instant::now();
+    while lock(&target).kept_alive < 4 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "not heard of");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // Answers to beats are nobody's.
+    assert_eq!(client.list().expect("a list").len(), 1);
+    client.close();
+    let heard = lock(&target).kept_alive;
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(lock(&target).kept_alive, heard, "it is over");
 }
 
 #[test]
@@ -329,7 +386,7 @@ fn what_was_not_kept_is_reported_again() {
     let target = Target::new(vec![small()]);
     let mut client = open(&target, Faults::default());
     start(&mut client);
-    client.pause(VM).expect("it pauses");
+    client.pause(VM, Hold::Lasting).expect("it pauses");
     let dirty = lock(&target).vms[0].dirty();
     assert!(dirty > 0);
     let failed = client.harvest(VM, Ending::Commit, &mut |_, _| {}, |client, report| {
@@ -541,6 +598,7 @@ fn taking_without_a_log_says_how_to_start_one() {
         VM,
         EngineChoice::WriteProtect,
         Granularity::Page,
+        Hold::Lasting,
         &mut |_, _| {},
     );
     let Err(Error::Target { reply, .. }) = other else {

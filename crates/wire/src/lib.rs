@@ -29,7 +29,7 @@ pub mod message;
 pub mod pages;
 
 /// Version of the messages, exchanged in `Hello`.
-pub const PROTOCOL: u16 = 3;
+pub const PROTOCOL: u16 = 4;
 
 /// Bytes in a page, the unit of every bitmap.
 pub const PAGE_SIZE: u64 = 4096;
@@ -46,6 +46,15 @@ pub const RESPONSE_PAYLOAD_MIN: usize = 1024;
 
 /// Most console bytes in one `ConsoleWrite`.
 pub const CONSOLE_WRITE_MAX: usize = 128;
+
+/// Shortest time that a session may ask to be silent for, in milliseconds, before what it holds is given back.
+pub const PATIENCE_MS_MIN: u32 = 1_000;
+
+/// Longest such time: a guest must not stand still much longer because a host died.
+pub const PATIENCE_MS_MAX: u32 = 600_000;
+
+/// What it is for a session that says nothing of it.
+pub const PATIENCE_MS: u32 = 10_000;
 
 /// Most pages one `BitmapRead` may ask for, which bounds EL2's work for it.
 pub const BITMAP_READ_PAGES_MAX: u32 = 32768;

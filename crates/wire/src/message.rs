@@ -21,7 +21,7 @@ mod types;
 pub use error::ErrorReply;
 pub use types::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, Extent, Features,
-    Granularity, Logging, Mappings, Quota, SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls,
+    Granularity, Hold, Logging, Mappings, Quota, SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls,
     TakeReport, Task, VmId, VmInfo, VmState, VmSummary,
 };
 
@@ -55,11 +55,15 @@ pub enum Request<'a> {
     Pause {
         /// Which.
         vm: VmId,
+        /// For whom.
+        hold: Hold,
     },
-    /// Lets a paused VM run: [`Response::State`].
+    /// Takes a pause back: [`Response::State`]. The VM runs when nobody holds it any more.
     Resume {
         /// Which.
         vm: VmId,
+        /// Whose.
+        hold: Hold,
     },
     /// Restarts a VM from its bundle, unless it has restarted since the host looked:
     /// [`Response::State`].
@@ -94,6 +98,9 @@ pub enum Request<'a> {
         engine: EngineChoice,
         /// How finely.
         granularity: Granularity,
+        /// Whose it is: a session's is stopped at its end. One that runs already stays whose it
+        /// was, but for a lasting one being asked for.
+        hold: Hold,
     },
     /// Stops the log and puts blocks back: [`Response::Progress`] until [`Response::Ok`].
     /// `Ok` as well when there is no log.
@@ -224,6 +231,12 @@ pub enum Request<'a> {
         vm: VmId,
         /// A slot that was added.
         slot: SlotId,
+    },
+    /// Says how long this session may be silent from here on, and that it is there: [`Response::Ok`]. Any request
+    /// says the latter. A session that asked for this, or holds something, is over after a longer silence.
+    KeepAlive {
+        /// [`crate::PATIENCE_MS_MIN`] to [`crate::PATIENCE_MS_MAX`].
+        patience_ms: u32,
     },
 }
 

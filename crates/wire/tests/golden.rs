@@ -4,9 +4,9 @@ use proptest::prelude::*;
 use tidemark_wire::PROTOCOL;
 use tidemark_wire::message::{
     ConsoleFrom, Cost, Counters, DirtyStatus, Engine, EngineChoice, Epoch, ErrorReply, Event,
-    Extent, Features, Granularity, Logging, Mappings, NotAMessage, PIECE_OVERHEAD, Quota, Request,
-    Response, SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId, VmInfo,
-    VmState, VmSummary,
+    Extent, Features, Granularity, Hold, Logging, Mappings, NotAMessage, PIECE_OVERHEAD, Quota,
+    Request, Response, SlotAccess, SlotDirty, SlotId, SlotInfo, Stalls, TakeReport, Task, VmId,
+    VmInfo, VmState, VmSummary,
 };
 
 const VM: VmId = VmId(2);
@@ -25,16 +25,42 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
     vec![
         (
             Request::Hello {
-                protocol: 3,
+                protocol: 4,
                 max_payload: 8192,
             },
-            "00038040",
+            "00048040",
         ),
         (Request::Goodbye, "01"),
         (Request::List, "02"),
         (Request::Info { vm: VM }, "0302"),
-        (Request::Pause { vm: VM }, "0402"),
-        (Request::Resume { vm: VM }, "0502"),
+        (
+            Request::Pause {
+                vm: VM,
+                hold: Hold::Lasting,
+            },
+            "040200",
+        ),
+        (
+            Request::Pause {
+                vm: VM,
+                hold: Hold::Session,
+            },
+            "040201",
+        ),
+        (
+            Request::Resume {
+                vm: VM,
+                hold: Hold::Lasting,
+            },
+            "050200",
+        ),
+        (
+            Request::Resume {
+                vm: VM,
+                hold: Hold::Session,
+            },
+            "050201",
+        ),
         (
             Request::Reset {
                 vm: VM,
@@ -46,16 +72,20 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
         (Request::PowerOff, "08"),
         (Request::Hash { vm: VM, slot: SLOT }, "090201"),
         (
-            dirty_start(EngineChoice::Auto, Granularity::Page),
-            "0a020000",
+            dirty_start(EngineChoice::Auto, Granularity::Page, Hold::Lasting),
+            "0a02000000",
         ),
         (
-            dirty_start(EngineChoice::WriteProtect, Granularity::Adaptive),
-            "0a020101",
+            dirty_start(
+                EngineChoice::WriteProtect,
+                Granularity::Adaptive,
+                Hold::Session,
+            ),
+            "0a02010101",
         ),
         (
-            dirty_start(EngineChoice::Dbm, Granularity::Block),
-            "0a020202",
+            dirty_start(EngineChoice::Dbm, Granularity::Block, Hold::Session),
+            "0a02020201",
         ),
         (Request::DirtyStop { vm: VM }, "0b02"),
         (Request::DirtyStatus { vm: VM }, "0c02"),
@@ -166,14 +196,21 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
             },
             "1a0212",
         ),
+        (
+            Request::KeepAlive {
+                patience_ms: 10_000,
+            },
+            "1b904e",
+        ),
     ]
 }
 
-fn dirty_start(engine: EngineChoice, granularity: Granularity) -> Request<'static> {
+fn dirty_start(engine: EngineChoice, granularity: Granularity, hold: Hold) -> Request<'static> {
     Request::DirtyStart {
         vm: VM,
         engine,
         granularity,
+        hold,
     }
 }
 

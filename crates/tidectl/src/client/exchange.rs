@@ -1,7 +1,7 @@
 //! Requests and their answers: retries, several in flight, and what arrives between them.
 
-use super::threads::Incoming;
-use super::{Client, Heed, Line, Output};
+use super::threads::{BEAT, Incoming, Outgoing};
+use super::{Beat, Client, Heed, Line, Output};
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidemark_wire::frame::{Header, Kind, Seq, encode};
 use tidemark_wire::message::{ErrorReply, Event, Request, Response};
-use tidemark_wire::{CONSOLE_WRITE_MAX, REQUEST_PAYLOAD_MAX};
+use tidemark_wire::{CONSOLE_WRITE_MAX, PATIENCE_MS_MAX, PATIENCE_MS_MIN, REQUEST_PAYLOAD_MAX};
 
 /// How often a wait looks at the interrupt flag.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -221,7 +221,44 @@ impl Client {
         ask: &mut impl FnMut(&T) -> Request<'r>,
     ) -> Result<Flight<T>> {
         let seq = self.seq;
-        self.seq = seq.next();
+        self.seq = match seq.next() {
+            BEAT => BEAT.next(),
+            next => next,
+        };
+        let frame = self.encode(during, seq, &ask(&work))?;
+        self.send(during, Outgoing::Frame(frame.clone()))?;
+        Ok(Flight {
+            seq,
+            frame,
+            work,
+            sent: Instant::now(),
+        })
+    }
+
+    /// Has the target hear of this session as long as this process lives, whatever it is busy with: from the first
+    /// thing on that the session holds.
+    pub(super) fn stay_alive(&mut self) -> Result<()> {
+        if self.beat == Beat::Going {
+            return Ok(());
+        }
+        let during = "asking to be waited for";
+        let least = Duration::from_millis(u64::from(PATIENCE_MS_MIN));
+        let most = Duration::from_millis(u64::from(PATIENCE_MS_MAX));
+        let patience = self.options.patience.clamp(least, most);
+        let request = Request::KeepAlive {
+            patience_ms: patience.as_millis() as u32,
+        };
+        self.call(during, &request, |response| {
+            matches!(response, Response::Ok).then_some(())
+        })?;
+        let frame = self.encode(during, BEAT, &request)?;
+        // One of them may be lost, and the next one late.
+        self.send(during, Outgoing::Beat(frame, patience / 4))?;
+        self.beat = Beat::Going;
+        Ok(())
+    }
+
+    fn encode(&self, during: &str, seq: Seq, request: &Request<'_>) -> Result<Vec<u8>> {
         let header = Header {
             kind: Kind::Request,
             seq,
@@ -229,7 +266,6 @@ impl Client {
         };
         let mut buffer = [0; REQUEST_PAYLOAD_MAX];
         let mut frame = Vec::new();
-        let request = ask(&work);
         request
             .encode(&mut buffer)
             .ok()
@@ -239,17 +275,11 @@ impl Client {
             .ok_or_else(|| Error::Usage(format!(
                 "a request while {during} is too long; console input goes {CONSOLE_WRITE_MAX} bytes at a time"
             )))?;
-        self.send(during, frame.clone())?;
-        Ok(Flight {
-            seq,
-            frame,
-            work,
-            sent: Instant::now(),
-        })
+        Ok(frame)
     }
 
-    fn send(&mut self, during: &str, frame: Vec<u8>) -> Result<()> {
-        let sent = self.outgoing.as_ref().map(|outgoing| outgoing.send(frame));
+    fn send(&mut self, during: &str, what: Outgoing) -> Result<()> {
+        let sent = self.outgoing.as_ref().map(|outgoing| outgoing.send(what));
         match sent {
             Some(Ok(())) => Ok(()),
             _ => Err(self.closed(during)),
@@ -398,7 +428,7 @@ impl Client {
                 break;
             };
             self.stats.retransmits += 1;
-            self.send(during, flight.frame.clone())?;
+            self.send(during, Outgoing::Frame(flight.frame.clone()))?;
             flights.push_back(flight);
         }
         Ok(())

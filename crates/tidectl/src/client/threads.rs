@@ -1,10 +1,11 @@
 //! The two threads of a link: one decodes what comes, one writes what goes.
 
 use std::io::{Read, Write};
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::time::Duration;
 use std::{io, thread};
 use tidemark_wire::RESPONSE_PAYLOAD_MAX;
-use tidemark_wire::frame::{BadReason, Decoder, Header, Item, buffer_len};
+use tidemark_wire::frame::{BadReason, Decoder, Header, Item, Kind, Seq, buffer_len};
 
 /// Items the reader may be ahead of the client; then the line's own flow control holds.
 const AHEAD: usize = 256;
@@ -50,8 +51,21 @@ impl Injector {
 pub(super) struct Threads {
     pub(super) incoming: Receiver<Incoming>,
     pub(super) injector: Injector,
-    pub(super) outgoing: Sender<Vec<u8>>,
+    pub(super) outgoing: Sender<Outgoing>,
 }
+
+/// What the writer is given.
+pub(super) enum Outgoing {
+    /// To be sent.
+    Frame(Vec<u8>),
+    /// To be sent whenever nothing else was for so long.
+    Beat(Vec<u8>, Duration),
+    /// No more of that.
+    NoBeat,
+}
+
+/// The number of a beat's request, which no other has: its answer means nothing and may come at any time.
+pub(super) const BEAT: Seq = Seq(u16::MAX);
 
 /// Starts both threads. They end when the stream ends or the client is dropped.
 pub(super) fn start(
@@ -77,10 +91,28 @@ pub(super) fn start(
 
 fn write(
     mut writer: Box<dyn Write + Send>,
-    from_client: &Receiver<Vec<u8>>,
+    from_client: &Receiver<Outgoing>,
     failed: &SyncSender<Incoming>,
 ) {
-    for bytes in from_client {
+    let mut beat: Option<(Vec<u8>, Duration)> = None;
+    loop {
+        let next = match &beat {
+            Some((_, every)) => from_client.recv_timeout(*every),
+            None => from_client.recv().map_err(RecvTimeoutError::from),
+        };
+        let bytes = match (next, &beat) {
+            (Ok(Outgoing::Frame(bytes)), _) => bytes,
+            (Ok(Outgoing::Beat(bytes, every)), _) => {
+                beat = Some((bytes, every));
+                continue;
+            }
+            (Ok(Outgoing::NoBeat), _) => {
+                beat = None;
+                continue;
+            }
+            (Err(RecvTimeoutError::Timeout), Some((bytes, _))) => bytes.clone(),
+            (Err(_), _) => return,
+        };
         if writer
             .write_all(&bytes)
             .and_then(|()| writer.flush())
@@ -109,6 +141,11 @@ fn read(mut reader: Box<dyn Read + Send>, to_client: &SyncSender<Incoming>) {
                 None => continue,
                 Some(Item::Text(byte)) => {
                     text.push(byte);
+                    continue;
+                }
+                Some(Item::Frame(frame))
+                    if frame.header.kind == Kind::Response && frame.header.seq == BEAT =>
+                {
                     continue;
                 }
                 Some(item) => owned(item),

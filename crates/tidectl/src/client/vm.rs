@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidemark_wire::bitmap;
 use tidemark_wire::message::{
-    Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Quota, Request, Response,
-    SlotId, TakeReport, VmId, VmInfo, VmState, VmSummary,
+    Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Hold, Quota, Request,
+    Response, SlotId, TakeReport, VmId, VmInfo, VmState, VmSummary,
 };
 use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, pages};
 
@@ -161,10 +161,13 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::TooSlow`], or [`Error::VmGone`] when it has ended.
-    pub fn pause(&mut self, vm: VmId) -> Result<()> {
+    pub fn pause(&mut self, vm: VmId, hold: Hold) -> Result<()> {
+        if hold == Hold::Session {
+            self.stay_alive()?;
+        }
         let begun = Instant::now();
         loop {
-            match self.call("pausing a VM", &Request::Pause { vm }, state)? {
+            match self.call("pausing a VM", &Request::Pause { vm, hold }, state)? {
                 VmState::Paused => return Ok(()),
                 VmState::Stopped | VmState::Failed => return Err(self.gone(vm)),
                 VmState::Running | VmState::Starting => {}
@@ -184,20 +187,24 @@ impl Client {
         }
     }
 
-    /// Lets a VM run again.
+    /// Takes a pause back: the VM runs again unless somebody else holds it too.
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn resume(&mut self, vm: VmId) -> Result<VmState> {
-        self.call("resuming a VM", &Request::Resume { vm }, state)
+    pub fn resume(&mut self, vm: VmId, hold: Hold) -> Result<VmState> {
+        self.call("resuming a VM", &Request::Resume { vm, hold }, state)
     }
 
-    /// Lets a VM run again if it is paused; one that has ended meanwhile is left alone.
-    pub(crate) fn resume_if_paused(&mut self, vm: VmId) -> Result<()> {
-        if self.info(vm)?.summary.state == VmState::Paused {
-            self.resume(vm)?;
+    /// Takes this session's pause back; a VM that has ended meanwhile is left alone.
+    pub(crate) fn let_go(&mut self, vm: VmId) -> Result<()> {
+        match self.resume(vm, Hold::Session) {
+            Ok(_) => Ok(()),
+            Err(Error::Target {
+                reply: ErrorReply::BadState(_),
+                ..
+            }) => Ok(()),
+            Err(error) => Err(error),
         }
-        Ok(())
     }
 
     /// Lets time pass, still passing outputs on and heeding Ctrl-C.
@@ -303,12 +310,17 @@ impl Client {
         vm: VmId,
         engine: EngineChoice,
         granularity: Granularity,
+        hold: Hold,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
+        if hold == Hold::Session {
+            self.stay_alive()?;
+        }
         let request = Request::DirtyStart {
             vm,
             engine,
             granularity,
+            hold,
         };
         self.ask_until_done("starting the dirty log", &request, progress, ok)
     }

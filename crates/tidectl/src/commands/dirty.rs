@@ -8,7 +8,7 @@ use crate::{Error, Result};
 use clap::Args;
 use serde_json::{Value, json};
 use std::time::Duration;
-use tidemark_wire::message::{DirtyStatus, Mappings, Quota, VmSummary};
+use tidemark_wire::message::{DirtyStatus, Hold, Mappings, Quota, VmSummary};
 use tidemark_wire::{QUOTA_INTERVAL_MS_MAX, QUOTA_INTERVAL_MS_MIN};
 
 /// How to start.
@@ -43,9 +43,13 @@ pub(super) fn start(context: &mut Context, args: &StartArgs) -> Result<()> {
     let vm = client.find(&args.vm.vm)?;
     let bar = context.ui.bar("starting the dirty log");
     let (engine, granularity) = (args.log.engine.into(), args.log.granularity.into());
-    client.start_log(vm.id, engine, granularity, &mut |done, total| {
-        bar.set(done, total)
-    })?;
+    client.start_log(
+        vm.id,
+        engine,
+        granularity,
+        Hold::Lasting,
+        &mut |done, total| bar.set(done, total),
+    )?;
     drop(bar);
     print_status(context, client, &vm)
 }

@@ -7,7 +7,7 @@ use crate::output::table;
 use crate::units::size;
 use serde_json::{Value, json};
 use tidemark_wire::PAGE_SIZE;
-use tidemark_wire::message::{SlotAccess, SlotInfo, VmId, VmInfo, VmState};
+use tidemark_wire::message::{Hold, SlotAccess, SlotInfo, VmId, VmInfo, VmState};
 
 pub(super) fn list(context: &mut Context) -> Result<()> {
     let mut client = context.connect()?;
@@ -191,12 +191,12 @@ fn info_text(info: &VmInfo) -> String {
 
 pub(super) fn pause(context: &mut Context, arg: &VmArg) -> Result<()> {
     change(context, arg, |client, vm| {
-        client.pause(vm).map(|()| VmState::Paused)
+        client.pause(vm, Hold::Lasting).map(|()| VmState::Paused)
     })
 }
 
 pub(super) fn resume(context: &mut Context, arg: &VmArg) -> Result<()> {
-    change(context, arg, Client::resume)
+    change(context, arg, |client, vm| client.resume(vm, Hold::Lasting))
 }
 
 pub(super) fn reset(context: &mut Context, arg: &VmArg) -> Result<()> {

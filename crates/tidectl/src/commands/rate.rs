@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::json;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidemark_wire::PAGE_SIZE;
-use tidemark_wire::message::{VmId, VmSummary};
+use tidemark_wire::message::{Hold, VmId, VmSummary};
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -57,7 +57,7 @@ pub(super) fn run(context: &mut Context, args: &RateArgs) -> Result<()> {
     }
     if running.is_none() {
         let (engine, granularity) = (args.log.engine.into(), args.log.granularity.into());
-        client.start_log(vm.id, engine, granularity, &mut |_, _| {})?;
+        client.start_log(vm.id, engine, granularity, Hold::Session, &mut |_, _| {})?;
     }
     let measured = measure(context, args, &mut client, &vm);
     if running.is_none() {

@@ -20,6 +20,7 @@ impl Target {
                 vm,
                 engine,
                 granularity,
+                hold,
             } => {
                 let vm = self.vm(vm)?;
                 let engine = match engine {
@@ -42,6 +43,7 @@ impl Target {
                     });
                 }
                 vm.logging = Some(wanted);
+                vm.log_is = Some(hold);
                 Ok(Response::Ok)
             }
             Request::DirtyEngine { vm, engine } => {

@@ -44,6 +44,9 @@ pub struct Target {
     /// Requests seen, by name.
     pub requests: Vec<String>,
     pub frames_sent: u64,
+    /// How long the session may be silent, if it said so, and how often it did.
+    pub patience_ms: Option<u32>,
+    pub kept_alive: u64,
     events: u16,
     line: Vec<u8>,
 }
@@ -59,6 +62,8 @@ impl Target {
             mute: false,
             requests: Vec::new(),
             frames_sent: 0,
+            patience_ms: None,
+            kept_alive: 0,
             events: 0,
             line: Vec::new(),
         }))
@@ -68,6 +73,7 @@ impl Target {
         self.session = None;
         for vm in &mut self.vms {
             vm.give_back();
+            vm.session_over();
             vm.attached = false;
             vm.input = 0;
         }
@@ -232,19 +238,22 @@ impl Target {
                 }
                 Ok(Response::Info(vm::info(vm, id)))
             }
-            Request::Pause { vm } => {
+            Request::KeepAlive { patience_ms } => {
+                self.patience_ms = Some(patience_ms);
+                self.kept_alive += 1;
+                Ok(Response::Ok)
+            }
+            Request::Pause { vm, hold } => {
                 let vm = self.vm(vm)?;
                 if vm.state == VmState::Running && !vm.not_yet() {
                     vm.state = VmState::Paused;
                 }
+                vm.holds.insert(hold as u8);
                 Ok(Response::State(vm.state))
             }
-            Request::Resume { vm } => {
+            Request::Resume { vm, hold } => {
                 let vm = self.vm(vm)?;
-                match vm.state {
-                    VmState::Paused | VmState::Running => vm.state = VmState::Running,
-                    state => return Err(ErrorReply::BadState(state)),
-                }
+                vm.resume(hold).map_err(ErrorReply::BadState)?;
                 Ok(Response::State(vm.state))
             }
             Request::Reset { vm, restarts } => {

@@ -1,13 +1,14 @@
 //! A guest of the fake target: its memory, who writes there, its console, and the state of its log.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use tidemark_wire::PAGE_SIZE;
 use tidemark_wire::message::{
-    Counters, Epoch, Extent, Features, Logging, Mappings, Quota, SlotAccess, SlotId, SlotInfo,
-    VmId, VmInfo, VmState, VmSummary,
+    Counters, Epoch, Extent, Features, Hold, Logging, Mappings, Quota, SlotAccess, SlotId,
+    SlotInfo, VmId, VmInfo, VmState, VmSummary,
 };
 
 use super::rng::Rng;
@@ -52,6 +53,10 @@ pub struct Vm {
     pub state: VmState,
     pub slots: Vec<Slot>,
     pub logging: Option<Logging>,
+    /// Whose the log is.
+    pub log_is: Option<Hold>,
+    /// Who holds it paused.
+    pub holds: BTreeSet<u8>,
     /// What each vCPU may dirty.
     pub quota: Option<Quota>,
     /// The memory slot that was taken away last.
@@ -97,6 +102,8 @@ impl Vm {
             state: VmState::Running,
             slots,
             logging: None,
+            log_is: None,
+            holds: BTreeSet::new(),
             quota: None,
             last_deleted: None,
             outstanding: None,
@@ -120,6 +127,26 @@ impl Vm {
             slowness: 2,
             slow: 0,
             ram: None,
+        }
+    }
+
+    pub fn resume(&mut self, hold: Hold) -> Result<(), VmState> {
+        self.holds.remove(&(hold as u8));
+        match self.state {
+            VmState::Paused | VmState::Running if !self.holds.is_empty() => {}
+            VmState::Paused | VmState::Running => self.state = VmState::Running,
+            state => return Err(state),
+        }
+        Ok(())
+    }
+
+    /// What the session held is given back.
+    pub fn session_over(&mut self) {
+        if self.holds.contains(&(Hold::Session as u8)) {
+            let _ = self.resume(Hold::Session);
+        }
+        if self.log_is == Some(Hold::Session) {
+            self.logging = None;
         }
     }
 

@@ -37,6 +37,15 @@ impl fmt::Display for Epoch {
     }
 }
 
+/// Until when what was asked for holds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum Hold {
+    /// Until it is taken back, whatever becomes of the session.
+    Lasting,
+    /// Until the session ends, however it does.
+    Session,
+}
+
 /// How a VM is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum VmState {

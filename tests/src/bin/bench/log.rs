@@ -14,7 +14,7 @@ use tidemark_tests::rows::Report;
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
 use tidemark_wire::bundle::VmDraft;
-use tidemark_wire::message::{EngineChoice, Granularity, SlotId, Task, VmId};
+use tidemark_wire::message::{EngineChoice, Granularity, Hold, SlotId, Task, VmId};
 
 /// A slot at the end of 64 GiB of addresses, and its pages: 32 MiB.
 const FAR: SlotId = SlotId(9);
@@ -78,7 +78,7 @@ fn drive(script: &mut Script, report: &mut Report, longest: &mut Longest) -> Res
         host.client().reset(vm)?;
         host.attach(vm)?;
         host.expect(vm, "ready")?;
-        host.client().pause(vm)?;
+        host.client().pause(vm, Hold::Lasting)?;
     }
     report.add("log_get_64m", get(&mut host, small)?)?;
     report.add("log_enable_256m", enable(&mut host, large)?)?;
@@ -94,10 +94,10 @@ fn get(host: &mut Host, vm: VmId) -> Result<f64> {
     let first = host.take(vm)?;
     host.commit(vm, &first)?;
     // A clean bitmap would not be copied at all: the guest writes a page or two when it is spoken to.
-    host.client().resume(vm)?;
+    host.client().resume(vm, Hold::Lasting)?;
     host.type_line(vm, "help")?;
     host.expect(vm, "ok")?;
-    host.client().pause(vm)?;
+    host.client().pause(vm, Hold::Lasting)?;
     let before = host.costs()?;
     let harvest = host.take(vm)?;
     let after = host.costs()?;
@@ -168,7 +168,7 @@ fn everything(host: &mut Host, target: &Target, vm: VmId, tiny: VmId) -> Result<
         host.client().poll(Duration::from_millis(200))?;
     }
     host.client().reset(tiny)?;
-    host.client().resume(tiny)?;
+    host.client().resume(tiny, Hold::Lasting)?;
     host.until_running(tiny)?;
     host.client().stop(tiny)?;
     Ok(())
