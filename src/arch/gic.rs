@@ -103,27 +103,132 @@ list_registers!(
     12 ICH_LR12_EL2, 13 ICH_LR13_EL2, 14 ICH_LR14_EL2, 15 ICH_LR15_EL2
 );
 
-/// Asks for a maintenance interrupt when at most one list register is in use.
-pub fn request_underflow_interrupt() {
-    ICH_HCR_EL2.set(ICH_HCR_EL2.get() | 0b10);
-}
+/// ICH_HCR_EL2.En
+const ENABLE: u64 = 1;
+/// ICH_HCR_EL2.EOIcount
+const ENDS: u64 = 0x1f << 27;
 
-/// Whether it is asked for.
-pub fn underflow_interrupt_requested() -> bool {
-    ICH_HCR_EL2.get() & 0b10 != 0
-}
+/// When a maintenance interrupt is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watch(u64);
 
-/// Takes the request back.
-pub fn cancel_underflow_interrupt() {
-    let hcr = ICH_HCR_EL2.get();
-    if hcr & 0b10 != 0 {
-        ICH_HCR_EL2.set(hcr & !0b10);
+impl Watch {
+    /// Only where a list register says so.
+    pub const NOTHING: Self = Self(0);
+    /// When no list register is pending (ICH_HCR_EL2.NPIE).
+    pub const PENDING: Self = Self(1 << 3);
+
+    /// When the guest ends what is in no list register (LRENPIE); its deactivations trap (TDIR).
+    ///
+    /// Where there is no TDIR (ICH_VTR_EL2.TDS) the registers common to both groups trap all together (TC).
+    pub fn ends() -> Self {
+        const TDS: u64 = 1 << 19;
+        let trap = match ICH_VTR_EL2.get() & TDS {
+            0 => 1 << 10,
+            _ => 1 << 14,
+        };
+        Self(1 << 2 | trap)
     }
+
+    /// Both.
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Asks for the maintenance interrupt, and counts ends from zero.
+pub fn watch(watch: Watch) {
+    ICH_HCR_EL2.set(ENABLE | watch.0);
+}
+
+/// How often the guest ended what is in no list register, since it was asked last. With EOImode 1 its ends only drop
+/// priorities, which some count as well (QEMU).
+pub fn take_ended() -> u32 {
+    let control = ICH_HCR_EL2.get();
+    let count = (control & ENDS) >> 27;
+    if count == 0 {
+        return 0;
+    }
+    ICH_HCR_EL2.set(control & !ENDS);
+    match splits_ends() {
+        true => 0,
+        false => count as u32,
+    }
+}
+
+const VCBPR: u64 = 1 << 4;
+const VEOIM: u64 = 1 << 9;
+
+/// Whether the guest runs with EOImode 1 (ICH_VMCR_EL2.VEOIM).
+pub fn splits_ends() -> bool {
+    ICH_VMCR_EL2.get() & VEOIM != 0
+}
+
+/// ICV_CTLR_EL1 as the guest reads it.
+pub fn virtual_control() -> u64 {
+    let (vtr, vmcr) = (ICH_VTR_EL2.get(), ICH_VMCR_EL2.get());
+    let field = |shift: u32, mask: u64, at: u32| (vtr >> shift & mask) << at;
+    // A3V, SEIS, IDbits, PRIbits.
+    let fixed = field(21, 1, 15) | field(22, 1, 14) | field(23, 7, 11) | field(29, 7, 8);
+    fixed | u64::from(vmcr & VEOIM != 0) << 1 | u64::from(vmcr & VCBPR != 0)
+}
+
+/// And as it writes it: CBPR and EOImode.
+pub fn set_virtual_control(value: u64) {
+    let kept = ICH_VMCR_EL2.get() & !(VCBPR | VEOIM);
+    ICH_VMCR_EL2.set(kept | (value & 1) * VCBPR | (value >> 1 & 1) * VEOIM);
+}
+
+/// ICV_PMR_EL1.
+pub fn virtual_mask() -> u64 {
+    ICH_VMCR_EL2.get() >> 24 & 0xff
+}
+
+/// Sets it, as far as there are priority bits.
+pub fn set_virtual_mask(value: u64) {
+    let unused = 7 - (ICH_VTR_EL2.get() >> 29 & 7);
+    let value = (value & 0xff) >> unused << unused;
+    ICH_VMCR_EL2.set(ICH_VMCR_EL2.get() & !(0xff << 24) | value << 24);
+}
+
+/// ICV_RPR_EL1: the most urgent of the active priorities.
+pub fn virtual_running_priority() -> u64 {
+    let bits = (ICH_VTR_EL2.get() >> 26 & 7) + 1;
+    let active = active_priorities();
+    let both = active.iter().take(4).zip(active.iter().skip(4));
+    for (word, (group0, group1)) in (0..).zip(both) {
+        let set = (group0 | group1) as u32;
+        if set != 0 {
+            return (32 * word + u64::from(set.trailing_zeros())) << (8 - bits);
+        }
+    }
+    0xff
+}
+
+/// ICH_AP0R<n>_EL2, then ICH_AP1R<n>_EL2. Those with n above 0 exist with more than 5, 6 bits of preemption (ICH_VTR_EL2.PREbits).
+fn active_priorities() -> [u64; 8] {
+    let mut active = [0; 8];
+    let preemption = (ICH_VTR_EL2.get() >> 26 & 7) + 1;
+    active[0] = ICH_AP0R0_EL2.get();
+    active[4] = ICH_AP1R0_EL2.get();
+    if preemption >= 6 {
+        active[1] = ICH_AP0R1_EL2.get();
+        active[5] = ICH_AP1R1_EL2.get();
+    }
+    if preemption >= 7 {
+        active[2] = ICH_AP0R2_EL2.get();
+        active[3] = ICH_AP0R3_EL2.get();
+        active[6] = ICH_AP1R2_EL2.get();
+        active[7] = ICH_AP1R3_EL2.get();
+    }
+    active
 }
 
 /// The virtual interface's state besides the list registers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct VirtualInterface {
+    /// What is watched, and the ends counted since.
+    control: u64,
     vmcr: u64,
     active: [u64; 8],
 }
@@ -131,29 +236,16 @@ pub struct VirtualInterface {
 impl VirtualInterface {
     /// Reads it from this CPU and turns the interface off.
     pub fn save() -> Self {
-        let mut state = Self {
+        let state = Self {
+            control: ICH_HCR_EL2.get(),
             vmcr: ICH_VMCR_EL2.get(),
-            active: [0; 8],
+            active: active_priorities(),
         };
-        // APnR1-3 exist with more than 5, 6 bits of preemption (ICH_VTR_EL2.PREbits).
-        let preemption = (ICH_VTR_EL2.get() >> 26 & 7) + 1;
-        state.active[0] = ICH_AP0R0_EL2.get();
-        state.active[4] = ICH_AP1R0_EL2.get();
-        if preemption >= 6 {
-            state.active[1] = ICH_AP0R1_EL2.get();
-            state.active[5] = ICH_AP1R1_EL2.get();
-        }
-        if preemption >= 7 {
-            state.active[2] = ICH_AP0R2_EL2.get();
-            state.active[3] = ICH_AP0R3_EL2.get();
-            state.active[6] = ICH_AP1R2_EL2.get();
-            state.active[7] = ICH_AP1R3_EL2.get();
-        }
         ICH_HCR_EL2.set(0);
         state
     }
 
-    /// Loads it into this CPU and turns the interface on.
+    /// Loads it into this CPU. It stays off until the list registers are loaded as well ([`VirtualInterface::enable`]).
     pub fn load(&self) {
         let preemption = (ICH_VTR_EL2.get() >> 26 & 7) + 1;
         ICH_VMCR_EL2.set(self.vmcr);
@@ -169,6 +261,10 @@ impl VirtualInterface {
             ICH_AP1R2_EL2.set(self.active[6]);
             ICH_AP1R3_EL2.set(self.active[7]);
         }
-        ICH_HCR_EL2.set(1);
+    }
+
+    /// Turns it on.
+    pub fn enable(&self) {
+        ICH_HCR_EL2.set(self.control | ENABLE);
     }
 }

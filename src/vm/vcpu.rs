@@ -4,12 +4,12 @@ use super::Vm;
 use crate::arch::context::Context;
 use crate::arch::cpu;
 use crate::arch::el1::{self, El1State};
-use crate::arch::gic::{self, VirtualInterface};
+use crate::arch::gic::{self, VirtualInterface, Watch};
 use crate::arch::{timer, tlb};
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::psci::PowerState;
-use tidemark_devices::vgic::{ListRegisters, Underflow};
+use tidemark_devices::vgic::{ListRegisters, Shortage};
 use tidemark_devices::virt::PHYSICAL_TIMER;
 use tidemark_devices::{Level, VcpuIndex};
 use tidemark_stage2::{Count, Flush, Meter};
@@ -83,7 +83,6 @@ struct Parked {
     el1: El1State,
     interface: VirtualInterface,
     list_registers: [u64; 16],
-    underflow: Underflow,
 }
 
 /// A deadline that never comes.
@@ -103,7 +102,6 @@ impl Vcpu {
                 el1: El1State::reset(),
                 interface: VirtualInterface::default(),
                 list_registers: [0; 16],
-                underflow: Underflow::Off,
             }),
             fresh: AtomicBool::new(false),
             deadline: AtomicU64::new(NEVER),
@@ -121,7 +119,6 @@ impl Vcpu {
         // Nothing is listed: a vCPU that turns off gives its list registers back, and a
         // restart of the VM clears the books.
         parked.list_registers = [0; 16];
-        parked.underflow = Underflow::Off;
         self.context.reset(entry, context);
         {
             let mut timer = self.physical_timer.lock();
@@ -145,11 +142,6 @@ impl Vcpu {
             return;
         }
         parked.el1.save();
-        parked.underflow = if gic::underflow_interrupt_requested() {
-            Underflow::On
-        } else {
-            Underflow::Off
-        };
         for n in 0..gic::list_register_count() {
             parked.list_registers[n] = gic::read_list_register(n);
         }
@@ -194,9 +186,7 @@ impl Vcpu {
             }
             gic::write_list_register(n, parked.list_registers[n]);
         }
-        if parked.underflow == Underflow::On {
-            gic::request_underflow_interrupt();
-        }
+        parked.interface.enable();
         parked.el1.load();
         self.deadline.store(NEVER, Relaxed);
     }
@@ -295,11 +285,17 @@ impl ListRegisters for LiveListRegisters {
         gic::write_list_register(n, value);
     }
 
-    fn set_underflow_interrupt(&mut self, underflow: Underflow) {
-        match underflow {
-            Underflow::On => gic::request_underflow_interrupt(),
-            Underflow::Off => gic::cancel_underflow_interrupt(),
-        }
+    fn set_shortage(&mut self, shortage: Shortage) {
+        gic::watch(match shortage {
+            Shortage::None => Watch::NOTHING,
+            Shortage::Pending => Watch::PENDING,
+            Shortage::Active => Watch::ends(),
+            Shortage::Both => Watch::PENDING.and(Watch::ends()),
+        });
+    }
+
+    fn take_ended(&mut self) -> u32 {
+        gic::take_ended()
     }
 
     fn deactivate(&mut self, physical: u16) {

@@ -23,8 +23,12 @@
 //! - Whatever the guest writes, nothing panics, and undefined accesses read as zero and write nothing.
 //! - An interrupt is in at most one list register of the guest.
 //! - After a sync every list register holds something, or nothing more is deliverable to this vCPU; and none holds
-//!   an inactive pending interrupt that is less urgent than one left out. If one was left out, the underflow interrupt is on.
-//! - Active interrupts never leave their list register but by the guest's doing (or [`Vgic::withdraw`]).
+//!   a pending interrupt that is less urgent than one left out. If one was left out, at least one list register is pending, and
+//!   the hardware tells when none is.
+//! - An active interrupt leaves its list register by the guest's doing, by [`Vgic::withdraw`], or because no list register
+//!   is pending and a deliverable one has nowhere else to go: the least urgent active one, whose end is furthest away.
+//!   Of what is active in no list register the hardware tells how many the guest ended, and those are the most urgent of them
+//!   (EOImode 0: ends come in the order of priorities, IHI 0069, 4.8), or the guest's ICC_DIR_EL1 traps, to [`Vgic::deactivate`] (EOImode 1).
 //!
 //! # Concurrency
 //!
@@ -41,10 +45,6 @@
 //!
 //! # Limits
 //!
-//! - A guest that has more interrupts active than there are list registers gets no other until one ends; real guests nest by
-//!   priority, and seldom more than two deep.
-//! - With more deliverable than there are list registers, an interrupt that was pending and active comes back, when it ends, ahead
-//!   of a more urgent one that was left out, until the next sync.
 //! - Deactivation by ICC_DIR_EL1 on a PE other than the one that took an SPI is not seen.
 //! - GICR_WAKER is stored and holds back no interrupt, as on KVM: some guests never write it.
 //!
@@ -59,6 +59,7 @@ use crate::{AccessSize, Level, VcpuIndex};
 
 mod distributor;
 mod list_register;
+mod overflow;
 mod private;
 mod redistributor;
 mod sgi;
@@ -72,6 +73,7 @@ mod word;
 use private::Private;
 use shared::Shared;
 pub use state::{RestoreError, VgicState, WordState};
+use word::Bits;
 
 /// SPIs, in words of 32.
 const SPI_WORDS: usize = 4;
@@ -200,13 +202,29 @@ impl Kick {
     }
 }
 
-/// Whether the underflow maintenance interrupt (`ICH_HCR_EL2.UIE`) is wanted.
+/// What there were too few list registers for, and so what must be told to a sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Underflow {
-    /// Wanted: more is deliverable than there are list registers.
-    On,
-    /// Not wanted.
-    Off,
+pub enum Shortage {
+    /// Nothing.
+    None,
+    /// Something deliverable: tell when none in a list register is pending (`ICH_HCR_EL2.NPIE`).
+    Pending,
+    /// Something active: tell when the guest ends what is in no list register (LRENPIE counts ends, TDIR traps deactivations).
+    Active,
+    /// Both.
+    Both,
+}
+
+impl Shortage {
+    /// Says whether something deliverable was left out.
+    pub const fn of_pending(self) -> bool {
+        matches!(self, Self::Pending | Self::Both)
+    }
+
+    /// Says whether something active was left out.
+    pub const fn of_active(self) -> bool {
+        matches!(self, Self::Active | Self::Both)
+    }
 }
 
 /// How a PPI raised for a vCPU is tied to a physical interrupt.
@@ -237,8 +255,11 @@ pub trait ListRegisters {
     fn read(&self, n: usize) -> u64;
     /// Writes `ICH_LR<n>_EL2`.
     fn write(&mut self, n: usize, value: u64);
-    /// Sets `ICH_HCR_EL2.UIE`. Only called when it changes.
-    fn set_underflow_interrupt(&mut self, underflow: Underflow);
+    /// Sets `ICH_HCR_EL2`'s NPIE, LRENPIE and TDIR as this shortage needs, and EOIcount to zero. Only called when it changes.
+    fn set_shortage(&mut self, shortage: Shortage);
+    /// Reads and clears `ICH_HCR_EL2.EOIcount`: how often the guest ended what is in no list register. With EOImode 1 it ends nothing so:
+    /// zero, whatever the count is.
+    fn take_ended(&mut self) -> u32;
     /// Deactivates a physical interrupt that the guest gave up without deactivating it (`ICC_DIR_EL1`).
     fn deactivate(&mut self, pintid: u16);
     /// Looks at the line of a linked physical interrupt, as the device of this vCPU drives it now.
@@ -333,6 +354,27 @@ impl Vgic {
             Frame::Redistributor(owner) => self.refresh_redistributor(owner, offset),
         };
         self.post(kick, MAIL_PRIVATE | MAIL_SHARED);
+        kick
+    }
+
+    /// Does what the guest's write to ICC_DIR_EL1 asks for, which traps while a vCPU has something active in no list register.
+    pub fn deactivate(&self, vcpu: VcpuIndex, intid: u32) -> Kick {
+        let kick = match intid.checked_sub(32) {
+            None => self.change_private(vcpu, |private| {
+                private.word.write(Bits::ClearActive, 1 << intid);
+            }),
+            Some(spi) => {
+                let (index, bit) = ((spi / 32) as usize, 1 << (spi % 32));
+                let mut shared = self.shared.lock();
+                if let Some(word) = shared.words.get_mut(index) {
+                    word.write(Bits::ClearActive, bit);
+                }
+                shared.kicks(index, bit, self.groups())
+            }
+        };
+        // The vCPU may list others that are active, and watch less.
+        let kick = kick.union(Kick::one(vcpu));
+        self.post(kick, MAIL_SHARED);
         kick
     }
 

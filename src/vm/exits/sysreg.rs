@@ -2,8 +2,8 @@
 
 use super::timer::{self, Register};
 use super::{Next, undefined};
-use crate::arch::el1;
 use crate::arch::exception::Syndrome;
+use crate::arch::{el1, gic};
 use crate::sched;
 use crate::vm::vcpu::Vcpu;
 use crate::vm::{count, id_registers, stage2};
@@ -58,6 +58,19 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
                 Way::Write => timer::write(vcpu, which, value()),
             }
         }
+        // ICC_DIR_EL1: it traps while something is active that is in no list register. With EOImode 0 it does nothing.
+        ((3, 0, 12, 11, 1), Way::Write) if gic::splits_ends() => {
+            let intid = value() as u32 & 0xff_ffff;
+            let kick = vcpu.vm.vgic.deactivate(vcpu.index, intid);
+            sched::kick(vcpu, kick);
+        }
+        ((3, 0, 12, 11, 1), Way::Write) => {}
+        // ICC_CTLR_EL1, ICC_PMR_EL1, ICC_RPR_EL1 trap with it where it does not alone.
+        ((3, 0, 12, 12, 4), Way::Read) => context.set_x(rt, gic::virtual_control()),
+        ((3, 0, 12, 12, 4), Way::Write) => gic::set_virtual_control(value()),
+        ((3, 0, 4, 6, 0), Way::Read) => context.set_x(rt, gic::virtual_mask()),
+        ((3, 0, 4, 6, 0), Way::Write) => gic::set_virtual_mask(value()),
+        ((3, 0, 12, 11, 3), Way::Read) => context.set_x(rt, gic::virtual_running_priority()),
         // ICC_SRE_EL1: system registers, no bypass, for good.
         ((3, 0, 12, 12, 5), Way::Read) => context.set_x(rt, 7),
         ((3, 0, 12, 12, 5), Way::Write) => {}

@@ -10,7 +10,7 @@
 //! Behind the vCPU's private lock.
 
 use super::word::Word;
-use super::{Ppi, Underflow};
+use super::{Ppi, Shortage};
 
 /// SGIs are edge-triggered for good (GICR_ICFGR0 is read-only).
 pub(super) const SGI_EDGE: u32 = 0xffff;
@@ -24,15 +24,6 @@ pub(super) fn mask_of(count: usize) -> u32 {
     (1 << count.min(MAX_LIST_REGISTERS)) - 1
 }
 
-/// Whether deliverable interrupts were left out for want of list registers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Supply {
-    /// No.
-    Enough,
-    /// Yes.
-    Short,
-}
-
 /// A vCPU's private part.
 #[derive(Debug)]
 pub(super) struct Private {
@@ -43,9 +34,8 @@ pub(super) struct Private {
     pub(super) used_spi: u32,
     pub(super) pending: u32,
     held: [u8; MAX_LIST_REGISTERS],
-    pub(super) supply: Supply,
-    /// What UIE was last set to.
-    pub(super) underflow: Underflow,
+    /// What the list registers did not suffice for at the last sync.
+    pub(super) shortage: Shortage,
 }
 
 impl Private {
@@ -61,8 +51,7 @@ impl Private {
             used_spi: 0,
             pending: 0,
             held: [0; MAX_LIST_REGISTERS],
-            supply: Supply::Enough,
-            underflow: Underflow::Off,
+            shortage: Shortage::None,
         }
     }
 

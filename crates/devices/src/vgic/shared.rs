@@ -3,7 +3,7 @@
 //! # Invariants
 //!
 //! - `routed[v]` has exactly the bits of the SPIs whose target is vCPU `v`; an SPI routed to an affinity that no vCPU has is in none.
-//! - A listed SPI's `owner` is the vCPU whose list register holds it, and only that vCPU's sync changes it.
+//! - A listed SPI's `owner` is the vCPU whose list register holds it, or that looks for its end; only that vCPU's sync changes it.
 //!
 //! # Concurrency
 //!
@@ -110,6 +110,23 @@ impl Shared {
         (target.index() < self.vcpus).then_some(target)
     }
 
+    /// Gives the active SPIs of one word that are in no list register and are `vcpu`'s to end: it took them, or they go to it.
+    pub(super) fn stranded(&self, vcpu: VcpuIndex, word: usize) -> u32 {
+        let Some(state) = self.words.get(word) else {
+            return 0;
+        };
+        let mut here = state.stranded() & !state.left_out & self.routed(vcpu, word);
+        let mut left = state.awaited();
+        while left != 0 {
+            let index = left.trailing_zeros();
+            left &= left - 1;
+            if self.owner(word * 32 + index as usize) == Some(vcpu) {
+                here |= 1 << index;
+            }
+        }
+        here
+    }
+
     /// Gives the vCPU whose list register holds a listed SPI.
     fn owner(&self, spi: usize) -> Option<VcpuIndex> {
         VcpuIndex::new(usize::from(*self.owners.get(spi)?))
@@ -140,14 +157,17 @@ impl Shared {
 
     /// Gives the vCPUs that hold or would hold the SPIs in `bits`.
     fn holders(&self, word: usize, bits: u32) -> Kick {
-        let listed = self.words.get(word).map_or(0, |state| state.listed);
+        let owned = self
+            .words
+            .get(word)
+            .map_or(0, |state| state.listed | state.awaited());
         let mut kick = Kick::NONE;
         let mut left = bits;
         while left != 0 {
             let index = left.trailing_zeros();
             left &= left - 1;
             let spi = word * 32 + index as usize;
-            let holder = match listed >> index & 1 {
+            let holder = match owned >> index & 1 {
                 0 => self.target(spi),
                 _ => self.owner(spi),
             };

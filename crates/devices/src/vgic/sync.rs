@@ -4,8 +4,9 @@
 //!
 //! [`Vgic::sync`] first looks at the lines of hardware-linked interrupts that wait, whose falling nobody tells of. Then it folds: takes
 //! note of what the guest did with each list register in use, and corrects what the
-//! controller has since decided otherwise. Then it fills: the most urgent interrupt into a free list register,
-//! or over a less urgent one that the guest has not taken, until none is left or there is no room.
+//! controller has since decided otherwise. Then it fills: the most urgent pending interrupt into a free list register,
+//! or over a less urgent one that the guest has not taken, until none is left or there is no room; and what is active into those still
+//! free (`overflow`).
 //!
 //! # Invariants
 //!
@@ -22,10 +23,10 @@ use core::sync::atomic::{Ordering, fence};
 use spin::MutexGuard;
 
 use super::list_register::Lr;
-use super::private::{self, MAX_LIST_REGISTERS, Private, Supply};
+use super::private::{self, MAX_LIST_REGISTERS, Private};
 use super::shared::Shared;
 use super::word::{Physical, Simple, Word};
-use super::{Kick, ListRegisters, MAIL_SHARED, SPI_WORDS, Underflow, Vgic};
+use super::{Kick, ListRegisters, MAIL_SHARED, SPI_WORDS, Shortage, Vgic};
 use crate::{Level, VcpuIndex};
 
 /// SPIs that left this vCPU's list registers and may have to go to another.
@@ -33,16 +34,16 @@ type Moved = [u32; SPI_WORDS];
 
 /// The next to be listed.
 struct Candidate {
-    rank: u16,
+    priority: u8,
     intid: u32,
 }
 
 /// What a vCPU's sync works on.
-struct Desk<'a> {
-    vcpu: VcpuIndex,
+pub(super) struct Desk<'a> {
+    pub(super) vcpu: VcpuIndex,
     groups: u32,
-    private: &'a mut Private,
-    shared: Option<MutexGuard<'a, Shared>>,
+    pub(super) private: &'a mut Private,
+    pub(super) shared: Option<MutexGuard<'a, Shared>>,
     moved: Moved,
 }
 
@@ -59,7 +60,7 @@ impl Vgic {
         let mail = bank.mail.swap(0, Ordering::SeqCst);
         private.word.latch |= mail as u32;
         let about_spis =
-            mail & MAIL_SHARED != 0 || private.used_spi != 0 || private.supply == Supply::Short;
+            mail & MAIL_SHARED != 0 || private.used_spi != 0 || private.shortage != Shortage::None;
         if !about_spis && sync_simple(&mut private, self.groups(), registers) == Rest::Nothing {
             return Kick::NONE;
         }
@@ -86,16 +87,12 @@ impl Vgic {
         desk.sample(registers);
         desk.release(registers);
         desk.fold(registers);
+        desk.end_left_out(registers);
         desk.fill(registers);
         let kick = desk.moved_to();
         drop(desk);
-        let short = private.supply == Supply::Short;
         drop(private);
         self.post(kick, MAIL_SHARED);
-        if short && registers.count() <= 1 {
-            // Nothing will tell when there is room: look at every entry.
-            self.post(Kick::one(vcpu), MAIL_SHARED);
-        }
         kick
     }
 
@@ -117,6 +114,7 @@ impl Vgic {
             moved: [0; SPI_WORDS],
         };
         desk.fold(registers);
+        desk.end_left_out(registers);
         desk.withdraw(registers);
         // After, as this is what cuts the links of those that were only latched.
         desk.release(registers);
@@ -188,7 +186,7 @@ fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegi
     }
     let simple = private.word.simple(deliverable);
     let intid = match simple {
-        // Before this sync nothing was left out, so the underflow interrupt is off already.
+        // Before this sync nothing was left out, so nothing is to be told.
         Simple::Nothing => return Rest::Nothing,
         Simple::Several => return Rest::All,
         Simple::Edge(intid) | Simple::One(intid) => intid,
@@ -275,31 +273,44 @@ impl Desk<'_> {
     /// Lists what is deliverable, the most urgent first, as far as there is room.
     #[inline]
     fn fill(&mut self, registers: &mut impl ListRegisters) {
-        self.private.supply = Supply::Enough;
+        let mut pending_left = false;
         while let Some(candidate) = self.candidate() {
-            let Some(n) = self.room(registers, candidate.rank) else {
-                self.private.supply = Supply::Short;
+            let Some(n) = self.room(registers, candidate.priority) else {
+                pending_left = true;
                 break;
             };
-            let (groups, intid, vcpu) = (self.groups, candidate.intid, self.vcpu);
-            let pintid = self.private.pintid(intid);
-            let Some((word, _, _)) = self.word(intid) else {
-                break;
-            };
-            let lr = word.list(intid & 31, intid, pintid, word.deliverable(groups));
-            if let (Some(shared), Some(spi)) = (&mut self.shared, intid.checked_sub(32)) {
-                shared.set_owner(spi as usize, vcpu);
-            }
-            registers.write(n, lr.0);
-            self.private.hold(n, intid);
-            self.note_pending(n, lr);
+            self.put(registers, n, candidate.intid);
         }
-        // With a single list register, underflow would be asserted with it full: never asked for then.
-        let underflow = match self.private.supply {
-            Supply::Short if registers.count() > 1 => Underflow::On,
-            _ => Underflow::Off,
+        if pending_left {
+            self.hold_back(registers);
+        }
+        let active_left = self.list_active(registers);
+        self.set_shortage(
+            registers,
+            match (pending_left, active_left) {
+                (false, false) => Shortage::None,
+                (true, false) => Shortage::Pending,
+                (false, true) => Shortage::Active,
+                (true, true) => Shortage::Both,
+            },
+        );
+    }
+
+    /// Puts an unlisted interrupt into list register `n`.
+    #[inline]
+    pub(super) fn put(&mut self, registers: &mut impl ListRegisters, n: usize, intid: u32) {
+        let (groups, vcpu) = (self.groups, self.vcpu);
+        let pintid = self.private.pintid(intid);
+        let Some((word, _, _)) = self.word(intid) else {
+            return;
         };
-        self.set_underflow(registers, underflow);
+        let lr = word.list(intid & 31, intid, pintid, word.deliverable(groups));
+        if let (Some(shared), Some(spi)) = (&mut self.shared, intid.checked_sub(32)) {
+            shared.set_owner(spi as usize, vcpu);
+        }
+        registers.write(n, lr.0);
+        self.private.hold(n, intid);
+        self.note_pending(n, lr);
     }
 
     /// Empties all list registers, hardware links cut.
@@ -319,48 +330,52 @@ impl Desk<'_> {
             registers.write(n, Lr::EMPTY.0);
         }
         self.private.word.unlink(u32::MAX);
-        self.private.supply = Supply::Enough;
-        self.set_underflow(registers, Underflow::Off);
+        self.abandon_left_out();
+        self.set_shortage(registers, Shortage::None);
     }
 
-    /// Finds the most urgent interrupt to be listed.
+    /// Finds the most urgent interrupt to be listed as pending.
     #[inline]
     fn candidate(&self) -> Option<Candidate> {
         let private = &self.private.word;
         let first = private.first(private.deliverable(self.groups), u32::MAX);
-        let mut best = first.map(|(rank, intid)| Candidate { rank, intid });
+        let mut best = first.map(|(priority, intid)| Candidate { priority, intid });
         if let Some(shared) = &self.shared {
             for (index, word) in shared.words.iter().enumerate() {
                 if word.is_quiet() {
                     continue;
                 }
                 let routed = shared.routed(self.vcpu, index);
-                let Some((rank, bit)) = word.first(word.deliverable(self.groups), routed) else {
+                let Some((priority, bit)) = word.first(word.deliverable(self.groups), routed)
+                else {
                     continue;
                 };
-                if best.as_ref().is_none_or(|best| rank < best.rank) {
+                if best.as_ref().is_none_or(|best| priority < best.priority) {
                     // At most 159.
                     let intid = 32 + 32 * index as u32 + bit;
-                    best = Some(Candidate { rank, intid });
+                    best = Some(Candidate { priority, intid });
                 }
             }
         }
         best
     }
 
-    /// Finds a list register for a candidate of this rank: a free one, or that of the least urgent interrupt the guest has not taken, which goes back.
+    /// Finds a list register for a pending interrupt of this priority: a free one; that of the least urgent interrupt the guest has not
+    /// taken, which goes back; or, if all are active, that of the least urgent, which is left out from here on.
     #[inline]
-    fn room(&mut self, registers: &mut impl ListRegisters, rank: u16) -> Option<usize> {
-        let count = registers.count().min(MAX_LIST_REGISTERS);
-        let free = !self.private.used & private::mask_of(count);
-        if free != 0 {
-            return Some(free.trailing_zeros() as usize);
+    fn room(&mut self, registers: &mut impl ListRegisters, priority: u8) -> Option<usize> {
+        if let Some(n) = self.free(registers) {
+            return Some(n);
         }
+        let count = registers.count().min(MAX_LIST_REGISTERS);
         let pending = (0..count).filter(|n| self.private.pending & 1 << n != 0);
-        let (n, victim) = pending
+        let least = pending
             .map(|n| (n, Lr(registers.read(n))))
-            .max_by_key(|(_, lr)| lr.priority())?;
-        if rank >= Word::rank_of_pending(victim.priority()) {
+            .max_by_key(|(_, lr)| lr.priority());
+        let Some((n, victim)) = least else {
+            return self.spill(registers);
+        };
+        if priority >= victim.priority() {
             return None;
         }
         let intid = self.private.held(n);
@@ -371,9 +386,16 @@ impl Desk<'_> {
         Some(n)
     }
 
+    /// Finds a list register that holds nothing.
+    #[inline]
+    pub(super) fn free(&self, registers: &impl ListRegisters) -> Option<usize> {
+        let free = !self.private.used & private::mask_of(registers.count());
+        (free != 0).then(|| free.trailing_zeros() as usize)
+    }
+
     /// Finds the word of an interrupt, its bit, and those of the word's that may be delivered here.
     #[inline]
-    fn word(&mut self, intid: u32) -> Option<(&mut Word, u32, u32)> {
+    pub(super) fn word(&mut self, intid: u32) -> Option<(&mut Word, u32, u32)> {
         let bit = 1 << (intid & 31);
         let Some(spi) = intid.checked_sub(32) else {
             return Some((&mut self.private.word, bit, u32::MAX));
@@ -384,8 +406,13 @@ impl Desk<'_> {
         Some((shared.words.get_mut(index)?, bit, routed))
     }
 
-    fn let_go(&mut self, n: usize, intid: u32) {
+    pub(super) fn let_go(&mut self, n: usize, intid: u32) {
         self.private.let_go(n);
+        self.note_moved(intid);
+    }
+
+    #[inline]
+    pub(super) fn note_moved(&mut self, intid: u32) {
         if let Some(spi) = intid.checked_sub(32)
             && let Some(moved) = self.moved.get_mut((spi / 32) as usize)
         {
@@ -398,10 +425,10 @@ impl Desk<'_> {
         self.private.pending = self.private.pending & !(1 << n) | bit;
     }
 
-    fn set_underflow(&mut self, registers: &mut impl ListRegisters, underflow: Underflow) {
-        if self.private.underflow != underflow {
-            self.private.underflow = underflow;
-            registers.set_underflow_interrupt(underflow);
+    fn set_shortage(&mut self, registers: &mut impl ListRegisters, shortage: Shortage) {
+        if self.private.shortage != shortage {
+            self.private.shortage = shortage;
+            registers.set_shortage(shortage);
         }
     }
 

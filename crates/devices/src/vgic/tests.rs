@@ -16,7 +16,11 @@ mod threads;
 #[derive(Clone, Debug)]
 pub(super) struct CpuInterface {
     pub(super) lrs: Vec<u64>,
-    pub(super) underflow: Underflow,
+    pub(super) shortage: Shortage,
+    /// ICH_HCR_EL2.EOIcount
+    pub(super) ends: u32,
+    /// EOImode 1: ends drop the priority alone.
+    pub(super) split: bool,
     /// Physical interrupts deactivated by the controller.
     pub(super) deactivated: Vec<u16>,
     /// Physical interrupts deactivated by the guest's own doing.
@@ -34,7 +38,9 @@ impl CpuInterface {
     pub(super) fn new(count: usize) -> Self {
         Self {
             lrs: std::vec![0; count],
-            underflow: Underflow::Off,
+            shortage: Shortage::None,
+            ends: 0,
+            split: false,
             deactivated: Vec::new(),
             ended: Vec::new(),
             line: Level::Low,
@@ -70,13 +76,44 @@ impl CpuInterface {
             .lrs
             .iter_mut()
             .find(|lr| **lr as u32 == intid && **lr & ACTIVE != 0);
-        let lr = lr.expect("the guest ends what it acknowledged");
+        let Some(lr) = lr else {
+            assert!(
+                self.shortage.of_active(),
+                "the guest ends what it acknowledged"
+            );
+            self.ends += 1;
+            return true;
+        };
         *lr &= !ACTIVE;
         if *lr & HARDWARE != 0 {
             self.ended.push((*lr >> 32 & 0x1fff) as u16);
             return false;
         }
         *lr & PENDING == 0 && *lr & EOI != 0
+    }
+
+    /// The guest writes ICC_EOIR1_EL1 with EOImode 1.
+    pub(super) fn drop_priority(&mut self, intid: u32) {
+        // As QEMU counts; the architecture does not.
+        self.ends += u32::from(self.holding(intid).is_none());
+    }
+
+    /// The guest writes ICC_DIR_EL1. Says whether that traps, and does nothing then.
+    pub(super) fn deactivation_traps(&mut self, intid: u32) -> bool {
+        if self.shortage.of_active() {
+            return true;
+        }
+        self.end(intid);
+        false
+    }
+
+    /// Says whether the maintenance interrupt is asserted.
+    pub(super) fn asks_maintenance(&self) -> bool {
+        let ended = |lr: &u64| *lr & (PENDING | ACTIVE | HARDWARE | EOI) == EOI;
+        let pending = |lr: &u64| *lr & (PENDING | ACTIVE) == PENDING;
+        self.lrs.iter().any(ended)
+            || self.shortage.of_pending() && !self.lrs.iter().any(pending)
+            || self.shortage.of_active() && self.ends != 0
     }
 
     /// The list register that holds `intid`.
@@ -114,9 +151,17 @@ impl ListRegisters for CpuInterface {
         self.lrs[n] = value;
     }
 
-    fn set_underflow_interrupt(&mut self, underflow: Underflow) {
-        assert_ne!(self.underflow, underflow, "set to what it is");
-        self.underflow = underflow;
+    fn set_shortage(&mut self, shortage: Shortage) {
+        assert_ne!(self.shortage, shortage, "set to what it is");
+        self.shortage = shortage;
+        self.ends = 0;
+    }
+
+    fn take_ended(&mut self) -> u32 {
+        match (core::mem::take(&mut self.ends), self.split) {
+            (ends, false) => ends,
+            (_, true) => 0,
+        }
     }
 
     fn deactivate(&mut self, pintid: u16) {
@@ -300,7 +345,7 @@ impl Board {
             for target in now.iter() {
                 assert!(self.vgic.needs_sync(target), "kicked without mail");
                 left = left.union(self.vgic.sync(target, &mut self.cpus[target.index()]));
-                assert!(!self.vgic.needs_sync(target) || self.cpus[0].lrs.len() == 1);
+                assert!(!self.vgic.needs_sync(target));
             }
         }
         assert!(left.is_none(), "kicks go round in circles");

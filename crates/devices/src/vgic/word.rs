@@ -18,6 +18,7 @@
 //!   pending, and the physical one is deactivated; that comes again when the line rises. Only a linked interrupt that the guest calls
 //!   edge-triggered stays.
 //! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
+//! - `left_out` is within `active` and not `listed`; `taken` means something within `left_out` only.
 //! - `soft`, `linked`, `in_pending`, `in_active`, `in_line`, `told` and `deactivate` mean something within `listed` only; listing sets
 //!   them all, and what is left of them afterwards is not cleared.
 //! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
@@ -98,6 +99,10 @@ pub(super) struct Word {
     pub(super) line: u32,
     /// Active outside a list register, or to be made active in one.
     pub(super) active: u32,
+    /// Of those active outside: left out for want of list registers, with a vCPU that looks for their end.
+    pub(super) left_out: u32,
+    /// The priority that each of them was taken with: the guest may have changed `priority` since.
+    pub(super) taken: [u8; 32],
     pub(super) listed: u32,
     pub(super) soft: u32,
     /// Listed with a hardware link.
@@ -132,8 +137,21 @@ pub(super) enum Simple {
 /// Writable priority bits: five, as QEMU and KVM show. GICv3 asks for at least four with one security state.
 pub(super) const PRIORITY_MASK: u8 = 0xf8;
 
-/// Added to a pending interrupt's priority, so that active ones without a list register rank before.
-const PENDING_RANK: u16 = 0x100;
+/// Finds the lowest priority among interrupts, and whose it is.
+#[inline]
+fn first_of(bits: u32, priority: impl Fn(u32) -> u8) -> Option<(u8, u32)> {
+    let mut left = bits;
+    let mut best: Option<(u8, u32)> = None;
+    while left != 0 {
+        let index = left.trailing_zeros();
+        left &= left - 1;
+        let rank = priority(index);
+        if best.is_none_or(|(lowest, _)| rank < lowest) {
+            best = Some((rank, index));
+        }
+    }
+    best
+}
 
 impl Word {
     /// The reset state with all lines low.
@@ -146,6 +164,8 @@ impl Word {
         hardware: 0,
         line: 0,
         active: 0,
+        left_out: 0,
+        taken: [0; 32],
         listed: 0,
         soft: 0,
         linked: 0,
@@ -182,15 +202,21 @@ impl Word {
         (self.latch | self.held() | self.hardware) & deliverable & !self.listed & !self.active
     }
 
-    /// Active interrupts without a list register. They go in before all others: the guest's deactivation finds them nowhere else.
+    /// Active interrupts without a list register.
     #[inline]
     pub(super) const fn stranded(&self) -> u32 {
         self.active & !self.listed
     }
 
+    /// Those of them whose end a vCPU looks for.
+    #[inline]
+    pub(super) const fn awaited(&self) -> u32 {
+        self.stranded() & self.left_out
+    }
+
     /// Interrupts a fold or a fill would do something about.
     pub(super) const fn work(&self, deliverable: u32) -> u32 {
-        self.fresh(deliverable) | self.stranded() | self.pressing(deliverable)
+        self.fresh(deliverable) | self.stranded() & !self.left_out | self.pressing(deliverable)
     }
 
     /// Those of them that concern a list register in use, or a physical interrupt.
@@ -255,6 +281,7 @@ impl Word {
             }
             Bits::ClearActive => {
                 self.active &= !value;
+                self.left_out &= !value;
                 self.deactivate |= value & self.listed;
             }
         }
@@ -336,29 +363,65 @@ impl Word {
         self.latch | self.line | self.active | self.hardware == 0
     }
 
-    /// Gives the first of `allowed` to be listed, with its rank (lower goes first): stranded ones before all, then by priority, then by number.
+    /// Gives the first of `allowed` to be listed as pending, with its priority (lower goes first): by priority, then by number.
     #[inline]
-    pub(super) fn first(&self, deliverable: u32, allowed: u32) -> Option<(u16, u32)> {
-        let stranded = self.stranded() & allowed;
-        let (mut left, base) = match stranded {
-            0 => (self.fresh(deliverable) & allowed, PENDING_RANK),
-            _ => (stranded, 0),
-        };
-        let mut best: Option<(u16, u32)> = None;
+    pub(super) fn first(&self, deliverable: u32, allowed: u32) -> Option<(u8, u32)> {
+        first_of(self.fresh(deliverable) & allowed, |index| {
+            self.priority_of(index)
+        })
+    }
+
+    /// Gives the first in `bits`, which are stranded, with the priority it runs at.
+    pub(super) fn first_active(&self, bits: u32) -> Option<(u8, u32)> {
+        first_of(bits, |index| self.running_priority(index))
+    }
+
+    /// The priority that the stranded interrupt `index` was taken with, or would have been if it was made active by hand.
+    fn running_priority(&self, index: u32) -> u8 {
+        if self.awaited() & 1 << (index & 31) != 0 {
+            self.taken.get(index as usize & 31).copied().unwrap_or(0)
+        } else {
+            self.priority_of(index)
+        }
+    }
+
+    /// Ends a stranded interrupt.
+    pub(super) fn end(&mut self, bit: u32) {
+        self.active &= !bit;
+        self.left_out &= !bit;
+    }
+
+    /// Has the stranded interrupts in `mask` awaited.
+    pub(super) fn leave_out(&mut self, mask: u32) {
+        let mut left = self.stranded() & mask & !self.left_out;
         while left != 0 {
             let index = left.trailing_zeros();
             left &= left - 1;
-            let rank = base + u16::from(self.priority_of(index));
-            if best.is_none_or(|(lowest, _)| rank < lowest) {
-                best = Some((rank, index));
+            let priority = self.priority_of(index);
+            if let Some(taken) = self.taken.get_mut(index as usize) {
+                *taken = priority;
             }
+            self.left_out |= 1 << index;
         }
-        best
     }
 
-    /// Gives the rank of a pending interrupt of this priority.
-    pub(super) const fn rank_of_pending(priority: u8) -> u16 {
-        PENDING_RANK + priority as u16
+    /// Takes an active interrupt out of its list register to make room: its end will be told otherwise.
+    pub(super) fn spill(&mut self, bit: u32, lr: Lr) -> Physical {
+        let physical = self.withdraw(bit, lr);
+        if let Some(taken) = self.taken.get_mut(bit.trailing_zeros() as usize & 31) {
+            *taken = lr.priority();
+        }
+        self.left_out |= bit;
+        physical
+    }
+
+    /// Keeps the pending state of a pending and active one back until its end: that would bring it before more urgent ones.
+    pub(super) fn hold_back(&mut self, bit: u32, lr: Lr) -> Lr {
+        self.latch |= self.soft & bit;
+        self.soft &= !bit;
+        let new = lr.without_pending().with_eoi();
+        self.note(bit, new);
+        new
     }
 
     #[inline]
@@ -375,8 +438,13 @@ impl Word {
         } else {
             Group::Zero
         };
-        let mut lr = Lr::new(intid, self.priority_of(index), group);
         let active = self.active & bit != 0;
+        let priority = if active {
+            self.running_priority(index)
+        } else {
+            self.priority_of(index)
+        };
+        let mut lr = Lr::new(intid, priority, group);
         self.soft &= !bit;
         if self.latch & deliverable & bit != 0 {
             lr = lr.with_pending();
@@ -392,6 +460,7 @@ impl Word {
         if active {
             lr = lr.with_active();
             self.active &= !bit;
+            self.left_out &= !bit;
         }
         if !lr.is_hardware() && (self.latch | self.hardware | !self.edge) & bit != 0 {
             lr = lr.with_eoi();

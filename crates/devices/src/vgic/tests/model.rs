@@ -2,7 +2,8 @@
 //!
 //! The model is the interrupt state machine of IHI 0069, 4.1.2: pending, active, enabled, line, target, for
 //! each interrupt by itself. Random devices and guests drive both. Syncs happen only where a kick,
-//! a maintenance interrupt or underflow asks for one, so a missing one shows as an interrupt the guest is not offered.
+//! the maintenance interrupt asks for one, so a missing one shows as an interrupt the guest is not offered. That interrupt may be slow:
+//! the guest takes and ends others meanwhile. Guests nest as deep as there are priorities, or, with EOImode 1, leave any number active.
 //!
 //! [`TIMER`] is linked to a physical interrupt: its device tells nobody of its line. While it is not active at the physical
 //! controller a high line makes it come to the hypervisor. What is in a list register when the line falls stays there until a sync.
@@ -16,9 +17,7 @@ const VCPUS: usize = 2;
 const PRIVATE: [u32; 4] = [1, 5, 20, 27];
 /// The one that is hardware-linked.
 const TIMER: u32 = 27;
-const SHARED: [u32; 7] = [33, 40, 41, 70, 100, 127, 159];
-/// As deep as a guest nests here: one list register is left for the next.
-const DEPTH: usize = 3;
+const SHARED: [u32; 12] = [33, 40, 41, 50, 51, 70, 71, 90, 100, 127, 130, 159];
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Interrupt {
@@ -55,7 +54,12 @@ enum Step {
     Sgi(usize, u64, usize),
     Groups(bool),
     Acknowledge(usize),
+    /// Ends what runs, or drops its priority.
     End(usize),
+    /// Deactivates one of those whose priority was dropped.
+    Deactivate(usize, usize),
+    /// The maintenance interrupt comes at once, or not yet.
+    Slow(bool),
     ClearActive(usize),
     SetActive(usize),
     /// Reads ISPENDR and ISACTIVER as a trapped access does.
@@ -79,15 +83,19 @@ struct Pair {
     model: Vec<Interrupt>,
     groups: bool,
     stacks: [Vec<usize>; VCPUS],
-    /// Ended while pending and active, so pending in their list registers without the controller having had a say.
-    returned: Vec<usize>,
+    /// With EOImode 1: active, their priority dropped.
+    dropped: [Vec<usize>; VCPUS],
+    slow: bool,
     /// The timer's interrupt is active at the physical controller.
     physical: [bool; VCPUS],
 }
 
 impl Pair {
-    fn new(priorities: &[u8]) -> Self {
-        let mut board = Board::new(VCPUS);
+    fn new(priorities: &[u8], registers: usize, split: bool) -> Self {
+        let mut board = Board::with_list_registers(VCPUS, registers);
+        for cpu in &mut board.cpus {
+            cpu.split = split;
+        }
         let mut model = std::vec![Interrupt::default(); COUNT];
         for (number, interrupt) in model.iter_mut().enumerate() {
             let (index, intid) = key(number);
@@ -100,8 +108,9 @@ impl Pair {
             board,
             model,
             groups: true,
-            stacks: [Vec::new(), Vec::new()],
-            returned: Vec::new(),
+            stacks: Default::default(),
+            dropped: Default::default(),
+            slow: false,
             physical: [false; VCPUS],
         }
     }
@@ -124,15 +133,23 @@ impl Pair {
         offered.map(|interrupt| interrupt.priority).min()
     }
 
-    /// What the hardware does by itself: the timers' interrupts, the underflow interrupt.
+    /// What the hardware does by itself: the timers' interrupts, the maintenance interrupt.
     fn hardware(&mut self) {
         for index in 0..VCPUS {
             self.timer(index);
-            let cpu = &self.board.cpus[index];
-            let valid = cpu.lrs.iter().filter(|lr| **lr >> 62 != 0).count();
-            if cpu.underflow == Underflow::On && valid <= 1 {
-                self.board.sync(index);
+            if self.slow {
+                continue;
             }
+            for _ in 0..3 {
+                if self.board.cpus[index].asks_maintenance() {
+                    self.board.sync(index);
+                    self.timer(index);
+                }
+            }
+            assert!(
+                !self.board.cpus[index].asks_maintenance(),
+                "maintenance without end"
+            );
         }
     }
 
@@ -156,6 +173,9 @@ impl Pair {
     }
 
     fn check(&mut self) {
+        if self.slow {
+            return;
+        }
         for index in 0..VCPUS {
             let timer = self.number(index, TIMER);
             let spurious = !self.model[timer].pending();
@@ -174,22 +194,40 @@ impl Pair {
                         "vCPU {index} is offered {intid}"
                     );
                 }
-                // More are active than leaves room; underflow comes when they end.
-                None if cpu.underflow == Underflow::On => {}
                 None => assert_eq!(self.best(index), None, "vCPU {index} is offered nothing"),
             }
         }
     }
 
     fn end(&mut self, index: usize) {
-        if let Some(number) = self.stacks[index].pop() {
+        // The field is five bits wide.
+        if self.board.cpus[index].ends == 31 {
+            return;
+        }
+        let Some(number) = self.stacks[index].pop() else {
+            return;
+        };
+        let (_, intid) = key(number);
+        if self.board.cpus[index].split {
+            self.board.cpus[index].drop_priority(intid);
+            self.dropped[index].push(number);
+        } else {
             self.model[number].active = false;
-            let (_, intid) = key(number);
-            if self.board.cpus[index].end(intid) {
-                self.board.sync(index);
-            } else if self.board.cpus[index].state(intid) == 1 {
-                self.returned.push(number);
-            }
+            self.board.cpus[index].end(intid);
+        }
+    }
+
+    fn deactivate(&mut self, index: usize, which: usize) {
+        if self.dropped[index].is_empty() {
+            return;
+        }
+        let which = which % self.dropped[index].len();
+        let number = self.dropped[index].swap_remove(which);
+        self.model[number].active = false;
+        let (_, intid) = key(number);
+        if self.board.cpus[index].deactivation_traps(intid) {
+            let kick = self.board.vgic.deactivate(vcpu(index), intid);
+            self.board.settle(kick);
         }
     }
 
@@ -200,11 +238,10 @@ impl Pair {
         let cpu = &mut self.board.cpus[index];
         let Some(intid) = cpu.next() else { return };
         let number = self.number(index, intid);
-        if self.stacks[index].len() == DEPTH || self.model[number].priority >= running {
+        if self.model[number].priority >= running {
             return;
         }
         assert_eq!(self.board.cpus[index].acknowledge(), Some(intid));
-        self.returned.retain(|returned| *returned != number);
         self.model[number].latch = false;
         self.model[number].active = true;
         self.stacks[index].push(number);
@@ -288,11 +325,13 @@ impl Pair {
             }
             Step::Acknowledge(index) => self.acknowledge(index),
             Step::End(index) => self.end(index),
+            Step::Deactivate(index, which) => self.deactivate(index, which),
+            Step::Slow(slow) => self.slow = slow,
             Step::ClearActive(number) => {
                 let (index, intid) = key(number);
                 self.model[number].active = false;
-                for stack in &mut self.stacks {
-                    stack.retain(|active| *active != number);
+                for list in self.stacks.iter_mut().chain(&mut self.dropped) {
+                    list.retain(|active| *active != number);
                 }
                 self.board.bit(index, 0x380, intid);
             }
@@ -350,15 +389,19 @@ impl Pair {
 
     /// Lets the guests take and end everything, without a sync that nothing asks for.
     fn drain(&mut self) {
+        self.step(Step::Slow(false));
         for number in 0..COUNT {
             self.step(Step::Line(number, false));
         }
         for _ in 0..COUNT * 2 {
             for index in 0..VCPUS {
-                self.acknowledge(index);
-                self.end(index);
-                self.hardware();
-                self.check();
+                for step in [
+                    Step::Acknowledge(index),
+                    Step::End(index),
+                    Step::Deactivate(index, 0),
+                ] {
+                    self.step(step);
+                }
             }
         }
         for index in 0..VCPUS {
@@ -381,8 +424,10 @@ fn steps() -> impl Strategy<Value = Step> {
         2 => (number.clone(), 0..VCPUS + 1).prop_map(|(number, target)| Step::Route(number, target)),
         4 => (vcpu.clone(), 0u64..4, 0usize..2).prop_map(|(from, targets, which)| Step::Sgi(from, targets, which)),
         1 => any::<bool>().prop_map(Step::Groups),
-        8 => vcpu.clone().prop_map(Step::Acknowledge),
-        6 => vcpu.prop_map(Step::End),
+        16 => vcpu.clone().prop_map(Step::Acknowledge),
+        8 => vcpu.clone().prop_map(Step::End),
+        6 => (vcpu, 0usize..8).prop_map(|(index, which)| Step::Deactivate(index, which)),
+        2 => any::<bool>().prop_map(Step::Slow),
         1 => number.clone().prop_map(Step::ClearActive),
         1 => number.clone().prop_map(Step::SetActive),
         3 => number.prop_map(Step::Read),
@@ -397,8 +442,10 @@ proptest! {
     fn guests_are_offered_what_the_architecture_says(
         priorities in proptest::collection::vec(0u8..0xf0, COUNT),
         all_steps in proptest::collection::vec(steps(), 1..250),
+        registers in 1usize..5,
+        split in any::<bool>(),
     ) {
-        let mut pair = Pair::new(&priorities);
+        let mut pair = Pair::new(&priorities, registers, split);
         for step in &all_steps {
             pair.step(*step);
         }

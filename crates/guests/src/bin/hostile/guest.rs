@@ -10,6 +10,7 @@ mod levels;
 mod map;
 mod memory;
 mod modes;
+mod nesting;
 mod other;
 mod probe;
 mod registers;
@@ -85,6 +86,7 @@ const CASES: &[(&str, Body)] = &[
     ("level_physical_timer", levels::physical_timer_),
     ("level_clock", levels::clock),
     ("level_uart", levels::uart),
+    ("nesting_deep", nesting::deep),
     ("wfi_storm", timers::wfi_storm),
     ("wfe", timers::wfe),
     ("wfi_with_timeout", timers::wfit),

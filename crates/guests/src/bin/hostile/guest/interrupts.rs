@@ -117,6 +117,20 @@ pub fn bit(base: usize, interrupt: Private) -> bool {
     unsafe { register.read_volatile() & bit != 0 }
 }
 
+/// Reads the bits of all private interrupts.
+pub fn word(base: usize) -> u32 {
+    let register = ptr::with_exposed_provenance::<u32>(GICR + 0x1_0000 + base);
+    // SAFETY: a register of the GIC, mapped as device memory.
+    unsafe { register.read_volatile() }
+}
+
+/// Sets the priority of a private interrupt.
+pub fn priority(interrupt: Private, priority: u32) {
+    let register = GICR + 0x1_0400 + interrupt.0 as usize;
+    // SAFETY: a register of the GIC, mapped as device memory.
+    unsafe { ptr::with_exposed_provenance_mut::<u8>(register).write_volatile(priority as u8) };
+}
+
 /// Writes a one to it.
 pub fn write_bit(base: usize, interrupt: Private) {
     let (register, bit) = place(base, interrupt);
