@@ -79,6 +79,11 @@ impl Dirty {
         })
     }
 
+    /// Returns how many pages they are of.
+    pub(crate) const fn pages(&self) -> u64 {
+        self.pages
+    }
+
     pub(crate) fn in_flight(&self) -> &[AtomicU64] {
         &self.in_flight
     }

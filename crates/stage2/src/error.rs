@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// The slot is being deleted.
     SlotDying(SlotId),
-    /// The slot is being moved or resized.
+    /// The slot is being moved, resized or given another access.
     SlotChanging(SlotId),
     /// Pages are asked for by 64, as a word of a bitmap holds them, within the slot.
     PageRange {
@@ -147,7 +147,7 @@ impl fmt::Display for Error {
             }
             Error::SlotChanging(slot) => write!(
                 f,
-                "memory slot {slot} is being moved or resized; finish that first"
+                "memory slot {slot} is being moved, resized or given another access; finish that first"
             ),
             Error::PageRange { slot, first, pages } => write!(
                 f,

@@ -338,6 +338,59 @@ mod models {
         split(Engine::WriteProtect, write_fault);
     }
 
+    /// A page whose table is there, but no leaf of it, and whose word of the bitmap has a bit already. Both words are
+    /// watched.
+    fn untouched() -> Arc<Vm> {
+        let vm = vm(Engine::WriteProtect, Granularity::Page, 2);
+        let extent = Extent {
+            pa: Pa::new(0x9000_0000),
+            pages: 2,
+        };
+        vm.add_slot(SlotId(1), Ipa::new(DOOR).gfn(), 2, Access::ReadWrite, &[extent])
+            .unwrap();
+        vm.descend(DOOR).entry().watch();
+        vm.layout().slots[1].dirty.live()[0].watch();
+        vm.mark_dirty(Ipa::new(DOOR + PAGE_SIZE), 1).unwrap();
+        vm
+    }
+
+    const DOOR: u64 = IPA + 2 * PAGE_SIZE;
+
+    /// Who takes the bit of a page that was just mapped finds its leaf, and makes it clean. Else nothing would ever
+    /// note the page again.
+    #[test]
+    fn a_harvest_and_a_first_touch() {
+        check(|| {
+            let vm = untouched();
+            let there = Arc::clone(&vm);
+            let other = spawn(move || {
+                let fault = Fault {
+                    ipa: Ipa::new(DOOR),
+                    access: FaultAccess::Write,
+                    kind: FaultKind::Translation,
+                    va: None,
+                };
+                assert_eq!(there.handle_fault(fault), Outcome::Dirtied(Level::L3));
+            });
+            let harvest = |epoch| {
+                while vm.take(Epoch(epoch)) != Ok(Progress::Done) {
+                    thread::yield_now();
+                }
+                let words = vm.in_flight(SlotId(1), Epoch(epoch)).unwrap();
+                let word = words[0].load(Ordering::Relaxed);
+                vm.commit(Epoch(epoch)).unwrap();
+                word & 1 == 1
+            };
+            let first = harvest(1);
+            other.join().unwrap();
+            assert!(harvest(2) || first, "lost");
+            assert!(
+                !vm.descend(DOOR).pte.is_dirty(),
+                "passed by the last harvest"
+            );
+        });
+    }
+
     /// Makes the slot read-only: its leaf goes.
     fn make_read_only(vm: &Vm) {
         while vm.set_access(SlotId(0), Access::ReadOnly) != Ok(Progress::Done) {
@@ -375,6 +428,43 @@ mod models {
             make_read_only(&vm);
             let dirtied = other.join().unwrap();
             assert_eq!(harvest(&vm, 1), dirtied);
+        });
+    }
+
+    /// EL2 writes to a page and then notes it: whoever takes the bit finds what was written. The part is marked
+    /// before, by another page, so the bit has nothing but itself to say so.
+    #[test]
+    fn a_take_and_what_was_written() {
+        check(|| {
+            let dirty = Arc::new(Dirty::new(64).unwrap());
+            dirty.mark(4);
+            dirty.live()[0].watch();
+            dirty.in_flight()[0].watch();
+            dirty.marked_parts().iter().for_each(|parts| parts.watch());
+            let page = Arc::new(super::weak::AtomicU64::new(0));
+            let writer = {
+                let (dirty, page) = (Arc::clone(&dirty), Arc::clone(&page));
+                spawn(move || {
+                    page.store(1, Ordering::Relaxed);
+                    dirty.mark(3);
+                })
+            };
+            let take = || {
+                let mut taken = 0;
+                dirty.begin_harvest();
+                dirty.take_live(0, 64, |moved| {
+                    taken |= moved.pages;
+                    ControlFlow::Continue(())
+                });
+                dirty.end_harvest();
+                taken >> 3 & 1 == 1
+            };
+            let first = take();
+            if first {
+                assert_eq!(page.load(Ordering::Relaxed), 1, "copied too early");
+            }
+            writer.join().unwrap();
+            assert!(first || take(), "lost");
         });
     }
 

@@ -16,6 +16,10 @@
 //! None of this happens in the middle of a harvest or while a log starts: both would not find again what
 //! they had in front of them. And while a slot is resized no harvest begins and no bitmap is read.
 //!
+//! One thing at a time is done to a slot, a change of its access included: they share a cursor, and each
+//! says `Done` of what it found. Only a deletion comes over all others, and takes out whatever any of them
+//! may have left a leaf of.
+//!
 //! # Concurrency
 //!
 //! One step holds the control mutex. EL2's own writes are the caller's to keep out of a slot that moves: a
@@ -41,7 +45,7 @@ impl<H: Hardware> Stage2<H> {
     /// middle of a harvest, [`Error::Busy`] while a log starts.
     pub fn move_slot(&self, id: SlotId, base: Gfn) -> Result<Progress, Error> {
         let control = self.control.lock();
-        let slot = self.slot(id)?;
+        let mut slot = self.slot(id)?;
         let Some(()) = require_quiet(&control)? else {
             return Ok(self.somebody_else_steps());
         };
@@ -55,9 +59,7 @@ impl<H: Hardware> Stage2<H> {
             self.require_in_range(&there)?;
             self.layout().require_free(&there)?;
             slot.set_unmapped(slot.start());
-            self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| slot.life = Life::Moving { to: base });
-            });
+            slot = self.change_slot(id, |slot| slot.life = Life::Moving { to: base })?;
         }
         let progress = self.unmap_step(&slot, None);
         if progress == Progress::Done {
@@ -102,33 +104,27 @@ impl<H: Hardware> Stage2<H> {
             };
             shorter.set_unmapped(from.max(slot.start()));
             control.resizing = Some(id);
-            self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| {
-                    let mut shorter = shorter.clone();
-                    (shorter.reach, shorter.dirty) = (slot.pages, slot.dirty.clone());
-                    *slot = shorter;
-                });
-            });
-            slot = self.slot(id)?;
+            slot = self.change_slot(id, |slot| {
+                let mut shorter = shorter.clone();
+                (shorter.reach, shorter.dirty) = (slot.pages, slot.dirty.clone());
+                *slot = shorter;
+            })?;
         }
         let before = slot.unmapped();
-        let mut whole = slot.clone();
-        whole.pages = slot.reach;
-        self.unmap_step(&whole, None);
+        self.unmap_step(&slot, None);
         // Not further than the bits that a step can forget.
         let at = slot.unmapped().min(before + FILL as u64 * 64 * PAGE_SIZE);
         slot.set_unmapped(at);
-        let first = whole.page(before.max(slot.end()));
+        let first = slot.page(before.max(slot.end()));
         slot.dirty
-            .forget(first, whole.page(at.max(slot.end())) - first);
-        if at < whole.end() {
+            .forget(first, slot.page(at.max(slot.end())) - first);
+        if at < slot.reached_end() {
             return Ok(Progress::More {
-                done: whole.page(at),
-                total: whole.pages,
+                done: slot.page(at),
+                total: slot.reach,
             });
         }
-        self.layouts
-            .change(|layout| layout.change_slot(id, |slot| slot.reach = slot.pages));
+        self.change_slot(id, |slot| slot.reach = slot.pages)?;
         control.resizing = None;
         Ok(Progress::Done)
     }
@@ -147,7 +143,7 @@ impl<H: Hardware> Stage2<H> {
         let Some(()) = require_quiet(&control)? else {
             return Ok(self.somebody_else_steps());
         };
-        if slot.older.is_none() {
+        if !slot.is_growing_by(more) {
             slot.require_still()?;
             control.require_nothing_resized()?;
             let mut extents: Vec<Extent> = Vec::new();
@@ -168,14 +164,11 @@ impl<H: Hardware> Stage2<H> {
                 longer.dirty.mark_run(slot.pages, pages - slot.pages);
             }
             control.resizing = Some(id);
-            self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| {
-                    let mut longer = longer.clone();
-                    longer.older = Some(slot.dirty.clone());
-                    *slot = longer;
-                });
-            });
-            slot = self.slot(id)?;
+            slot = self.change_slot(id, |slot| {
+                let mut longer = longer.clone();
+                longer.older = Some(slot.dirty.clone());
+                *slot = longer;
+            })?;
         }
         // Here the cursor counts words.
         let from = slot.unmapped();
@@ -188,16 +181,15 @@ impl<H: Hardware> Stage2<H> {
                 total: slot.pages,
             });
         }
-        self.layouts
-            .change(|layout| layout.change_slot(id, |slot| slot.older = None));
+        self.change_slot(id, |slot| slot.older = None)?;
         control.resizing = None;
         Ok(Progress::Done)
     }
 
-    /// Returns the slot with other pages, of other memory, with empty bitmaps.
+    /// Returns the slot, which is still, with other pages, of other memory, with empty bitmaps.
     fn resized(&self, slot: &Slot, pages: u64, extents: Vec<Extent>) -> Result<Slot, Error> {
         let (shape, pa_bits) = (&self.shape, self.features.pa_bits);
-        let mut resized = Slot::new(
+        Slot::new(
             slot.id,
             slot.base,
             pages,
@@ -205,9 +197,7 @@ impl<H: Hardware> Stage2<H> {
             &extents,
             shape,
             pa_bits,
-        )?;
-        resized.leaves = slot.leaves;
-        Ok(resized)
+        )
     }
 
     fn require_in_range(&self, slot: &Slot) -> Result<(), Error> {

@@ -48,7 +48,7 @@ pub(crate) struct Slot {
     pub(crate) id: SlotId,
     pub(crate) base: Gfn,
     pub(crate) pages: u64,
-    /// Pages that leaves may still be of: more than it has, while it is being made smaller.
+    /// Pages that leaves may be of: more than it has, from when it is made smaller until they are out.
     pub(crate) reach: u64,
     pub(crate) access: Access,
     pub(crate) life: Life,
@@ -169,6 +169,11 @@ impl Slot {
         (self.base.raw() + self.pages) << PAGE_SHIFT
     }
 
+    /// Returns the first address past all that it may have leaves of.
+    pub(crate) const fn reached_end(&self) -> u64 {
+        (self.base.raw() + self.reach) << PAGE_SHIFT
+    }
+
     /// Returns its extents, cut off after `pages` pages.
     pub(crate) fn extents(&self, pages: u64) -> impl Iterator<Item = Extent> {
         let pieces = self.ground.pieces.iter();
@@ -181,12 +186,41 @@ impl Slot {
     }
 
     /// Is it neither going nor changing?
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SlotDying`], [`Error::SlotChanging`].
     pub(crate) fn require_still(&self) -> Result<(), Error> {
+        match self.leaves {
+            LeavesOf::ItsAccess => self.require_in_place(),
+            LeavesOf::Older => Err(self.is_changing()),
+        }
+    }
+
+    /// Is it neither going, nor being moved or resized?
+    ///
+    /// # Errors
+    ///
+    /// As [`require_still`](Self::require_still).
+    pub(crate) fn require_in_place(&self) -> Result<(), Error> {
         let still = self.reach == self.pages && self.older.is_none();
         match self.life {
             Life::Usable if still => Ok(()),
             _ => Err(self.is_changing()),
         }
+    }
+
+    /// Is it on its way to having `more` behind the pages it had?
+    pub(crate) fn is_growing_by(&self, more: &[Extent]) -> bool {
+        let Some(older) = self.older.as_ref().filter(|_| self.life == Life::Usable) else {
+            return false;
+        };
+        let behind = more.iter().try_fold(older.pages(), |page, extent| {
+            let (pa, left) = self.backing(page)?;
+            let there = pa == extent.pa && left >= extent.pages;
+            there.then(|| page + extent.pages)
+        });
+        behind == Some(self.pages)
     }
 
     /// Says what it is at.
@@ -203,7 +237,7 @@ impl Slot {
             Life::Moving { to } => to.ipa().raw(),
             _ => slot.start(),
         };
-        let bytes = |slot: &Slot| slot.reach.max(slot.pages) << PAGE_SHIFT;
+        let bytes = |slot: &Slot| slot.reach << PAGE_SHIFT;
         let span = |at: u64, slot: &Slot| at..at + bytes(slot);
         let apart = |a: &Range<u64>, b: &Range<u64>| a.end <= b.start || b.end <= a.start;
         [span(self.start(), self), span(start(self), self)]

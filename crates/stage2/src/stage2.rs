@@ -217,7 +217,8 @@ impl<H: Hardware> Stage2<H> {
     }
 
     /// Removes a memory slot, in bounded steps; call it until it is done. From the first call on
-    /// faults in it are answered "not memory", and when it is done no CPU can reach its memory.
+    /// faults in it are answered "not memory", and when it is done no CPU can reach its memory. What
+    /// else was being done to the slot is over with that: calls that would go on with it are refused.
     ///
     /// While a log is on, what is known about the slot's dirty pages goes with it, as does its part of
     /// an outstanding epoch: the host must read what it still wants before asking for this.
@@ -227,24 +228,19 @@ impl<H: Hardware> Stage2<H> {
     /// [`Error::NoSuchSlot`].
     pub fn delete_slot(&self, id: SlotId) -> Result<Progress, Error> {
         let mut control = self.control.lock();
-        let slot = self.slot(id)?;
+        let mut slot = self.slot(id)?;
         if slot.life != Life::Dying {
             slot.set_unmapped(slot.start());
-            self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| {
-                    slot.life = Life::Dying;
-                    // Also what it was being made smaller by.
-                    slot.pages = slot.reach;
-                });
-            });
+            slot = self.change_slot(id, |slot| slot.life = Life::Dying)?;
+            if control.resizing == Some(id) {
+                // Nobody goes on with that.
+                control.resizing = None;
+            }
         }
         let progress = self.unmap_step(&slot, None);
         if progress == Progress::Done {
             self.layouts
                 .change(|layout| layout.slots.retain(|slot| slot.id != id));
-            if control.resizing == Some(id) {
-                control.resizing = None;
-            }
         }
         Ok(progress)
     }
@@ -254,23 +250,21 @@ impl<H: Hardware> Stage2<H> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchSlot`], [`Error::SlotDying`].
+    /// [`Error::NoSuchSlot`], [`Error::SlotDying`], [`Error::SlotChanging`] if it is being moved or resized.
     pub fn set_access(&self, id: SlotId, access: Access) -> Result<Progress, Error> {
         let control = self.control.lock();
-        let slot = self.slot(id)?;
-        slot.require_still()?;
+        let mut slot = self.slot(id)?;
+        slot.require_in_place()?;
         if !control.claims.are_idle() {
             // A harvest that has passed a leaf would miss what is noted when the leaf goes.
             return Ok(self.somebody_else_steps());
         }
         if slot.access != access {
             slot.set_unmapped(slot.start());
-            self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| {
-                    slot.access = access;
-                    slot.leaves = LeavesOf::Older;
-                });
-            });
+            slot = self.change_slot(id, |slot| {
+                slot.access = access;
+                slot.leaves = LeavesOf::Older;
+            })?;
         } else if slot.leaves == LeavesOf::ItsAccess {
             return Ok(Progress::Done);
         }
@@ -279,9 +273,7 @@ impl<H: Hardware> Stage2<H> {
         let harvested = self.harvested(&control, &slot);
         let progress = self.unmap_step(&slot, harvested);
         if progress == Progress::Done {
-            self.layouts.change(|layout| {
-                layout.change_slot(id, |slot| slot.leaves = LeavesOf::ItsAccess);
-            });
+            self.change_slot(id, |slot| slot.leaves = LeavesOf::ItsAccess)?;
         }
         Ok(progress)
     }
@@ -290,6 +282,18 @@ impl<H: Hardware> Stage2<H> {
     pub(crate) fn slot(&self, id: SlotId) -> Result<Slot, Error> {
         let found = self.layout().slot(id).cloned();
         found.ok_or(Error::NoSuchSlot(id))
+    }
+
+    /// Changes the slot of that name for every CPU, and returns it as it is then: whoever goes on with a
+    /// copy from before would go on with another slot. Under the control mutex.
+    pub(crate) fn change_slot(
+        &self,
+        id: SlotId,
+        change: impl Fn(&mut Slot),
+    ) -> Result<Slot, Error> {
+        self.layouts
+            .change(|layout| layout.change_slot(id, &change));
+        self.slot(id)
     }
 
     /// Returns the slots, by address.

@@ -66,6 +66,8 @@ impl<H: Hardware> Stage2<H> {
     /// the epoch that is being taken.
     pub(crate) fn unmap_step(&self, slot: &Slot, harvested: Option<Stretch>) -> Progress {
         let from = slot.unmapped().max(slot.start());
+        // Also of what it is being made smaller by.
+        let end = slot.reached_end();
         let mut at = from;
         let mut visits = 0;
         let mut blocks = 0;
@@ -73,7 +75,7 @@ impl<H: Hardware> Stage2<H> {
             at: [0; BATCH],
             len: 0,
         };
-        while at < slot.end() && visits < BUDGET && !emptied.is_full() {
+        while at < end && visits < BUDGET && !emptied.is_full() {
             let place = self.descend(at);
             if place.kind == Kind::Busy {
                 // A harvest is splitting it, and does not need the mutex for that.
@@ -108,13 +110,13 @@ impl<H: Hardware> Stage2<H> {
                 }
                 visits += 1;
                 at = (at & !(place.level.size() - 1)) + place.level.size();
-                if at >= slot.end() || visits >= BUDGET {
+                if at >= end || visits >= BUDGET {
                     break;
                 }
             }
             emptied.push(first);
         }
-        let at = at.min(slot.end());
+        let at = at.min(end);
         slot.set_unmapped(at);
         for level in [Level::L2, Level::L1, Level::L0] {
             let broken = self.break_empty(level, emptied.addresses());
@@ -127,12 +129,12 @@ impl<H: Hardware> Stage2<H> {
                 self.empty_busy(from, at);
             }
         }
-        if at == slot.end() {
+        if at == end {
             return Progress::Done;
         }
         Progress::More {
             done: slot.page(at),
-            total: slot.pages,
+            total: slot.reach,
         }
     }
 

@@ -267,3 +267,63 @@ fn a_harvest_in_between_finishes_what_was_begun() {
     });
     sim.conclude();
 }
+
+/// The log began with every page dirty, and its first half is armed for the hardware when the engine becomes
+/// write protection: what the hardware finds there, no bit says, and only a look at every leaf does.
+#[test]
+fn a_half_that_was_armed_for_the_hardware_is_looked_at_after_a_change() {
+    for (first, second) in [((0, P2M), (P2M, PAGES - P2M)), ((P2M, PAGES - P2M), (0, P2M))] {
+        let sim = vm(Setup::new(Machine::everything(), 11).calm());
+        sim.alone(|s| {
+            let take = |(first, pages)| {
+                let epoch = s.take_range(0, first, pages);
+                assert_eq!(s.copy(epoch).len() as u64, pages);
+                s.commit(epoch);
+            };
+            s.map_ahead(0).unwrap();
+            s.start_all_dirty(Engine::Dbm, Granularity::Page);
+            take(first);
+            s.op("set_engine", |stage2| {
+                stage2.set_engine(Engine::WriteProtect)
+            })
+            .unwrap();
+            let written = page(first.0 + 3);
+            s.write(written);
+            take(second);
+            assert_eq!(s.harvest(), set([written]));
+            assert!(
+                s.world
+                    .leaves()
+                    .iter()
+                    .all(|leaf| leaf.2.engine() == Engine::WriteProtect)
+            );
+        });
+        sim.conclude();
+    }
+}
+
+/// An epoch of some pages brings over those and no others.
+#[test]
+fn a_part_leaves_the_rest_to_be_brought_over() {
+    for part in [(0, P2M), (P2M, P2M), (2 * P2M, 5)] {
+        let sim = vm(Setup::new(Machine::everything(), 12).calm());
+        sim.alone(|s| {
+            s.map_ahead(0).unwrap();
+            s.start(Engine::Dbm, Granularity::Page);
+            s.op("set_engine", |stage2| {
+                stage2.set_engine(Engine::WriteProtect)
+            })
+            .unwrap();
+            let written = [3, P2M + 3, 2 * P2M + 3].map(page);
+            written.into_iter().for_each(|ipa| s.write(ipa));
+            let (first, pages) = part;
+            let epoch = s.take_range(0, first, pages);
+            let taken = s.copy(epoch);
+            assert_eq!(taken, set([page(first + 3)]));
+            s.commit(epoch);
+            let rest = written.into_iter().filter(|ipa| !taken.contains(ipa));
+            assert_eq!(s.harvest(), rest.collect());
+        });
+        sim.conclude();
+    }
+}

@@ -156,6 +156,36 @@ fn a_harvest_and_a_first_touch() {
     }
 }
 
+/// The same where the page's table is there, being a neighbour's too: the fault puts the leaf straight into it.
+#[test]
+fn a_harvest_and_a_first_touch_in_a_table_of_two_slots() {
+    const DOOR: u64 = IPA + 2 * PAGE_SIZE;
+    for (engine, features) in machines() {
+        in_every_order(
+            setup(features),
+            &[DOOR],
+            |sim| {
+                sim.add(SMALL);
+                sim.map_ahead(0).unwrap();
+                sim.start(engine, Granularity::Page);
+                sim.add(Place {
+                    id: 1,
+                    ipa: DOOR,
+                    pa: RAM + GIB,
+                    ..SMALL
+                });
+            },
+            move |sim| {
+                vec![
+                    Box::new(move || drop(sim.harvest())),
+                    Box::new(move || writes(sim, &[DOOR])),
+                ]
+            },
+            Sim::last_of_the_log,
+        );
+    }
+}
+
 /// A harvest of what `prepare` left unmapped, and a guest that fills it with a block; then a write to that, which
 /// the next harvest must know.
 fn a_hole_and_the_block_that_fills_it(features: Features, prepare: impl Fn(&Sim)) {

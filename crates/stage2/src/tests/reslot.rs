@@ -3,11 +3,12 @@
 use super::sim::*;
 use super::world::*;
 use crate::types::*;
-use crate::{Error, FaultAccess, Outcome};
+use crate::{Error, FaultAccess, Features, Outcome};
 use std::boxed::Box;
 use std::string::ToString;
 use std::sync::Arc;
 use std::vec;
+use std::vec::Vec;
 
 const IPA: u64 = 0x4000_0000;
 /// Where the slot moves to, and back from: not aligned alike, so its blocks are pages there.
@@ -393,4 +394,106 @@ fn invariant_05_a_block_that_comes_back_as_pages_was_broken_first() {
             sim.conclude();
         }
     }
+}
+
+type Step = fn(&World) -> Result<Progress, Error>;
+
+/// What is done to a slot step by step, so that with [`changing`]'s one step is not all.
+const CHANGES: [Step; 4] = [
+    |world| world.stage2.move_slot(SlotId(0), Ipa::new(THERE).gfn()),
+    |world| world.stage2.shrink_slot(SlotId(0), 9),
+    |world| world.stage2.grow_slot(SlotId(0), &[MORE]),
+    |world| world.stage2.set_access(SlotId(0), Access::ReadOnly),
+];
+const GROW: usize = 2;
+const ACCESS: usize = 3;
+
+const MORE: Extent = Extent {
+    pa: Pa::new(RAM + 8 * GIB),
+    pages: 5,
+};
+
+/// A slot of which a dozen tables are mapped, in the middle of a change; and pages of it.
+fn changing(features: Features, change: Step) -> (World, Vec<u64>) {
+    const PAGES: u64 = 70_000;
+    let world = World::new(features);
+    world.slot(0, IPA, PAGES, Access::ReadWrite, RAM + PAGE_SIZE);
+    let written: Vec<u64> = (0..11).map(|table| table * P2M).chain([PAGES - 1]).collect();
+    written.iter().for_each(|number| {
+        world.write(0, page(*number));
+    });
+    let step = change(&world);
+    assert!(matches!(step, Ok(Progress::More { .. })), "{step:?}");
+    (world, written)
+}
+
+/// A deletion comes over whatever else is done to a slot: all its leaves are out when it is done, and nobody
+/// goes on with the other.
+#[test]
+fn invariant_05_a_slot_deleted_in_the_middle_of_a_change_is_gone_whole() {
+    for change in CHANGES {
+        let (world, written) = changing(Features::BASELINE, change);
+        let mut steps = 0;
+        while world.stage2.delete_slot(SlotId(0)) != Ok(Progress::Done) {
+            steps += 1;
+            for change in CHANGES {
+                assert_eq!(change(&world), Err(Error::SlotDying(SlotId(0))));
+            }
+        }
+        assert!(steps > 1, "{steps} steps: that is no test");
+        for number in written {
+            for ipa in [page(number), THERE + number * PAGE_SIZE] {
+                let reached = world.access(0, ipa, FaultAccess::Write);
+                assert_eq!(reached, Err(Outcome::NotMemory), "{ipa:#x}");
+            }
+        }
+        assert_eq!(world.stage2.mappings().pages_4k, 0);
+        assert_eq!(world.machine.tables_in_use(), 2, "only the roots are left");
+        // Nothing is resized any more, either.
+        world.start(Engine::WriteProtect, Granularity::Page);
+    }
+}
+
+/// What is done to a slot step by step shares a cursor: one thing at a time, and `Done` is true of all of it.
+#[test]
+fn invariant_08_a_slot_is_changed_in_one_way_at_a_time() {
+    for (at, change) in CHANGES.into_iter().enumerate() {
+        for (other, another) in CHANGES.into_iter().enumerate() {
+            if at == other {
+                continue;
+            }
+            let (world, written) = changing(Features::BASELINE, change);
+            let refused = another(&world);
+            assert_eq!(refused, Err(Error::SlotChanging(SlotId(0))), "{at} {other}");
+            finish(|| change(&world)).unwrap();
+            if at == ACCESS {
+                assert_eq!(world.stage2.mappings().pages_4k, 0);
+                for number in written {
+                    let reached = world.access(0, page(number), FaultAccess::Write);
+                    assert_eq!(reached, Err(Outcome::ReadOnly), "{number}");
+                }
+            }
+        }
+    }
+}
+
+/// It grows by what it began to grow by; another caller's memory is not taken for that.
+#[test]
+fn a_slot_that_grows_grows_by_nothing_else() {
+    let (world, _) = changing(Features::BASELINE, CHANGES[GROW]);
+    let grow = |more: &[Extent]| world.stage2.grow_slot(SlotId(0), more);
+    let refused = Err(Error::SlotChanging(SlotId(0)));
+    let with = |pa, pages| Extent {
+        pa: Pa::new(pa),
+        pages,
+    };
+    let at = MORE.pa.raw();
+    assert_eq!(grow(&[]), refused);
+    assert_eq!(grow(&[with(at + PAGE_SIZE, 5)]), refused);
+    assert_eq!(grow(&[with(at, 4)]), refused);
+    assert_eq!(grow(&[with(at, 6)]), refused);
+    assert_eq!(grow(&[MORE, with(at, 1)]), refused);
+    // The same, said otherwise.
+    finish(|| grow(&[with(at, 2), with(at + 2 * PAGE_SIZE, 3)])).unwrap();
+    assert_eq!(world.stage2.slots()[0].pages, 70_005);
 }

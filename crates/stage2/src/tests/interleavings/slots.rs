@@ -1,6 +1,9 @@
 //! Orders in which a slot goes, or becomes another, while it is harvested and touched.
 
 use super::*;
+use crate::fake::Machine;
+use crate::{FaultAccess, Outcome, Stage2};
+use std::sync::Arc;
 
 /// Changes the slot in every CPU's list, as the first step of a long operation does. The others find it so.
 fn first_step(sim: &Sim, id: u16, change: impl Fn(&mut Slot)) {
@@ -96,6 +99,54 @@ fn a_deletion_and_a_touch_next_door() {
                 ]
             },
             Sim::last_of_the_log,
+        );
+    }
+}
+
+/// A slot is deleted while another CPU is at another change of it: nothing of it can be reached when it is gone,
+/// by a CPU that had it in its TLB either.
+#[test]
+fn invariant_05_a_deletion_and_another_change() {
+    const FAR: u64 = IPA + 2 * MIB + 5 * PAGE_SIZE;
+    type Change = fn(&Stage2<Arc<Machine>>) -> Result<Progress, Error>;
+    let changes: [Change; 3] = [
+        |stage2| stage2.shrink_slot(SlotId(0), 9),
+        |stage2| stage2.move_slot(SlotId(0), Ipa::new(IPA + 64 * MIB).gfn()),
+        |stage2| stage2.set_access(SlotId(0), Access::ReadOnly),
+    ];
+    for change in changes {
+        in_every_order(
+            setup(Features::BASELINE),
+            &[],
+            |sim| {
+                sim.add(Place {
+                    pages: P2M + 6,
+                    ..SMALL
+                });
+                sim.map_ahead(0).unwrap();
+                sim.world.machine.become_pe(1);
+                sim.write(FAR);
+                sim.world.machine.become_pe(0);
+                sim.abandon(0);
+            },
+            |sim| {
+                vec![
+                    Box::new(move || {
+                        let end = sim.finish("change", change);
+                        let id = SlotId(0);
+                        let gone = [Error::SlotDying(id), Error::NoSuchSlot(id)];
+                        assert!(end.is_ok() || gone.map(Err).contains(&end), "{end:?}");
+                    }),
+                    Box::new(|| sim.delete(0)),
+                ]
+            },
+            |sim| {
+                sim.world.machine.become_pe(1);
+                let reached = sim.guest(FAR, FaultAccess::Write);
+                assert_eq!(reached, Err(Outcome::NotMemory));
+                sim.world.machine.become_pe(0);
+                sim.check_counts();
+            },
         );
     }
 }

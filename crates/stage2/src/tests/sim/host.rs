@@ -59,6 +59,13 @@ impl Sim {
         self.set_presence(id, Presence::Gone);
     }
 
+    /// Calls will change the slot past this, and delete it: an access may end either way, and what is known
+    /// of its pages is no concern any more.
+    pub fn abandon(&self, id: u16) {
+        self.set_presence(id, Presence::Changing);
+        lock(&self.ghost).remove_slot(id);
+    }
+
     pub fn set_access(&self, id: u16, access: Access) {
         self.set_presence(id, Presence::Changing);
         self.finish("set_access", |stage2| stage2.set_access(SlotId(id), access))
