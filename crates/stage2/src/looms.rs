@@ -346,8 +346,14 @@ mod models {
             pa: Pa::new(0x9000_0000),
             pages: 2,
         };
-        vm.add_slot(SlotId(1), Ipa::new(DOOR).gfn(), 2, Access::ReadWrite, &[extent])
-            .unwrap();
+        vm.add_slot(
+            SlotId(1),
+            Ipa::new(DOOR).gfn(),
+            2,
+            Access::ReadWrite,
+            &[extent],
+        )
+        .unwrap();
         vm.descend(DOOR).entry().watch();
         vm.layout().slots[1].dirty.live()[0].watch();
         vm.mark_dirty(Ipa::new(DOOR + PAGE_SIZE), 1).unwrap();

@@ -272,7 +272,10 @@ fn a_harvest_in_between_finishes_what_was_begun() {
 /// write protection: what the hardware finds there, no bit says, and only a look at every leaf does.
 #[test]
 fn a_half_that_was_armed_for_the_hardware_is_looked_at_after_a_change() {
-    for (first, second) in [((0, P2M), (P2M, PAGES - P2M)), ((P2M, PAGES - P2M), (0, P2M))] {
+    for (first, second) in [
+        ((0, P2M), (P2M, PAGES - P2M)),
+        ((P2M, PAGES - P2M), (0, P2M)),
+    ] {
         let sim = vm(Setup::new(Machine::everything(), 11).calm());
         sim.alone(|s| {
             let take = |(first, pages)| {
