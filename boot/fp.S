@@ -1,5 +1,5 @@
 // The guest's FP and SIMD registers. The image is built without them (softfloat),
-// so they only move here, when a CPU switches to another vCPU.
+// so they only move here: all when a CPU switches to another vCPU, one for an access without a syndrome.
 .arch_extension fp
 .arch_extension simd
 
@@ -51,3 +51,25 @@ fp_load:                                // x0 = &FpState
     msr     fpcr, x1
     msr     fpsr, x2
     ret
+
+// One of them, at an access without a syndrome: x0 = which, modulo 32, x1 = &u128. Two
+// instructions a register.
+.macro each_vector instruction
+    and     x0, x0, #31
+    adr     x2, 1f
+    add     x2, x2, x0, lsl #3
+    br      x2
+1:
+    .irp    number, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
+    \instruction q\number, [x1]
+    ret
+    .endr
+.endm
+
+.global vector_store
+vector_store:
+    each_vector str
+
+.global vector_load
+vector_load:
+    each_vector ldr

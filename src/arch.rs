@@ -22,3 +22,4 @@ pub mod smc;
 pub mod stage1;
 pub mod timer;
 pub mod tlb;
+pub mod vector;

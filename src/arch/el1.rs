@@ -215,6 +215,9 @@ pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
     barrier::isb();
 }
 
+/// PSTATE.M of EL1 on its own stack pointer.
+const EL1H: u64 = 0b0101;
+
 /// Makes the guest take an exception to EL1 as the architecture would (Arm ARM D1.3):
 /// `esr` is complete, `far` is written when the class has one.
 pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>) {
@@ -228,7 +231,7 @@ pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>
     // From EL0: vector 0x400; from EL1 with SP_EL1: 0x200; with SP_EL0: 0.
     let offset = match pstate & 0xf {
         0b0000 => 0x400,
-        0b0101 => 0x200,
+        EL1H => 0x200,
         _ => 0,
     };
     context.set_pc((VBAR_EL1.get() & !0x7ff).wrapping_add(offset));
@@ -244,6 +247,32 @@ pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>
         new |= 1 << 12;
     }
     context.set_pstate(new);
+}
+
+/// The stack pointer in use at `pstate`: SP_EL1 at EL1h, else SP_EL0.
+pub fn stack_pointer(pstate: u64) -> u64 {
+    if pstate & 0xf == EL1H {
+        SP_EL1.get()
+    } else {
+        SP_EL0.get()
+    }
+}
+
+/// Sets it.
+pub fn set_stack_pointer(pstate: u64, value: u64) {
+    if pstate & 0xf == EL1H {
+        SP_EL1.set(value);
+    } else {
+        SP_EL0.set(value);
+    }
+}
+
+/// Whether data is big-endian at `pstate`: SCTLR_EL1.EE at EL1, E0E at EL0.
+pub fn is_big_endian(pstate: u64) -> bool {
+    const EE: u64 = 1 << 25;
+    const E0E: u64 = 1 << 24;
+    let bit = if pstate & 0xf == 0 { E0E } else { EE };
+    SCTLR_EL1.get() & bit != 0
 }
 
 /// The page of the IPA that the last stage-2 abort was about.

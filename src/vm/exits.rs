@@ -7,6 +7,7 @@
 mod abort;
 pub mod device;
 mod hypercall;
+mod instruction;
 pub mod interrupt;
 mod sysreg;
 pub mod timer;

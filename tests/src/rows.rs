@@ -87,6 +87,7 @@ pub const ROWS: &[Row] = &[
     row("hypercall_unknown", COUNT, Some(1367.0), None, None),
     row("vgic_typer", COUNT, None, Some(601.0), None),
     row("uart_read", COUNT, Some(6994.0), Some(625.0), None),
+    row("uart_read_post", COUNT, None, None, None),
     row("idreg_read", COUNT, None, Some(412.0), None),
     row("sgi_self", COUNT, None, Some(1105.0), None),
     row("ipi_return", COUNT, None, None, None),

@@ -1,11 +1,14 @@
 //! Stage-2 aborts: memory that is not mapped yet, a write that is tracked, a device.
 
+use super::instruction::{self, Emulated};
 use super::{Next, device, fail, walk};
 use crate::arch::el1;
 use crate::arch::exception::Syndrome;
 use crate::arch::timer;
 use crate::vm::count;
 use crate::vm::vcpu::Vcpu;
+use tidemark_a64::Direction;
+use tidemark_devices::AccessSize;
 use tidemark_devices::virt::{self, FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_stage2::{
     Count, Fault, FaultAccess, FaultKind, GuestVa, Ipa, Level, Outcome, Verdict,
@@ -95,17 +98,43 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
         {
             device::erased_flash(vcpu, syndrome)
         }
+        Outcome::NotMemory if access != FaultAccess::Execute && !walk && device::answers(page) => {
+            without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
+                device::bus(vcpu, ipa, size, value)
+            })
+        }
         Outcome::NotMemory => external(vcpu, syndrome),
         // A ROM's bus ignores writes; with a syndrome they can be skipped.
         Outcome::ReadOnly if syndrome.0 & VALID_SYNDROME != 0 && !walk => {
             vcpu.context.skip_instruction();
             Next::GoOn
         }
+        Outcome::ReadOnly if !walk => without_syndrome(vcpu, syndrome, page, |_, _, _| 0),
         Outcome::ReadOnly => external(vcpu, syndrome),
         Outcome::OutOfTables => {
             fail(vcpu, "no memory is left for its translation tables");
             Next::GoOn
         }
+    }
+}
+
+/// An access that the instruction alone tells of: done on `bus`, tried again, or an abort as nothing were there.
+#[cold]
+#[inline(never)]
+fn without_syndrome(
+    vcpu: &'static Vcpu,
+    syndrome: Syndrome,
+    page: u64,
+    bus: impl FnMut(u64, AccessSize, Option<u64>) -> u64,
+) -> Next {
+    let direction = if syndrome.0 & WRITE != 0 {
+        Direction::Store
+    } else {
+        Direction::Load
+    };
+    match instruction::emulate(vcpu, direction, page, bus) {
+        Emulated::Done | Emulated::Changed => Next::GoOn,
+        Emulated::Refused => external(vcpu, syndrome),
     }
 }
 

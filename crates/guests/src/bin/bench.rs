@@ -14,6 +14,7 @@
 //! | `hypercall_unknown` | HVC, a function nobody serves |
 //! | `vgic_read`, `vgic_typer` | load of GICD_IIDR, GICD_TYPER |
 //! | `uart_read` | load of the PL011's flag register |
+//! | `uart_read_post` | the same with write-back, which leaves no syndrome |
 //! | `idreg_read` | MRS of ID_AA64ISAR0_EL1 |
 //! | `sgi_self` | send an SGI to oneself, acknowledge and end it, with interrupts masked |
 //! | `timer`, `timer_wfi` | from the virtual timer's moment to the vector, spinning or in WFI |
@@ -133,6 +134,7 @@ mod guest {
         row_of!("vgic_read", "ldr w0, [{a}]", a = in(reg) gic::iidr());
         row_of!("vgic_typer", "ldr w0, [{a}]", a = in(reg) gic::typer());
         row_of!("uart_read", "ldr w0, [{a}]", a = in(reg) console::flags());
+        row_of!("uart_read_post", "ldr w0, [{a}], #0", a = in(reg) console::flags());
         row_of!("idreg_read", "mrs x0, id_aa64isar0_el1");
     }
 

@@ -5,6 +5,7 @@
 mod calls;
 mod devices;
 mod identity;
+mod instructions;
 mod interrupts;
 mod levels;
 mod map;
@@ -47,7 +48,14 @@ const CASES: &[(&str, Body)] = &[
     ("walk_root_nowhere", walks::root_nowhere),
     ("translate_wild", walks::translate),
     ("device_values", devices::values),
-    ("device_without_syndrome", devices::without_syndrome),
+    ("instruction_loads", instructions::loads),
+    ("instruction_stores", instructions::stores),
+    ("instruction_without_mmu", instructions::without_mmu),
+    ("instruction_at_el0", instructions::from_el0),
+    ("instruction_refused", instructions::refused),
+    ("instruction_at_the_end", instructions::at_the_end),
+    ("instruction_tables_change", instructions::tables_change),
+    ("instruction_code_changes", instructions::code_changes),
     ("device_unaligned", devices::unaligned),
     ("sweep_distributor", devices::distributor),
     ("sweep_redistributor_own", devices::redistributor_own),

@@ -7,7 +7,7 @@ use super::map::{self, Kind, Window};
 use super::probe::{
     ALIGNMENT_READ, ALIGNMENT_WRITE, EXTERNAL_READ, EXTERNAL_WRITE, Snippet, Taken, probe, snippets,
 };
-use super::{Case, World, identity, interrupts, other};
+use super::{Case, World, interrupts, other};
 
 snippets! {
     load8: "ldrb w0, [x2]";
@@ -27,24 +27,6 @@ snippets! {
     load_zero: "ldr xzr, [x2]";
     store_zero: "str wzr, [x2]";
     store_release: "stlr w0, [x2]";
-    load_pair: "ldp w0, w1, [x2]";
-    load_post: "ldr w0, [x2], #4";
-    load_pre: "ldr w0, [x2, #4]!";
-    load_exclusive: "ldxr w0, [x2]", "clrex";
-    store_pair: "stp w0, w1, [x2]";
-    store_post: "str w0, [x2], #4";
-    store_exclusive: "ldxr w6, [x2]", "stxr w7, w0, [x2]";
-    zero_block: "dc zva, x2";
-    // ldr s0, [x2]; fmov w0, s0
-    load_vector: ".inst 0xbd400040", ".inst 0x1e260000";
-    // ld1 {v0.4s}, [x2]
-    load_structure: ".inst 0x4c407840";
-    // str q0, [x2]
-    store_vector: ".inst 0x3d800040";
-    // ldadd w0, w1, [x2]
-    atomic_add: ".inst 0xb8200041";
-    // cas w0, w1, [x2]
-    compare_swap: ".inst 0x88a07c41";
 }
 
 const GICD: u64 = 0x0800_0000;
@@ -52,12 +34,6 @@ const GICR: u64 = 0x080a_0000;
 const UART: u64 = 0x0900_0000;
 const RTC: u64 = 0x0901_0000;
 const VIRTIO: u64 = 0x0a00_0000;
-
-/// Where accesses without a syndrome go: identification registers, which a write does nothing to.
-const IDENTIFICATION: [(&str, u64, [u64; 2]); 2] = [
-    ("UART", UART + 0xff0, [0x0d, 0xf0]),
-    ("GICD", GICD + 0xfff0, [0x0d, 0xf0]),
-];
 
 /// Loads with a syndrome give the register's value as their form has it.
 pub fn values(case: &mut Case, _world: &mut World) {
@@ -105,90 +81,6 @@ pub fn values(case: &mut Case, _world: &mut World) {
             let aligned = at & !7;
             let taken = probe(snippet, [7, 0, aligned, 0, 0, 0]);
             case.quiet(&taken, format_args!("{form} of {device}"));
-        }
-    }
-}
-
-/// Without a syndrome: done as the architecture has it, or an external abort that has changed nothing.
-pub fn without_syndrome(case: &mut Case, _world: &mut World) {
-    for (device, at, [first, second]) in IDENTIFICATION {
-        for kind in [Kind::Device, Kind::Normal] {
-            let va = map::page(Window(4), at, kind);
-            let x = [0x1111, 0x2222, va, 3, 4, 5];
-            for (form, snippet, done, fault) in [
-                (
-                    "ldp",
-                    load_pair as Snippet,
-                    [first, second, va, 3, 4, 5],
-                    va,
-                ),
-                (
-                    "ldr post-index",
-                    load_post,
-                    [first, 0x2222, va + 4, 3, 4, 5],
-                    va,
-                ),
-                (
-                    "ldr pre-index",
-                    load_pre,
-                    [second, 0x2222, va + 4, 3, 4, 5],
-                    va + 4,
-                ),
-                ("ldxr", load_exclusive, [first, 0x2222, va, 3, 4, 5], va),
-                ("ldr s", load_vector, [first, 0x2222, va, 3, 4, 5], va),
-                ("ld1", load_structure, x, va),
-            ] {
-                let taken = probe(snippet, x);
-                let what = format_args!("{form} of {device} as {kind:?}");
-                if taken.count == 0 {
-                    case.check(taken.x == done, format_args!("{what}: {:x?}", taken.x));
-                    continue;
-                }
-                case.syndrome_at(&taken, &[EXTERNAL_READ, ALIGNMENT_READ], fault, what);
-                case.check(
-                    taken.x[1..] == x[1..],
-                    format_args!("{what} changed registers: {:x?}", taken.x),
-                );
-            }
-            for (form, snippet) in [
-                ("stp", store_pair as Snippet),
-                ("str post-index", store_post),
-                ("str q", store_vector),
-                ("dc zva", zero_block),
-            ] {
-                let taken = probe(snippet, x);
-                if taken.count != 0 {
-                    let what = format_args!("{form} of {device} as {kind:?}");
-                    let allowed = [EXTERNAL_WRITE, ALIGNMENT_WRITE];
-                    case.syndrome(&taken, &allowed, what);
-                    case.check(taken.x == x, format_args!("{what}: {:x?}", taken.x));
-                }
-            }
-            atomics(case, x, device);
-        }
-    }
-}
-
-/// Exclusives and atomics; the syndrome may call them reads or writes.
-fn atomics(case: &mut Case, x: [u64; 6], device: &str) {
-    let forms = [
-        ("ldxr, stxr", store_exclusive as Snippet),
-        ("ldadd", atomic_add),
-        ("cas", compare_swap),
-    ];
-    let atomics = identity::field(6, 0, 20) >= 2;
-    for (form, snippet) in forms.into_iter().take(if atomics { 3 } else { 1 }) {
-        let taken = probe(snippet, x);
-        if taken.count != 0 {
-            // DFSC 0x35: an atomic that this memory has not.
-            let allowed = [
-                EXTERNAL_READ,
-                EXTERNAL_WRITE,
-                EXTERNAL_READ & !0x3f | 0x35,
-                EXTERNAL_WRITE & !0x3f | 0x35,
-            ];
-            let fits = allowed.contains(&taken.syndrome()) && taken.count <= 2;
-            case.check(fits, format_args!("{form} of {device}: {taken}"));
         }
     }
 }
@@ -342,7 +234,7 @@ pub fn virtio(case: &mut Case, world: &mut World) {
 
 /// Both vCPUs at once, at the same registers.
 pub fn by_two(case: &mut Case, world: &mut World) {
-    other::storm(world.random.next());
+    other::storm(other::Storm::Devices, world.random.next());
     for turn in 0..6000 {
         let (base, size) = if turn & 1 == 0 {
             (GICD, 0x1_0000)

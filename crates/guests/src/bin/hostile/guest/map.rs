@@ -1,6 +1,6 @@
 //! The cases' own stage-1 tables: what the run time mapped, and windows for any address with any attributes.
 //!
-//! Used by vCPU 0 alone. The windows' entries are changed by break-before-make with everything invalidated (Arm ARM D8.17).
+//! Used by vCPU 0 alone, but for a window that vCPU 1 changes in one case. The windows' entries are changed by break-before-make with everything invalidated (Arm ARM D8.17).
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -122,6 +122,23 @@ pub fn page_with(window: Window, ipa: u64, kind: Kind, bits: u64) -> u64 {
     let user = if bits & USER == 0 { UXN } else { 0 };
     let entry = ipa & 0xffff_ffff_f000 | PAGE | NOT_GLOBAL | attributes | user | bits;
     change(&LEVEL3, window.0, entry);
+    address(window)
+}
+
+/// The same for a page of code that EL0 can execute and not read.
+pub fn execute_only(window: Window, ipa: u64) -> u64 {
+    let entry = ipa & 0xffff_ffff_f000 | PAGE | NOT_GLOBAL | INNER_SHAREABLE | AF;
+    change(&LEVEL3, window.0, entry);
+    address(window)
+}
+
+/// Has `window` show nothing.
+pub fn forget(window: Window) {
+    change(&LEVEL3, window.0, 0);
+}
+
+/// Where `window` is.
+pub fn address(window: Window) -> u64 {
     WINDOWS + window.0 * 4096
 }
 

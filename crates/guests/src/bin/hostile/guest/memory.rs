@@ -293,25 +293,39 @@ pub fn flash(case: &mut Case, _world: &mut World) {
                 format_args!("{what} gives {:#x}", taken.x[0]),
             );
         }
-        // No syndrome says what these want: an abort, or they are done.
-        for (name, form, erased) in [
-            ("ldp", load_pair as Snippet, u64::MAX),
-            ("ldxr", load_exclusive, u64::MAX),
-            ("ldr post-index", load_post, u64::MAX),
+        // What no syndrome tells of is done too.
+        for (name, form, [x0, x1, moved]) in [
+            ("ldp", load_pair as Snippet, [u64::MAX, u64::MAX, 0]),
+            ("ldr post-index", load_post, [u64::MAX, access(va)[1], 8]),
+            ("stp", store_pair, [access(va)[0], access(va)[1], 0]),
+            (
+                "str post-index",
+                store_post,
+                [access(va)[0], access(va)[1], 8],
+            ),
+            ("ldr q", load_vector, [access(va)[0], access(va)[1], 0]),
+            ("str q", store_vector, [access(va)[0], access(va)[1], 0]),
+            ("ldp after it all", load_pair, [u64::MAX, u64::MAX, 0]),
         ] {
             let taken = probe(form, access(va));
-            let what = format_args!("{name} from flash at {ipa:#x}");
-            match taken.count {
-                0 => case.check(taken.x[0] == erased, what),
-                _ => case.syndrome_at(&taken, &[EXTERNAL_READ], va, what),
-            }
+            let what = format_args!("{name}, flash at {ipa:#x}");
+            case.quiet(&taken, what);
+            case.check(
+                taken.x[..3] == [x0, x1, va + moved],
+                format_args!("{what}: {:x?}", taken.x),
+            );
         }
-        for (name, form) in [("stp", store_pair as Snippet), ("dc zva", zero_block)] {
-            let taken = probe(form, access(va));
-            if taken.count != 0 {
-                let what = format_args!("{name} to flash at {ipa:#x}");
-                case.syndrome(&taken, &[EXTERNAL_WRITE], what);
-            }
+        // But for exclusives and DC ZVA: an abort, or they are done.
+        let taken = probe(load_exclusive, access(va));
+        let what = format_args!("ldxr from flash at {ipa:#x}");
+        match taken.count {
+            0 => case.check(taken.x[0] == u64::MAX, what),
+            _ => case.syndrome_at(&taken, &[EXTERNAL_READ], va, what),
+        }
+        let taken = probe(zero_block, access(va));
+        if taken.count != 0 {
+            let what = format_args!("dc zva to flash at {ipa:#x}");
+            case.syndrome(&taken, &[EXTERNAL_WRITE], what);
         }
         let code = va & !3;
         let taken = probe::run(code, [0; 6], Resume::Caller);

@@ -7,7 +7,7 @@ use tidemark_guests::pattern::{Random, Vcpu};
 use tidemark_guests::rt::gic::{self, Private};
 use tidemark_guests::rt::{Boot, counter, psci, smp};
 
-use super::devices;
+use super::{devices, instructions};
 
 const IDLE: u32 = 1;
 const STORM: u32 = 2;
@@ -19,6 +19,8 @@ const BUSY: u32 = 5;
 static WANTED: AtomicU32 = AtomicU32::new(IDLE);
 /// What it does; 0 before it has come.
 static DOES: AtomicU32 = AtomicU32::new(0);
+/// Which storm: the index of what it does a turn.
+static WHICH: AtomicU32 = AtomicU32::new(0);
 static SEED: AtomicU64 = AtomicU64::new(0);
 static ACCESSES: AtomicU64 = AtomicU64::new(0);
 static EXCEPTIONS: AtomicU64 = AtomicU64::new(0);
@@ -49,8 +51,27 @@ fn want(what: u32) -> bool {
     what == LEAVE || counter::within(10, || DOES.load(Ordering::Acquire) == what)
 }
 
-/// Has it access devices at random until [`calm`].
-pub fn storm(seed: u64) {
+/// What it does in a storm, over and over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storm {
+    /// Accesses devices at random.
+    Devices,
+    /// Changes the table that code is translated by.
+    Tables,
+    /// Changes code.
+    Code,
+}
+
+/// One turn of each; whether it raised something.
+const TURNS: [fn(&mut Random) -> bool; 3] = [
+    devices::storm,
+    instructions::change_tables,
+    instructions::change_code,
+];
+
+/// Has it do so until [`calm`].
+pub fn storm(which: Storm, seed: u64) {
+    WHICH.store(which as u32, Ordering::Relaxed);
     SEED.store(seed, Ordering::Relaxed);
     ACCESSES.store(0, Ordering::Relaxed);
     EXCEPTIONS.store(0, Ordering::Relaxed);
@@ -91,9 +112,10 @@ fn work(_vcpu: Vcpu) -> ! {
         match wanted {
             STORM => {
                 let mut random = Random(SEED.load(Ordering::Relaxed));
+                let turn = TURNS[WHICH.load(Ordering::Relaxed) as usize];
                 DOES.store(STORM, Ordering::Release);
                 while WANTED.load(Ordering::Acquire) == STORM {
-                    let raised = devices::storm(&mut random);
+                    let raised = turn(&mut random);
                     ACCESSES.fetch_add(1, Ordering::Relaxed);
                     EXCEPTIONS.fetch_add(u64::from(raised), Ordering::Relaxed);
                 }

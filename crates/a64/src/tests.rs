@@ -1,0 +1,4 @@
+//! Against another decoder, and against what instructions do.
+
+mod differential;
+mod effects;
