@@ -190,6 +190,7 @@ fn typed(byte: u8) {
 
 /// A guest wrote to its console. A line that a shared terminal is too slow for is in the history
 /// only: a CPU waits for the UART for a byte at most.
+#[inline(always)]
 pub fn guest_output(vm: &'static Vm, byte: u8) {
     vm.console.put(byte);
     if vm.console.attached.load(Relaxed) {

@@ -134,6 +134,7 @@ impl Pl011 {
     }
 
     /// Reads a register. Reading DR takes a byte from the FIFO.
+    #[inline(always)]
     pub fn read(&mut self, offset: u64) -> u32 {
         let state = &self.state;
         match offset {
@@ -157,6 +158,7 @@ impl Pl011 {
 
     /// Writes a register. Gives the byte to send, if that is what the write meant.
     #[must_use = "the byte is the guest's output"]
+    #[inline(always)]
     pub fn write(&mut self, offset: u64, value: u32) -> Option<u8> {
         let state = &mut self.state;
         match offset {
@@ -261,6 +263,7 @@ impl Pl011 {
         flags
     }
 
+    #[inline(always)]
     fn transmit(&mut self, byte: u8) -> Option<u8> {
         self.state.raw |= INT_TX;
         if self.state.control & CR_LBE == 0 {
@@ -271,6 +274,7 @@ impl Pl011 {
         None
     }
 
+    #[inline(always)]
     fn pop(&mut self) -> u32 {
         if self.state.fifo_len == 0 {
             return 0;

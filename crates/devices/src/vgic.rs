@@ -308,7 +308,7 @@ impl Vgic {
     ///
     /// ISPENDR and ISACTIVER of interrupts in list registers or with a hardware link show what the last sync saw; whoever holds them is made to
     /// need a sync, so that a guest that reads again gets the truth. [`Vgic::refresh`] gets it at once.
-    #[inline]
+    #[inline(always)]
     pub fn mmio_read(&self, vcpu: VcpuIndex, frame: Frame, offset: u64, size: AccessSize) -> u64 {
         // Which vCPU reads makes no difference: with affinity routing nothing is banked in the distributor.
         let _ = vcpu;
@@ -322,7 +322,7 @@ impl Vgic {
     }
 
     /// Writes a register.
-    #[inline]
+    #[inline(always)]
     pub fn mmio_write(
         &self,
         vcpu: VcpuIndex,
@@ -348,6 +348,7 @@ impl Vgic {
     /// Names the vCPUs whose list registers hold state that a read of this register reports; nobody for
     /// all but ISPENDR, ICPENDR, ISACTIVER and ICACTIVER. For an exact value sync the caller's own and wait for the
     /// others to be synced before [`Vgic::mmio_read`].
+    #[inline(always)]
     pub fn refresh(&self, frame: Frame, offset: u64) -> Kick {
         let kick = match frame {
             Frame::Distributor => self.refresh_distributor(offset),

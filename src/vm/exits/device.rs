@@ -41,6 +41,7 @@ pub fn answers(page: u64) -> bool {
 /// One access of an instruction that had no syndrome: takes a store's value, gives a load's.
 ///
 /// What is 64 bits wide is two accesses to a device whose registers have 32, as on QEMU and on such a bus.
+#[inline(never)]
 pub fn bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) -> u64 {
     let Some(device) = virt::decode(ipa) else {
         return ERASED;
@@ -187,6 +188,7 @@ fn settle_uart(vm: &Vm) -> Kick {
 /// While an alarm is set the clock is looked at each second, its resolution. Waking at the
 /// alarm's own second was rejected: a guest that sets another one all the time would have the
 /// watching CPU interrupted each time, whomever it runs.
+#[inline(always)]
 fn with_clock(vm: &Vm, action: impl FnOnce(&mut Pl031, UnixSeconds)) -> Kick {
     let mut clock = vm.clock.lock();
     let second = timer::seconds();

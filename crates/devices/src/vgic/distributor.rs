@@ -101,6 +101,7 @@ pub(super) const fn priorities(size: AccessSize) -> Option<usize> {
 }
 
 impl Vgic {
+    #[inline(always)]
     pub(super) fn read_distributor(&self, offset: u64, size: AccessSize) -> u64 {
         if IROUTER.contains(&offset) {
             let Some((spi, half)) = router(offset, size) else {
@@ -130,6 +131,7 @@ impl Vgic {
         }
     }
 
+    #[inline(always)]
     pub(super) fn write_distributor(&self, offset: u64, size: AccessSize, value: u64) -> Kick {
         let groups = self.groups();
         if IROUTER.contains(&offset) {
@@ -180,6 +182,7 @@ impl Vgic {
         Kick::NONE
     }
 
+    #[inline(always)]
     pub(super) fn refresh_distributor(&self, offset: u64) -> Kick {
         let word = Bits::at(offset).filter(|(bits, _)| bits.shows_state());
         match word.and_then(|(_, word)| spi_word(word)) {

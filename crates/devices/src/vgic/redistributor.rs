@@ -29,6 +29,7 @@ const TYPER_LAST: u64 = 1 << 4;
 const PROCESSOR_NUMBER_SHIFT: u32 = 8;
 
 impl Vgic {
+    #[inline(always)]
     pub(super) fn read_redistributor(&self, vcpu: VcpuIndex, offset: u64, size: AccessSize) -> u64 {
         let Some(bank) = self.bank(vcpu) else {
             return 0;
@@ -56,6 +57,7 @@ impl Vgic {
         }
     }
 
+    #[inline(always)]
     pub(super) fn write_redistributor(
         &self,
         vcpu: VcpuIndex,
