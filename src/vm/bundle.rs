@@ -51,7 +51,7 @@ pub fn read(map: &MemoryMap) -> WhenAllStopped {
         let id = vms.len() as u16;
         let flash = match &spec.boot {
             Boot::Firmware { image } => image.len,
-            Boot::Kernel { .. } => 0,
+            Boot::Kernel(_) => 0,
         };
         match GuestMemory::new(id, spec.memory_bytes, flash) {
             Ok(memory) => {

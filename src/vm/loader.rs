@@ -6,8 +6,7 @@
 //! does not start.
 
 use super::memory::{GuestMemory, Slot, Slots};
-use super::tree::{self, Initrd};
-use super::{Vm, lifecycle, work};
+use super::{Vm, lifecycle, tree, work};
 use crate::arch::crc::Crc32c;
 use crate::memory::PAGE;
 use crate::memory::frames::Run;
@@ -17,7 +16,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
-use log::debug;
+use log::{debug, info};
 use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
 use tidemark_stage2::Access;
 use tidemark_wire::bundle::{Blob, Boot};
@@ -29,16 +28,16 @@ const COPY_STEP: usize = 4 * 1024;
 const CLEAR_STEP: usize = 64;
 /// Frames of flash erased in one step: no block operation writes ones.
 const ERASE_STEP: usize = 8;
-/// A kernel goes this far into the RAM; the devicetree stands before it.
-const KERNEL_OFFSET: u64 = 2 << 20;
-/// The largest devicetree that Linux maps.
-const LARGEST_TREE: u64 = 2 << 20;
-const BLOCK: u64 = 2 << 20;
+/// Where the bundle says that RAM is, and where it is.
+const _: () = assert!(RAM_BASE == tidemark_wire::bundle::RAM_BASE);
 
+/// A file, or a part of one, and where it goes.
 struct Piece {
     what: &'static str,
     from: &'static [u8],
     to: u64,
+    /// Bytes of memory that it takes: past the file they are zero.
+    size: u64,
     crc32c: u32,
 }
 
@@ -64,104 +63,79 @@ enum Phase {
         done: usize,
         crc: Crc32c,
     },
+    Zero {
+        piece: usize,
+        done: u64,
+    },
     Start,
+}
+
+/// What the memory is like that files are laid into.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// All zero but for them.
+    Cleared,
+    /// As the guest left it.
+    Used,
 }
 
 /// The state of the job.
 pub struct Loader {
     vm: &'static Vm,
     pieces: Vec<Piece>,
-    initrd: Option<Initrd>,
     entry: u64,
+    /// Where the devicetree goes.
+    tree: Option<u64>,
+    memory: Memory,
     phase: Phase,
 }
 
-/// What an arm64 Image header says (Linux Documentation/arch/arm64/booting.rst).
-struct Image {
-    text_offset: u64,
-    size: u64,
-}
-
-impl Image {
-    /// `None` where it is none: then it is a flat binary, loaded and entered at its start.
-    fn read(bytes: &[u8]) -> Option<Self> {
-        let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-        if bytes.get(0x38..0x3c)? != b"ARM\x64" {
-            return None;
-        }
-        Some(Self {
-            text_offset: word(8)?,
-            size: word(16)?,
-        })
-    }
-}
-
 impl Loader {
-    /// Plans where everything goes.
+    /// Collects what goes where, as the bundle says it; that all of it is in the guest's memory
+    /// was checked when the bundle was read.
     ///
     /// # Errors
     ///
-    /// Says what does not fit, or is not there.
+    /// Says what is not there.
     pub fn new(vm: &'static Vm) -> Result<Self, String> {
-        let mut loader = Self {
-            vm,
-            pieces: Vec::new(),
-            initrd: None,
-            entry: 0,
-            phase: Phase::Wait,
+        let mut pieces = Vec::new();
+        let mut piece = |what, file: Option<Blob>, to, size| {
+            let (from, crc32c) = match file {
+                Some(file) => (blob(file)?, file.crc32c),
+                None => (&[][..], Crc32c::new().finish()),
+            };
+            pieces.push(Piece {
+                what,
+                from,
+                to,
+                size,
+                crc32c,
+            });
+            Ok::<(), String>(())
         };
-        let ram_end = RAM_BASE + vm.spec.memory_bytes;
-        match &vm.spec.boot {
+        let (entry, tree) = match &vm.spec.boot {
             Boot::Firmware { image } => {
-                loader.piece("firmware", *image, FLASH_BASE)?;
-                loader.entry = FLASH_BASE;
+                piece("firmware", Some(*image), FLASH_BASE, image.len)?;
+                (FLASH_BASE, Some(RAM_BASE))
             }
-            Boot::Kernel { kernel, initrd, .. } => {
-                let bytes = blob(*kernel)?;
-                let header = Image::read(bytes).unwrap_or(Image {
-                    text_offset: 0,
-                    size: 0,
-                });
-                let start = (RAM_BASE + KERNEL_OFFSET)
-                    .checked_add(header.text_offset)
-                    .filter(|start| start.is_multiple_of(PAGE as u64))
-                    .ok_or("the kernel's text_offset is no multiple of 4 KiB, or out of range")?;
-                let end = start
-                    .checked_add(header.size.max(kernel.len))
-                    .filter(|&end| end <= ram_end)
-                    .ok_or_else(|| {
-                        format!(
-                            "the kernel needs {} MiB, more than its {} MiB of memory: raise `memory` in the manifest",
-                            header.size.max(kernel.len).saturating_add(KERNEL_OFFSET) >> 20,
-                            vm.spec.memory_bytes >> 20
-                        )
-                    })?;
-                loader.piece("kernel", *kernel, start)?;
-                loader.entry = start;
-                if let Some(initrd) = initrd {
-                    let start = end.next_multiple_of(BLOCK);
-                    let end = start
-                        .checked_add(initrd.len)
-                        .filter(|&end| end <= ram_end)
-                        .ok_or(
-                            "the initrd does not fit behind the kernel: raise `memory` in the manifest",
-                        )?;
-                    loader.piece("initrd", *initrd, start)?;
-                    loader.initrd = Some(Initrd { start, end });
+            Boot::Kernel(kernel) => {
+                for segment in &kernel.segments {
+                    piece("kernel", segment.file, segment.address, segment.size)?;
                 }
+                if let Some(initrd) = &kernel.initrd {
+                    piece("initrd", Some(initrd.file), initrd.address, initrd.file.len)?;
+                }
+                (kernel.entry, kernel.devicetree)
             }
-        }
-        Ok(loader)
-    }
-
-    fn piece(&mut self, what: &'static str, blob_: Blob, to: u64) -> Result<(), String> {
-        self.pieces.push(Piece {
-            what,
-            from: blob(blob_)?,
-            to,
-            crc32c: blob_.crc32c,
-        });
-        Ok(())
+        };
+        Ok(Self {
+            vm,
+            pieces,
+            entry,
+            tree,
+            memory: Memory::Cleared,
+            phase: Phase::Wait,
+        })
     }
 
     /// One bounded step.
@@ -169,7 +143,7 @@ impl Loader {
         let task = match self.phase {
             Phase::Clear { .. } | Phase::Renew { .. } => Task::Clear,
             Phase::Map { .. } => Task::Map,
-            Phase::Copy { .. } => Task::Load,
+            Phase::Copy { .. } | Phase::Zero { .. } => Task::Load,
             Phase::Wait | Phase::Start => Task::Start,
         };
         match metered(task, || self.try_step()) {
@@ -190,6 +164,7 @@ impl Loader {
                 }
                 let (slot, run, page) = (0, 0, 0);
                 self.phase = if self.vm.cleared.load(Relaxed) {
+                    self.memory = Memory::Used;
                     Phase::Renew { slot, run, page }
                 } else {
                     Phase::Clear { slot, run, page }
@@ -253,13 +228,35 @@ impl Loader {
                             current.what
                         ));
                     }
-                    *piece += 1;
-                    *done = 0;
+                    let (piece, done) = (*piece, current.from.len() as u64);
+                    self.phase = Phase::Zero { piece, done };
                 } else {
                     crc.update(now);
                     let to = current.to + *done as u64;
                     write(memory, current.what, to, now)?;
                     *done += now.len();
+                }
+            }
+            Phase::Zero { piece, done } => {
+                let current = self
+                    .pieces
+                    .get(*piece)
+                    .filter(|_| self.memory == Memory::Used);
+                let left = current.map_or(0, |current| current.size.saturating_sub(*done));
+                match current.filter(|_| left > 0) {
+                    None => {
+                        self.phase = Phase::Copy {
+                            piece: *piece + 1,
+                            done: 0,
+                            crc: Crc32c::new(),
+                        };
+                    }
+                    Some(current) => {
+                        static ZEROS: [u8; COPY_STEP] = [0; COPY_STEP];
+                        let zeros = &ZEROS[..left.min(COPY_STEP as u64) as usize];
+                        write(memory, current.what, current.to + *done, zeros)?;
+                        *done += zeros.len() as u64;
+                    }
                 }
             }
             Phase::Start => {
@@ -276,23 +273,37 @@ impl Loader {
             Some(Err(error)) => return Err(format!("building its devicetree: {error:?}")),
             None => return Err("its devicetree was not built".into()),
         };
-        if tree.len() as u64 > LARGEST_TREE.min(KERNEL_OFFSET) {
-            return Err("its devicetree is larger than 2 MiB".into());
+        let place = self.tree.filter(|&at| self.has_room(at, tree.len() as u64));
+        match place {
+            Some(at) => write(&self.vm.memory, "devicetree", at, tree)?,
+            // As QEMU does it with a program that is where its devicetree would be.
+            None => info!(
+                "{}: no room for its devicetree; it gets none",
+                self.vm.name()
+            ),
         }
-        write(&self.vm.memory, "devicetree", RAM_BASE, tree)?;
         crate::arch::cache::invalidate_instructions();
-        debug!("{}: entry {:#x}", self.vm.name(), self.entry);
-        lifecycle::loaded(self.vm, self.entry, RAM_BASE);
+        debug!(
+            "{}: entry {:#x}, devicetree {place:x?}",
+            self.vm.name(),
+            self.entry
+        );
+        lifecycle::loaded(self.vm, self.entry, place.unwrap_or(0));
         Ok(())
+    }
+
+    /// Whether the devicetree at this address would be over nothing that was loaded.
+    fn has_room(&self, at: u64, len: u64) -> bool {
+        let end = at.saturating_add(len);
+        self.pieces
+            .iter()
+            .all(|piece| end <= piece.to || piece.to.saturating_add(piece.size) <= at)
     }
 }
 
 /// Makes the devicetree of a guest. Once, at boot: it is the same at every start, and takes longer than a step may.
 pub fn make_tree(vm: &'static Vm) {
-    // Where nothing can be loaded, the start will say so.
-    if let Ok(loader) = Loader::new(vm) {
-        vm.tree.call_once(|| tree::build(vm, loader.initrd));
-    }
+    vm.tree.call_once(|| tree::build(vm));
 }
 
 /// How many frames of a slot one step cares for.

@@ -2,7 +2,6 @@
 
 use super::Vm;
 use alloc::format;
-use alloc::string::String;
 use alloc::vec::Vec;
 use dtoolkit::ToPropertyValue;
 use dtoolkit::error::ModelError;
@@ -15,15 +14,6 @@ const CLOCK_PHANDLE: u32 = 2;
 const SPI: u32 = 0;
 const PPI: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
-
-/// Where the initrd was put, for /chosen.
-#[derive(Debug, Clone, Copy)]
-pub struct Initrd {
-    /// First address.
-    pub start: u64,
-    /// First address past it.
-    pub end: u64,
-}
 
 fn node<const N: usize>(
     name: &str,
@@ -57,7 +47,7 @@ fn cells<const N: usize>(values: [u64; N]) -> Vec<u32> {
 /// # Errors
 ///
 /// Fails on a name that a devicetree cannot hold; none of them comes from outside.
-pub fn build(vm: &Vm, initrd: Option<Initrd>) -> Result<Vec<u8>, ModelError> {
+pub fn build(vm: &Vm) -> Result<Vec<u8>, ModelError> {
     let mut tree = DeviceTree::new();
     let root = &mut tree.root;
     for property in [
@@ -70,7 +60,7 @@ pub fn build(vm: &Vm, initrd: Option<Initrd>) -> Result<Vec<u8>, ModelError> {
         root.add_property(property?);
     }
     let serial = format!("/pl011@{:x}", virt::UART_BASE);
-    root.add_child(chosen(vm, &serial, initrd)?);
+    root.add_child(chosen(vm, &serial)?);
     root.add_child(node("aliases", [property("serial0", serial.as_str())])?);
     root.add_child(node(
         &format!("memory@{:x}", virt::RAM_BASE),
@@ -164,14 +154,15 @@ pub fn build(vm: &Vm, initrd: Option<Initrd>) -> Result<Vec<u8>, ModelError> {
     Ok(tree.to_dtb())
 }
 
-fn chosen(vm: &Vm, serial: &str, initrd: Option<Initrd>) -> Result<DeviceTreeNode, ModelError> {
+fn chosen(vm: &Vm, serial: &str) -> Result<DeviceTreeNode, ModelError> {
     let mut chosen = node("chosen", [property("stdout-path", serial)])?;
-    if let Boot::Kernel { cmdline, .. } = &vm.spec.boot {
-        chosen.add_property(property("bootargs", String::clone(cmdline))?);
-    }
-    if let Some(initrd) = initrd {
-        chosen.add_property(property("linux,initrd-start", initrd.start)?);
-        chosen.add_property(property("linux,initrd-end", initrd.end)?);
+    if let Boot::Kernel(kernel) = &vm.spec.boot {
+        chosen.add_property(property("bootargs", kernel.cmdline.as_str())?);
+        if let Some(initrd) = &kernel.initrd {
+            let end = initrd.address.saturating_add(initrd.file.len);
+            chosen.add_property(property("linux,initrd-start", initrd.address)?);
+            chosen.add_property(property("linux,initrd-end", end)?);
+        }
     }
     Ok(chosen)
 }

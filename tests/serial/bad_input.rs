@@ -11,7 +11,7 @@ use tidemark_tests::oracle::{self, Pages};
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
 use tidemark_wire::PROTOCOL;
-use tidemark_wire::bundle::{BootFiles, Bundle, VmDraft};
+use tidemark_wire::bundle::{Boot, Bundle, Manifest};
 use tidemark_wire::checksum::crc32c;
 use tidemark_wire::message::{
     EngineChoice, ErrorReply, Granularity, Hold, Request, Response, SlotId, VmId,
@@ -28,6 +28,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("bad_bundle_other_format", 40, |script| {
             bad_bundle(script, Damage::OtherFormat)
         }),
+        Case::new("bad_bundle_of_before", 40, |script| {
+            bad_bundle(script, Damage::FormerFormat)
+        }),
         Case::new("bad_bundle_cut_short", 40, |script| {
             bad_bundle(script, Damage::CutShort)
         }),
@@ -40,7 +43,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("bad_bundle_file_damaged", 40, |script| {
             bad_bundle(script, Damage::File)
         }),
-        Case::new("bad_bundle_kernel_too_large", 40, kernel_too_large),
+        Case::new("bad_bundle_kernel_out_of_memory", 40, kernel_out_of_memory),
         Case::new("kernel_of_noise", 60, kernel_of_noise),
         Case::new("bad_frames", 90, bad_frames).at(Place::Anywhere),
         Case::new("truncated_frames", 60, truncated_frames).at(Place::Anywhere),
@@ -84,6 +87,8 @@ enum Damage {
     NotOne,
     /// A format number of the future.
     OtherFormat,
+    /// The format before this one.
+    FormerFormat,
     /// The end is missing.
     CutShort,
     /// A bit of the manifest is flipped.
@@ -104,6 +109,7 @@ fn damaged(bundle: &[u8], damage: Damage, seed: u64) -> Result<Vec<u8>> {
             .take(64)
             .for_each(|byte| *byte = (random.next() >> 32) as u8),
         Damage::OtherFormat => put_u32(&mut bytes, 8, 99)?,
+        Damage::FormerFormat => put_u32(&mut bytes, 8, 1)?,
         Damage::CutShort => {
             let cut = 32 + random.below(bytes.len() as u64 - 64);
             bytes.truncate(usize::try_from(cut)?);
@@ -172,28 +178,48 @@ fn bad_bundle(script: &mut Script, damage: Damage) -> Result<()> {
     no_guest_runs(target)
 }
 
-/// A kernel whose header asks for more than the guest has.
-fn kernel_too_large(script: &mut Script) -> Result<()> {
-    let mut kernel = vec![0; 8192];
-    put(&mut kernel, 16, &(1u64 << 30).to_le_bytes())?;
-    put(&mut kernel, 0x38, b"ARM\x64")?;
-    let bundle = guests::pack([of_kernel("large", kernel)])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
+/// A kernel that is not in the guest's memory: `tidectl` makes no such bundle.
+fn kernel_out_of_memory(script: &mut Script) -> Result<()> {
+    let good = guests::pack([guests::oracle(1, Mib(32))?])?;
+    let bundle = Bundle::parse(&good).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let mut manifest = bundle.manifest().clone();
+    let vm = manifest.vms.first_mut().context("a VM")?;
+    if let Boot::Kernel(kernel) = &mut vm.boot
+        && let Some(segment) = kernel.segments.first_mut()
+    {
+        // The oracle's first store would be past its RAM, in the hypervisor's if anywhere.
+        segment.address += Mib(32).bytes();
+        kernel.entry += Mib(32).bytes();
+    }
+    let bad = with_manifest(&good, &manifest)?;
+    let target = script.start_tidemark("virt", &bad, "")?;
     target.to_prompt()?;
-    target.shell_until("list", "failed")?;
-    let lines = errors_about(target, "raise `memory`");
-    ensure!(
-        lines == 1,
-        "{lines} lines of the log say what to do about it"
-    );
+    let lines = errors_about(target, "is not in its memory");
+    ensure!(lines == 1, "{lines} lines of the log say what is wrong");
     no_guest_runs(target)
+}
+
+/// The same bundle under another manifest of the same length.
+fn with_manifest(bundle: &[u8], manifest: &Manifest) -> Result<Vec<u8>> {
+    let mut bytes = bundle.to_vec();
+    let body = postcard::to_allocvec(manifest)?;
+    ensure!(
+        body.len() == usize::try_from(u32_at(&bytes, 12)?)?,
+        "the manifest would have another length"
+    );
+    put(&mut bytes, 32, &body)?;
+    put_u32(&mut bytes, 24, crc32c(&body))?;
+    Ok(bytes)
 }
 
 /// Random instructions: whatever a guest executes, EL2 goes on.
 fn kernel_of_noise(script: &mut Script) -> Result<()> {
     let mut random = Random(script.seed());
     let kernel = (0..65536).map(|_| (random.next() >> 32) as u8).collect();
-    let bundle = guests::pack([of_kernel("noise", kernel), guests::oracle(1, Mib(32))?])?;
+    let bundle = guests::pack([
+        guests::of_kernel("noise", 1, Mib(32), (kernel, None), "")?,
+        guests::oracle(1, Mib(32))?,
+    ])?;
     let target = script.start_tidemark("virt", &bundle, "")?;
     target.to_prompt()?;
     // The guest beside it comes up and takes commands.
@@ -212,21 +238,6 @@ fn kernel_of_noise(script: &mut Script) -> Result<()> {
     host.finish();
     target.shell_until("list", "stopped")?;
     shell_answers(target)
-}
-
-/// A guest with nothing but this kernel.
-fn of_kernel(name: &str, kernel: Vec<u8>) -> VmDraft {
-    VmDraft {
-        name: name.to_owned(),
-        vcpus: 1,
-        memory_bytes: Mib(32).bytes(),
-        autostart: true,
-        boot: BootFiles::Kernel {
-            kernel,
-            initrd: None,
-            cmdline: String::new(),
-        },
-    }
 }
 
 /// How many errors of the log say `what`; what the shell says does not count.
@@ -473,7 +484,7 @@ fn no_such_vm(script: &mut Script) -> Result<()> {
 fn start_noise(script: &mut Script) -> Result<&mut Target> {
     let mut random = Random(script.seed());
     let kernel = (0..65536).map(|_| (random.next() >> 32) as u8).collect();
-    let bundle = guests::pack([of_kernel("noise", kernel)])?;
+    let bundle = guests::pack([guests::of_kernel("noise", 1, Mib(32), (kernel, None), "")?])?;
     let target = script.start_tidemark("virt", &bundle, "")?;
     target.to_prompt()?;
     target.shell_until("list", "running")?;

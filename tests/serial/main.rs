@@ -20,6 +20,7 @@ mod case;
 mod copy;
 mod handover;
 mod hostile;
+mod kernels;
 mod linux;
 mod oracle;
 mod quota;
@@ -95,6 +96,7 @@ fn run() -> Result<ExitCode> {
         handover::cases(),
         reserved::cases(),
         linux::cases(),
+        kernels::cases(),
         oracle::cases(),
         slots::cases(),
         copy::cases(),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use tidectl::kernel;
 use tidemark_wire::bundle::{BootFiles, Builder, MachineOptions, VmDraft, WhenAllStopped};
 
 use crate::artifacts::Artifact;
@@ -27,12 +28,24 @@ impl Mib {
 
 /// Debian's kernel with busybox.
 pub fn linux(name: &str, vcpus: u8, memory: Mib) -> Result<VmDraft> {
-    let boot = BootFiles::Kernel {
-        kernel: read(&Artifact::Kernel.path()?)?,
-        initrd: Some(read(&Artifact::Initramfs.path()?)?),
-        cmdline: LINUX_COMMAND_LINE.to_owned(),
-    };
-    Ok(draft(name, vcpus, memory, boot))
+    let files = (
+        read(&Artifact::Kernel.path()?)?,
+        Some(read(&Artifact::Initramfs.path()?)?),
+    );
+    of_kernel(name, vcpus, memory, files, LINUX_COMMAND_LINE)
+}
+
+/// A guest of any kernel that `tidectl bundle` takes, with its initrd.
+pub fn of_kernel(
+    name: &str,
+    vcpus: u8,
+    memory: Mib,
+    (kernel, initrd): (Vec<u8>, Option<Vec<u8>>),
+    command_line: &str,
+) -> Result<VmDraft> {
+    let laid_out = kernel::lay_out(kernel, initrd, command_line.to_owned(), memory.bytes());
+    let (_, kernel) = laid_out.with_context(|| format!("the kernel of {name}"))?;
+    Ok(draft(name, vcpus, memory, BootFiles::Kernel(kernel)))
 }
 
 /// The guest that writes pages and says which.
@@ -59,12 +72,7 @@ pub fn uboot() -> Result<VmDraft> {
 }
 
 fn payload(name: &str, artifact: Artifact, vcpus: u8, memory: Mib) -> Result<VmDraft> {
-    let boot = BootFiles::Kernel {
-        kernel: read(&artifact.path()?)?,
-        initrd: None,
-        cmdline: String::new(),
-    };
-    Ok(draft(name, vcpus, memory, boot))
+    of_kernel(name, vcpus, memory, (read(&artifact.path()?)?, None), "")
 }
 
 fn draft(name: &str, vcpus: u8, memory: Mib, boot: BootFiles) -> VmDraft {
@@ -77,7 +85,8 @@ fn draft(name: &str, vcpus: u8, memory: Mib, boot: BootFiles) -> VmDraft {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+/// Reads a file, and names it if it cannot.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 

@@ -15,6 +15,7 @@ pub mod clocks;
 pub mod devicetree;
 pub mod guests;
 pub mod host;
+pub mod kernels;
 pub mod line;
 pub mod machine;
 pub mod oracle;

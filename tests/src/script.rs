@@ -46,6 +46,12 @@ impl Script {
         self.seed
     }
 
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The clocks that a machine of this run is started with.
     #[must_use]
     pub fn clocks(&self) -> Clocks {

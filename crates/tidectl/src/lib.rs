@@ -20,6 +20,7 @@ pub mod copy;
 pub mod error;
 pub mod heatmap;
 pub mod image;
+pub mod kernel;
 pub mod link;
 pub mod output;
 pub mod terminal;

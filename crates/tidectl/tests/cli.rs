@@ -771,12 +771,15 @@ fn shell_is_a_plain_terminal() {
 fn bundle_packs_and_explains() {
     let dir = temp_dir("bundle");
     let mut image = [7; 5000];
+    image[8..24].fill(0);
     image[0x38..0x3c].copy_from_slice(b"ARM\x64");
     write(&dir, "Image", image);
     write(&dir, "packed", b"\x1f\x8b\x08 and so on");
     write(&dir, "initrd", [8; 10]);
     write(&dir, "u-boot.bin", [9; 10]);
     write(&dir, "empty", "");
+    write(&dir, "elf", b"\x7fELF\x01\x01\x01");
+    write(&dir, "large", vec![1; 48 << 20]);
     let good = "[machine]\nwhen_all_stopped = \"power-off\"\n\
                 [[vm]]\nname = \"debian\"\nvcpus = 2\nmemory = \"512MiB\"\n\
                 kernel = \"Image\"\ninitrd = \"initrd\"\ncmdline = \"quiet\"\n\
@@ -794,6 +797,8 @@ fn bundle_packs_and_explains() {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let value: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(value["vms"][1]["name"], "fw");
+    assert_eq!(value["vms"][0]["boot"], "image");
+    assert_eq!(value["vms"][1]["boot"], "firmware");
     let bytes = fs::read(dir.join("out.bundle")).expect("a bundle");
     let bundle = Bundle::parse(&bytes).expect("a good bundle");
     assert_eq!(bundle.manifest().vms[0].memory_bytes, 512 << 20);
@@ -821,8 +826,12 @@ fn bundle_packs_and_explains() {
             "missing: No such file",
         ),
         (format!("{vm}kernel = \"empty\"\n"), "the file is empty"),
-        (format!("{vm}kernel = \"packed\"\n"), "it is compressed"),
-        (format!("{vm}kernel = \"initrd\"\n"), "no arm64 Image"),
+        (format!("{vm}kernel = \"packed\"\n"), "cannot be unpacked"),
+        (format!("{vm}kernel = \"elf\"\n"), "a 32-bit machine"),
+        (
+            format!("{vm}kernel = \"Image\"\ninitrd = \"large\"\n"),
+            "raise `memory`",
+        ),
         (format!("{vm}kernel = \"out.bundle\"\n"), "-o"),
         (
             format!("{vm}kernel = \"/dev/zero\"\n"),
@@ -839,11 +848,11 @@ fn bundle_packs_and_explains() {
             "is not a size",
         ),
         (
-            format!("[[vm]]\nname = \"a\"\nmemory = \"3MiB\"\n{kernel}"),
+            format!("[[vm]]\nname = \"a\"\nmemory = \"63MiB\"\n{kernel}"),
             "multiple of 2 MiB",
         ),
         (
-            format!("[[vm]]\nname = \"7\"\nmemory = \"2MiB\"\n{kernel}"),
+            format!("[[vm]]\nname = \"7\"\nmemory = \"64MiB\"\n{kernel}"),
             "not digits alone",
         ),
         (

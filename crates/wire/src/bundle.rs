@@ -5,7 +5,7 @@
 //! | offset | what |
 //! |---|---|
 //! | 0 | `TIDEBNDL` |
-//! | 8 | format version `u32` = 1 |
+//! | 8 | format version `u32` = 2 |
 //! | 12 | manifest length `u32` |
 //! | 16 | total length `u64`; a boot loader may pad, so more bytes than this are legal |
 //! | 24 | CRC-32C of the manifest `u32` |
@@ -14,7 +14,8 @@
 //! | then | the files, each at a multiple of 4 KiB |
 //!
 //! Invariants: a [`Bundle`] that parsed has 1..=16 vCPUs, whole 2 MiB of memory and a unique
-//! name in every VM, and every [`Blob`] lies inside it, aligned, and fits its VM's memory.
+//! name in every VM, and every [`Blob`] lies inside it, aligned, and fits its VM's memory. What
+//! a [`Kernel`] puts into RAM is in RAM, each part in a place of its own.
 //! The files' CRCs are checked when asked for ([`Bundle::blob`]): reading 100 MB is not part
 //! of parsing. Nothing here trusts a length.
 
@@ -23,7 +24,8 @@ mod manifest;
 
 pub use build::{BootFiles, Builder, VmDraft};
 pub use manifest::{
-    Blob, Boot, MachineOptions, Manifest, NAME_MAX, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,
+    Blob, Boot, Initrd, Kernel, MachineOptions, Manifest, NAME_MAX, RAM_BASE, SEGMENTS_MAX,
+    Segment, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,
 };
 
 use crate::checksum::crc32c;
@@ -34,7 +36,7 @@ use core::fmt;
 pub const MAGIC: [u8; 8] = *b"TIDEBNDL";
 
 /// Version of the format.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Bytes before the manifest.
 pub const HEADER_LEN: usize = 32;
@@ -83,6 +85,16 @@ pub enum BundleError {
     BlobRange(String, Blob),
     /// Files larger than the VM's memory.
     TooBig(String, u64),
+    /// A program of no parts or of too many.
+    Segments(String, usize),
+    /// A part whose file is longer than the memory it takes.
+    Segment(String, u64),
+    /// Something (its name, address and size) that is not in the VM's memory.
+    Place(String, &'static str, u64, u64),
+    /// Two things (their names and addresses) in one place.
+    Overlap(String, (&'static str, u64), (&'static str, u64)),
+    /// An entry point outside all segments, or at no instruction.
+    Entry(String, u64),
     /// A command line with a zero byte or too long.
     CommandLine(String),
     /// A file's CRC does not match.
@@ -95,7 +107,7 @@ impl fmt::Display for BundleError {
             Self::Magic => f.write_str("not a guest bundle; make one with `tidectl bundle`"),
             Self::Format(got) => write!(
                 f,
-                "bundle format {got}, this image reads {FORMAT}; pack it again with its own tidectl"
+                "bundle format {got}, this image reads {FORMAT}; pack it again with the tidectl built with this image"
             ),
             Self::Truncated { wanted, got } => write!(
                 f,
@@ -136,6 +148,28 @@ impl fmt::Display for BundleError {
                     "VM {name:?}: its files ({bytes} bytes) do not fit its memory"
                 )
             }
+            Self::Segments(name, count) => write!(
+                f,
+                "VM {name:?}: a program of {count} segments; 1 to {SEGMENTS_MAX} are possible"
+            ),
+            Self::Segment(name, address) => write!(
+                f,
+                "VM {name:?}: segment at {address:#x}: its file is longer than its memory; pack it again"
+            ),
+            Self::Place(name, what, address, size) => write!(
+                f,
+                "VM {name:?}: {what} at {address:#x}+{size:#x} is not in its memory, which begins at \
+                 {RAM_BASE:#x}; raise `memory`, or link it elsewhere"
+            ),
+            Self::Overlap(name, (what, address), (other, at)) => write!(
+                f,
+                "VM {name:?}: {what} at {address:#x} overlaps {other} at {at:#x}; link it elsewhere, \
+                 or raise `memory`"
+            ),
+            Self::Entry(name, entry) => write!(
+                f,
+                "VM {name:?}: entry point {entry:#x} is in no segment; check how it was linked"
+            ),
             Self::CommandLine(name) => {
                 write!(
                     f,

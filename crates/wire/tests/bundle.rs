@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use tidemark_wire::bundle::{
-    Blob, Boot, BootFiles, Builder, Bundle, BundleError, HEADER_LEN, MachineOptions, Manifest,
-    VmDraft, VmSpec, WhenAllStopped,
+    Blob, Boot, BootFiles, Builder, Bundle, BundleError, HEADER_LEN, Initrd, Kernel,
+    MachineOptions, Manifest, RAM_BASE, SEGMENTS_MAX, Segment, VmDraft, VmSpec, WhenAllStopped,
 };
 use tidemark_wire::checksum::crc32c;
 
@@ -15,11 +15,30 @@ fn draft(name: &str) -> VmDraft {
         vcpus: 2,
         memory_bytes: 64 * MIB,
         autostart: true,
-        boot: BootFiles::Kernel {
-            kernel: vec![0x4B; 10_000],
-            initrd: Some(vec![0x1D; 5]),
+        boot: BootFiles::Kernel(Kernel {
+            initrd: Some(Initrd {
+                address: RAM_BASE + 32 * MIB,
+                file: vec![0x1D; 5],
+            }),
+            devicetree: Some(RAM_BASE + 34 * MIB),
             cmdline: "console=ttyAMA0".into(),
-        },
+            ..program(vec![0x4B; 10_000])
+        }),
+    }
+}
+
+/// A program of one segment, a little larger in memory than its file.
+fn program(file: Vec<u8>) -> Kernel<Vec<u8>> {
+    Kernel {
+        entry: RAM_BASE + 2 * MIB,
+        segments: vec![Segment {
+            address: RAM_BASE + 2 * MIB,
+            size: file.len() as u64 + 100,
+            file: Some(file),
+        }],
+        initrd: None,
+        devicetree: None,
+        cmdline: String::new(),
     }
 }
 
@@ -40,7 +59,7 @@ fn refused(bytes: &[u8]) -> BundleError {
 fn forged(manifest: &Manifest, total: u64) -> Vec<u8> {
     let body = postcard::to_allocvec(manifest).expect("it serializes");
     let mut out = b"TIDEBNDL".to_vec();
-    out.extend(1u32.to_le_bytes());
+    out.extend(2u32.to_le_bytes());
     out.extend((body.len() as u32).to_le_bytes());
     out.extend(total.to_le_bytes());
     out.extend(crc32c(&body).to_le_bytes());
@@ -87,23 +106,29 @@ fn round_trip() {
         (debian.name.as_str(), debian.vcpus, debian.memory_bytes),
         ("debian", 2, 64 * MIB)
     );
-    let Boot::Kernel {
-        kernel,
-        initrd: Some(initrd),
-        cmdline,
-    } = &debian.boot
-    else {
+    let Boot::Kernel(kernel) = &debian.boot else {
         panic!("{debian:?}")
     };
-    assert_eq!(bundle.blob(*kernel).expect("intact"), [0x4B; 10_000]);
-    assert_eq!(bundle.blob(*initrd).expect("intact"), [0x1D; 5]);
-    assert_eq!(cmdline, "console=ttyAMA0");
+    let [kernel_file, initrd_file] = debian.boot.blobs().collect::<Vec<_>>()[..] else {
+        panic!("{debian:?}")
+    };
+    assert_eq!(bundle.blob(kernel_file).expect("intact"), [0x4B; 10_000]);
+    assert_eq!(bundle.blob(initrd_file).expect("intact"), [0x1D; 5]);
+    assert_eq!(kernel.cmdline, "console=ttyAMA0");
+    assert_eq!(
+        kernel.ranges().collect::<Vec<_>>(),
+        [
+            ("segment", RAM_BASE + 2 * MIB, 10_100),
+            ("initrd", RAM_BASE + 32 * MIB, 5)
+        ]
+    );
+    assert_eq!(kernel.devicetree, Some(RAM_BASE + 34 * MIB));
     let Boot::Firmware { image } = u_boot.boot else {
         panic!("{u_boot:?}")
     };
     assert_eq!(bundle.blob(image).expect("intact"), [0xF1; 4097]);
     assert!(!u_boot.autostart);
-    for blob in [*kernel, *initrd, image] {
+    for blob in [kernel_file, initrd_file, image] {
         assert_eq!(blob.offset % 4096, 0);
     }
 }
@@ -131,11 +156,10 @@ fn offsets_hold_whatever_the_manifest_grows_to() {
         let drafts = (0..4).map(|i| {
             let len = (pad - i * 1000).clamp(0, 1000);
             VmDraft {
-                boot: BootFiles::Kernel {
-                    kernel: vec![i as u8 + 1; 4096 * 5],
-                    initrd: None,
+                boot: BootFiles::Kernel(Kernel {
                     cmdline: "c".repeat(usize::try_from(len).expect("positive")),
-                },
+                    ..program(vec![i as u8 + 1; 4096 * 5])
+                }),
                 ..draft(&format!("vm{i}"))
             }
         });
@@ -167,8 +191,11 @@ fn what_is_no_bundle() {
 fn header_damage() {
     let good = pack([draft("a")]).expect("a good bundle");
     let mut other = good.clone();
-    other[8] = 2;
-    assert_eq!(refused(&other), BundleError::Format(2));
+    // One of before, and one to come.
+    for format in [1, 3] {
+        other[8] = format;
+        assert_eq!(refused(&other), BundleError::Format(format.into()));
+    }
     let short = &good[..good.len() - 1];
     let (wanted, got) = (good.len() as u64, short.len() as u64);
     assert_eq!(refused(short), BundleError::Truncated { wanted, got });
@@ -211,12 +238,7 @@ fn file_damage_is_found_when_the_file_is_used() {
     let last = bytes.len() - 1;
     bytes[last] ^= 0x80;
     let bundle = Bundle::parse(&bytes).expect("the manifest is intact");
-    let Boot::Kernel {
-        kernel,
-        initrd: Some(initrd),
-        ..
-    } = bundle.manifest().vms[0].boot
-    else {
+    let [kernel, initrd] = bundle.manifest().vms[0].boot.blobs().collect::<Vec<_>>()[..] else {
         panic!("a kernel was packed")
     };
     assert!(bundle.blob(kernel).is_ok());
@@ -329,15 +351,163 @@ fn impossible_guests() {
         BundleError::TooBig("a".into(), 2 * MIB + 1)
     );
     for cmdline in ["a\0b".to_string(), "c".repeat(2048)] {
-        let boot = BootFiles::Kernel {
-            kernel: vec![1],
-            initrd: None,
+        let boot = BootFiles::Kernel(Kernel {
             cmdline,
-        };
+            ..program(vec![1])
+        });
         let got = pack([VmDraft { boot, ..draft("a") }]).expect_err("refused");
         assert_eq!(got, BundleError::CommandLine("a".into()));
     }
 }
+
+const NO_BLOB: Blob = Blob {
+    offset: 4096,
+    len: 1,
+    crc32c: 0,
+};
+
+/// Addresses and sizes, most of them near an edge.
+fn place() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        Just(0),
+        Just(8),
+        Just(RAM_BASE),
+        Just(RAM_BASE - 8),
+        Just(RAM_BASE + MIB),
+        Just(2 * MIB),
+        Just(MIB),
+        Just(u64::MAX - 7),
+        Just(u64::MAX - RAM_BASE + 1),
+        any::<u64>(),
+    ]
+}
+
+#[test]
+fn programs_that_are_not_in_memory() {
+    let good = || Kernel {
+        entry: RAM_BASE + MIB + 4,
+        segments: vec![
+            Segment {
+                address: RAM_BASE + MIB,
+                size: 4096,
+                file: Some(NO_BLOB),
+            },
+            Segment {
+                address: RAM_BASE,
+                size: MIB,
+                file: None,
+            },
+        ],
+        initrd: Some(Initrd {
+            address: RAM_BASE + 2 * MIB - 1,
+            file: NO_BLOB,
+        }),
+        devicetree: Some(RAM_BASE + 2 * MIB - 8),
+        cmdline: String::new(),
+    };
+    let judged = |change: &dyn Fn(&mut Kernel<Blob>)| {
+        let mut kernel = good();
+        change(&mut kernel);
+        let boot = Boot::Kernel(kernel);
+        let vm = VmSpec {
+            boot,
+            ..spec(NO_BLOB)
+        };
+        Bundle::parse(&forged(&manifest(vec![vm]), 8192)).map(|_| ())
+    };
+    let name = || String::from("fw");
+    assert_eq!(judged(&|_| ()), Ok(()));
+    let wrong: [(&dyn Fn(&mut Kernel<Blob>), BundleError); 13] = [
+        (
+            &|kernel| kernel.segments.clear(),
+            BundleError::Segments(name(), 0),
+        ),
+        (
+            &|kernel| {
+                let one = kernel.segments[1].clone();
+                kernel.segments.resize(SEGMENTS_MAX + 1, one);
+            },
+            BundleError::Segments(name(), SEGMENTS_MAX + 1),
+        ),
+        (
+            &|kernel| kernel.segments[0].address = RAM_BASE - 4096,
+            BundleError::Place(name(), "segment", RAM_BASE - 4096, 4096),
+        ),
+        (
+            &|kernel| kernel.segments[0].size = MIB + 1,
+            BundleError::Place(name(), "segment", RAM_BASE + MIB, MIB + 1),
+        ),
+        (
+            &|kernel| kernel.segments[0].size = u64::MAX,
+            BundleError::Place(name(), "segment", RAM_BASE + MIB, u64::MAX),
+        ),
+        (
+            &|kernel| kernel.segments[0].size = 0,
+            BundleError::Place(name(), "segment", RAM_BASE + MIB, 0),
+        ),
+        (
+            &|kernel| kernel.segments[1].size = MIB + 1,
+            BundleError::Overlap(name(), ("segment", RAM_BASE), ("segment", RAM_BASE + MIB)),
+        ),
+        (
+            &|kernel| kernel.initrd.as_mut().expect("there").address = RAM_BASE + 5,
+            BundleError::Overlap(name(), ("initrd", RAM_BASE + 5), ("segment", RAM_BASE)),
+        ),
+        (
+            &|kernel| kernel.initrd.as_mut().expect("there").address = RAM_BASE + 2 * MIB,
+            BundleError::Place(name(), "initrd", RAM_BASE + 2 * MIB, 1),
+        ),
+        (
+            &|kernel| {
+                kernel.segments[0].size = 4;
+                kernel.segments[0].file.as_mut().expect("there").len = 5;
+                kernel.entry = RAM_BASE + MIB;
+            },
+            BundleError::Segment(name(), RAM_BASE + MIB),
+        ),
+        (
+            &|kernel| kernel.entry = RAM_BASE + MIB + 4096,
+            BundleError::Entry(name(), RAM_BASE + MIB + 4096),
+        ),
+        (
+            &|kernel| kernel.entry += 2,
+            BundleError::Entry(name(), RAM_BASE + MIB + 6),
+        ),
+        (
+            &|kernel| kernel.devicetree = Some(RAM_BASE + 2 * MIB),
+            BundleError::Place(name(), "devicetree", RAM_BASE + 2 * MIB, 8),
+        ),
+    ];
+    for (change, error) in wrong {
+        assert_eq!(judged(change), Err(error));
+    }
+}
+
+/// The bytes of the header and the manifest: a change here is another format.
+#[test]
+fn golden() {
+    let bytes = pack([
+        draft("a"),
+        VmDraft {
+            boot: BootFiles::Firmware { image: vec![9] },
+            autostart: false,
+            ..draft("b")
+        },
+    ])
+    .expect("a good bundle");
+    let end =
+        HEADER_LEN + u32::from_le_bytes(*bytes[12..].first_chunk().expect("a header")) as usize;
+    let hex: String = bytes[..end]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    assert_eq!(hex, GOLDEN);
+}
+
+const GOLDEN: &str = "54494445424e444c0200000059000000015000000000000054e2e2e000000000\
+     01020161028080802001008080808104018080808104f44e018020904edaf5d6\
+     920101808080900480800105fee39eee040180808091040f636f6e736f6c653d\
+     747479414d413001620280808020000180a001019d91bed602";
 
 #[test]
 fn each_error_is_one_clear_line() {
@@ -349,7 +519,7 @@ fn each_error_is_one_clear_line() {
     let name = || String::from("a");
     for error in [
         BundleError::Magic,
-        BundleError::Format(2),
+        BundleError::Format(3),
         BundleError::Truncated { wanted: 2, got: 1 },
         BundleError::ManifestCrc,
         BundleError::Manifest,
@@ -361,6 +531,11 @@ fn each_error_is_one_clear_line() {
         BundleError::Memory(name(), 1),
         BundleError::BlobRange(name(), blob),
         BundleError::TooBig(name(), 1),
+        BundleError::Segments(name(), 0),
+        BundleError::Segment(name(), 1),
+        BundleError::Place(name(), "initrd", 1, 1),
+        BundleError::Overlap(name(), ("initrd", 1), ("segment", 2)),
+        BundleError::Entry(name(), 1),
         BundleError::CommandLine(name()),
         BundleError::BlobCrc(blob),
     ] {
@@ -398,8 +573,37 @@ proptest! {
     }
 
     #[test]
+    fn no_place_is_trusted(
+        memory_bytes in prop::sample::select(vec![2 * MIB, 64 * MIB, u64::MAX - 2 * MIB + 1]),
+        ranges in prop::collection::vec((place(), place()), 0..4),
+        entry in place(),
+        devicetree in prop::option::of(place()),
+    ) {
+        let segments = ranges.iter().map(|&(address, size)| Segment { address, size, file: None });
+        let kernel = Kernel {
+            entry,
+            segments: segments.collect(),
+            initrd: None,
+            devicetree,
+            cmdline: String::new(),
+        };
+        let vm = VmSpec { memory_bytes, boot: Boot::Kernel(kernel), ..spec(NO_BLOB) };
+        if Bundle::parse(&forged(&manifest(vec![vm]), 8192)).is_ok() {
+            let end = |(address, size): (u64, u64)| u128::from(address) + u128::from(size);
+            for (index, &range) in ranges.iter().enumerate() {
+                prop_assert!(range.0 >= RAM_BASE);
+                prop_assert!(end(range) <= u128::from(RAM_BASE) + u128::from(memory_bytes));
+                for &other in &ranges[..index] {
+                    let apart = end(range) <= other.0.into() || end(other) <= range.0.into();
+                    prop_assert!(apart);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        let mut bundle = b"TIDEBNDL\x01\0\0\0".to_vec();
+        let mut bundle = b"TIDEBNDL\x02\0\0\0".to_vec();
         bundle.extend(bytes);
         let _ = Bundle::parse(&bundle);
     }

@@ -2,6 +2,7 @@
 
 use super::Context;
 use super::get::write_safely;
+use crate::kernel::{self, Kind};
 use crate::units::{parse_size, size};
 use crate::{Error, Result};
 use clap::Args;
@@ -10,7 +11,7 @@ use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tidemark_wire::bundle::{
-    BootFiles, Builder, Bundle, BundleError, MachineOptions, VmDraft, WhenAllStopped,
+    BootFiles, Builder, Bundle, BundleError, MachineOptions, VmDraft, VmSpec, WhenAllStopped,
 };
 
 /// What to pack.
@@ -24,7 +25,8 @@ vms.toml (paths are relative to it):
   name = \"debian\"
   vcpus = 2                           # default 1
   memory = \"512MiB\"
-  kernel = \"Image\"
+  kernel = \"Image\"                    # arm64 Image, also packed (gzip, zstd, EFI zboot);
+                                      # ELF; or flat: code from its first byte on
   initrd = \"initramfs.cpio.gz\"       # may be left out
   cmdline = \"console=ttyAMA0\"        # may be left out
 
@@ -97,7 +99,7 @@ fn yes() -> bool {
 }
 
 pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
-    let bytes = pack(&args.manifest, &args.output)?;
+    let (bytes, kinds) = pack(&args.manifest, &args.output)?;
     write_safely(&args.output, &bytes)?;
     let bundle = Bundle::parse(&bytes)?;
     let vms = &bundle.manifest().vms;
@@ -105,28 +107,34 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
         "schema": 1,
         "output": args.output,
         "bytes": bytes.len(),
-        "vms": vms.iter().enumerate().map(|(id, vm)| json!({
+        "vms": vms.iter().zip(&kinds).enumerate().map(|(id, (vm, kind))| json!({
             "id": id,
             "name": vm.name,
             "vcpus": vm.vcpus,
             "memory_bytes": vm.memory_bytes,
             "autostart": vm.autostart,
+            "boot": kind.map_or("firmware", Kind::name),
         })).collect::<Vec<_>>(),
     });
     context.ui.data(&json, || {
-        let names: Vec<&str> = vms.iter().map(|vm| vm.name.as_str()).collect();
+        let name = |(vm, kind): (&VmSpec, &Option<Kind>)| match kind {
+            // What is not known is started all the same: better to say so.
+            Some(Kind::Flat) => format!("{} (a flat binary)", vm.name),
+            _ => vm.name.clone(),
+        };
+        let names: Vec<String> = vms.iter().zip(&kinds).map(name).collect();
         let (path, len) = (args.output.display(), size(bytes.len() as u64));
         format!("{path}: {len}, {} VMs: {}", vms.len(), names.join(", "))
     })
 }
 
 /// Reads a description and everything it names, and packs it. `output` must not be one of
-/// those files.
+/// those files. Beside the bundle: what kind each guest's kernel is, `None` for firmware.
 ///
 /// # Errors
 /// [`Error::Input`] that says what is wrong where, [`Error::File`] for a file that is named
 /// but cannot be read, [`Error::Bundle`] for what the image would refuse.
-fn pack(manifest: &Path, output: &Path) -> Result<Vec<u8>> {
+fn pack(manifest: &Path, output: &Path) -> Result<(Vec<u8>, Vec<Option<Kind>>)> {
     let output = fs::canonicalize(output).ok();
     let apart = |path: &Path| {
         if output.is_some() && fs::canonicalize(path).ok() == output {
@@ -150,6 +158,7 @@ fn pack(manifest: &Path, output: &Path) -> Result<Vec<u8>> {
         Stopped::PowerOff => WhenAllStopped::PowerOff,
     };
     let mut builder = Builder::new(MachineOptions { when_all_stopped });
+    let mut kinds = Vec::new();
     for vm in file.vm {
         let wrong = |problem: String| input(format!("VM {:?}: {problem}", vm.name));
         if vm.passthrough.is_some() {
@@ -160,10 +169,11 @@ fn pack(manifest: &Path, output: &Path) -> Result<Vec<u8>> {
         for path in files.into_iter().flatten() {
             apart(&dir.join(path))?;
         }
-        let boot = boot(dir, &vm).map_err(|error| match error {
+        let (boot, kind) = boot(dir, &vm, memory_bytes).map_err(|error| match error {
             BootError::File(error) => error,
             BootError::Wrong(problem) => wrong(problem.into()),
         })?;
+        kinds.push(kind);
         let (name, vcpus, autostart) = (vm.name, vm.vcpus, vm.autostart);
         builder.vm(VmDraft {
             name,
@@ -174,10 +184,11 @@ fn pack(manifest: &Path, output: &Path) -> Result<Vec<u8>> {
         });
     }
     // The image's own judgement, with the file that is to be mended.
-    builder.finish().map_err(|error| match error {
+    let bytes = builder.finish().map_err(|error| match error {
         BundleError::NoVms => input("no [[vm]] in it".into()),
         error => input(error.to_string()),
-    })
+    })?;
+    Ok((bytes, kinds))
 }
 
 enum BootError {
@@ -185,7 +196,11 @@ enum BootError {
     Wrong(&'static str),
 }
 
-fn boot(dir: &Path, vm: &Vm) -> std::result::Result<BootFiles, BootError> {
+fn boot(
+    dir: &Path,
+    vm: &Vm,
+    memory: u64,
+) -> std::result::Result<(BootFiles, Option<Kind>), BootError> {
     let read = |path: &PathBuf| {
         let path = dir.join(path);
         let there = fs::metadata(&path).map_err(|e| BootError::File(Error::file(&path)(e)))?;
@@ -208,34 +223,19 @@ fn boot(dir: &Path, vm: &Vm) -> std::result::Result<BootFiles, BootError> {
         (None, Some(_)) if vm.initrd.is_some() || vm.cmdline.is_some() => Err(BootError::Wrong(
             "initrd and cmdline belong to a kernel, not to firmware",
         )),
-        (None, Some(firmware)) => Ok(BootFiles::Firmware {
-            image: read(firmware)?,
-        }),
-        (Some(kernel), None) => Ok(BootFiles::Kernel {
-            kernel: read(kernel).and_then(|bytes| {
-                let Err(problem) = check_image(&bytes) else {
-                    return Ok(bytes);
-                };
-                let (path, problem) = (dir.join(kernel), problem.into());
-                Err(BootError::File(Error::Input { path, problem }))
-            })?,
-            initrd: vm.initrd.as_ref().map(read).transpose()?,
-            cmdline: vm.cmdline.clone().unwrap_or_default(),
-        }),
-    }
-}
-
-/// Says what a kernel is if it is no arm64 Image: the guest would start it and stay silent.
-fn check_image(bytes: &[u8]) -> std::result::Result<(), &'static str> {
-    if bytes.get(0x38..0x3c) == Some(b"ARM\x64") {
-        Ok(())
-    } else if bytes.starts_with(&[0x1f, 0x8b]) {
-        Err("it is compressed; unpack it first: gunzip -c FILE > Image")
-    } else if bytes.get(4..8) == Some(b"zimg") {
-        Err("it is an EFI zboot image; use the Image that is packed in it")
-    } else if bytes.starts_with(b"\x7fELF") {
-        Err("it is an ELF file; use the Image made of it: objcopy -O binary")
-    } else {
-        Err("it is no arm64 Image: its header (\"ARM\\x64\" at 0x38) is missing")
+        (None, Some(firmware)) => {
+            let image = read(firmware)?;
+            Ok((BootFiles::Firmware { image }, None))
+        }
+        (Some(kernel), None) => {
+            let initrd = vm.initrd.as_ref().map(read).transpose()?;
+            let cmdline = vm.cmdline.clone().unwrap_or_default();
+            let (kind, kernel) =
+                kernel::lay_out(read(kernel)?, initrd, cmdline, memory).map_err(|error| {
+                    let (path, problem) = (dir.join(kernel), error.to_string());
+                    BootError::File(Error::Input { path, problem })
+                })?;
+            Ok((BootFiles::Kernel(kernel), Some(kind)))
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Packing: the host's side of the bundle.
 
-use super::manifest::{Blob, Boot, MachineOptions, Manifest, VmSpec};
+use super::manifest::{Blob, Boot, Kernel, MachineOptions, Manifest, VmSpec};
 use super::{BLOB_ALIGN, Bundle, BundleError, FORMAT, HEADER_LEN, MAGIC};
 use crate::checksum::crc32c;
 use alloc::string::String;
@@ -25,14 +25,7 @@ pub struct VmDraft {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum BootFiles {
     /// See [`Boot::Kernel`].
-    Kernel {
-        /// The image.
-        kernel: Vec<u8>,
-        /// Its initial RAM disk.
-        initrd: Option<Vec<u8>>,
-        /// Its command line.
-        cmdline: String,
-    },
+    Kernel(Kernel<Vec<u8>>),
     /// See [`Boot::Firmware`].
     Firmware {
         /// The image.
@@ -63,19 +56,7 @@ impl Builder {
     /// Adds a guest; its id is the number of guests before it.
     pub fn vm(&mut self, draft: VmDraft) {
         let boot = match draft.boot {
-            BootFiles::Kernel {
-                kernel,
-                initrd,
-                cmdline,
-            } => {
-                let kernel = self.file(kernel);
-                let initrd = initrd.map(|bytes| self.file(bytes));
-                Boot::Kernel {
-                    kernel,
-                    initrd,
-                    cmdline,
-                }
-            }
+            BootFiles::Kernel(kernel) => Boot::Kernel(kernel.map(|bytes| self.file(bytes))),
             BootFiles::Firmware { image } => Boot::Firmware {
                 image: self.file(image),
             },
@@ -153,22 +134,22 @@ impl Builder {
             offsets.push(at);
             at += file.len() as u64;
         }
-        let place = |blob: &mut Blob| {
+        let place = |blob: Blob| {
             let index = usize::try_from(blob.offset).ok();
-            blob.offset = index
-                .and_then(|index| offsets.get(index))
-                .copied()
-                .unwrap_or(0);
+            let offset = index.and_then(|index| offsets.get(index)).copied();
+            Blob {
+                offset: offset.unwrap_or(0),
+                ..blob
+            }
         };
         let mut vms = self.vms.clone();
         for vm in &mut vms {
-            match &mut vm.boot {
-                Boot::Kernel { kernel, initrd, .. } => {
-                    place(kernel);
-                    initrd.iter_mut().for_each(place);
-                }
-                Boot::Firmware { image } => place(image),
-            }
+            vm.boot = match &vm.boot {
+                Boot::Kernel(kernel) => Boot::Kernel(kernel.clone().map(place)),
+                Boot::Firmware { image } => Boot::Firmware {
+                    image: place(*image),
+                },
+            };
         }
         (
             Manifest {

@@ -17,6 +17,12 @@ const COMMAND_LINE_MAX: usize = 2047;
 /// Memory comes in blocks of this.
 const MEMORY_UNIT: u64 = 2 << 20;
 
+/// Most parts of a program.
+pub const SEGMENTS_MAX: usize = 32;
+
+/// Where a guest's RAM begins, as on QEMU's `virt`.
+pub const RAM_BASE: u64 = 0x4000_0000;
+
 /// Most VMs: the list of them must fit the shortest answer.
 pub const VMS_MAX: usize = 16;
 
@@ -64,20 +70,128 @@ pub struct VmSpec {
 /// What a guest starts.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Boot {
-    /// An arm64 `Image`, as a boot loader would start it.
-    Kernel {
-        /// The image.
-        kernel: Blob,
-        /// Its initial RAM disk.
-        initrd: Option<Blob>,
-        /// Its command line.
-        cmdline: String,
-    },
+    /// A program in RAM.
+    Kernel(Kernel<Blob>),
     /// Firmware, read-only at address 0, where the reset vector is.
     Firmware {
         /// The image.
         image: Blob,
     },
+}
+
+/// A program, laid out in a guest's RAM: what goes where, and where it is entered. `File` is a
+/// [`Blob`], or the bytes themselves until they are packed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Kernel<File> {
+    /// Where the first vCPU begins, an address inside a segment.
+    pub entry: u64,
+    /// Its parts, 1 to [`SEGMENTS_MAX`], none over another.
+    pub segments: Vec<Segment<File>>,
+    /// Its initial RAM disk.
+    pub initrd: Option<Initrd<File>>,
+    /// Where its devicetree goes, whose address is in x0. `None`: there is no room for one.
+    pub devicetree: Option<u64>,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+/// A part of a program.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Segment<File> {
+    /// Its first address.
+    pub address: u64,
+    /// Bytes of memory that it takes, not 0. Those past the file are zero at each start.
+    pub size: u64,
+    /// What is at its beginning.
+    pub file: Option<File>,
+}
+
+/// An initial RAM disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Initrd<File> {
+    /// Its first address.
+    pub address: u64,
+    /// The file.
+    pub file: File,
+}
+
+impl<File> Kernel<File> {
+    /// The same with other files.
+    pub fn map<Other>(self, mut other: impl FnMut(File) -> Other) -> Kernel<Other> {
+        let segments = self.segments.into_iter().map(|segment| Segment {
+            address: segment.address,
+            size: segment.size,
+            file: segment.file.map(&mut other),
+        });
+        Kernel {
+            entry: self.entry,
+            segments: segments.collect(),
+            initrd: self.initrd.map(|initrd| Initrd {
+                address: initrd.address,
+                file: other(initrd.file),
+            }),
+            devicetree: self.devicetree,
+            cmdline: self.cmdline,
+        }
+    }
+}
+
+impl Kernel<Blob> {
+    /// What it takes of the RAM: each range's name, first address and size.
+    pub fn ranges(&self) -> impl Iterator<Item = (&'static str, u64, u64)> {
+        let segments = self.segments.iter();
+        let segments = segments.map(|segment| ("segment", segment.address, segment.size));
+        let initrd = self.initrd.as_ref();
+        segments.chain(initrd.map(|initrd| ("initrd", initrd.address, initrd.file.len)))
+    }
+
+    /// Checks that everything is in a RAM of so many bytes, and nothing over anything else.
+    fn check(&self, name: &str, memory_bytes: u64) -> Result<(), BundleError> {
+        let name = || String::from(name);
+        if self.cmdline.len() > COMMAND_LINE_MAX || self.cmdline.contains('\0') {
+            return Err(BundleError::CommandLine(name()));
+        }
+        if self.segments.is_empty() || self.segments.len() > SEGMENTS_MAX {
+            return Err(BundleError::Segments(name(), self.segments.len()));
+        }
+        let in_ram = |address: u64, size: u64| {
+            let offset = address.checked_sub(RAM_BASE);
+            let end = offset.and_then(|offset| offset.checked_add(size));
+            address.checked_add(size).is_some() && end.is_some_and(|end| end <= memory_bytes)
+        };
+        for (index, (what, address, size)) in self.ranges().enumerate() {
+            if size == 0 || !in_ram(address, size) {
+                return Err(BundleError::Place(name(), what, address, size));
+            }
+            // Both ranges were found to end in RAM: neither sum wraps.
+            let over =
+                |&(_, other, len): &(_, u64, u64)| address < other + len && other < address + size;
+            if let Some((other, at, _)) = self.ranges().take(index).find(over) {
+                return Err(BundleError::Overlap(name(), (what, address), (other, at)));
+            }
+        }
+        for segment in &self.segments {
+            if let Some(file) = &segment.file
+                && file.len > segment.size
+            {
+                return Err(BundleError::Segment(name(), segment.address));
+            }
+        }
+        let inside = |segment: &Segment<Blob>| {
+            self.entry
+                .checked_sub(segment.address)
+                .is_some_and(|offset| offset < segment.size)
+        };
+        if !self.entry.is_multiple_of(4) || !self.segments.iter().any(inside) {
+            return Err(BundleError::Entry(name(), self.entry));
+        }
+        match self.devicetree {
+            Some(address) if !address.is_multiple_of(8) || !in_ram(address, 8) => {
+                Err(BundleError::Place(name(), "devicetree", address, 8))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A file inside the bundle.
@@ -145,24 +259,24 @@ impl VmSpec {
             return Err(BundleError::Memory(self.name.clone(), self.memory_bytes));
         }
         match &self.boot {
-            Boot::Kernel { cmdline, .. }
-                if cmdline.len() > COMMAND_LINE_MAX || cmdline.contains('\0') =>
-            {
-                Err(BundleError::CommandLine(self.name.clone()))
-            }
-            _ => Ok(()),
+            Boot::Kernel(kernel) => kernel.check(&self.name, self.memory_bytes),
+            Boot::Firmware { .. } => Ok(()),
         }
     }
 }
 
 impl Boot {
     /// The files it needs.
-    pub fn blobs(&self) -> impl Iterator<Item = Blob> + use<> {
-        let (first, second) = match self {
-            Self::Kernel { kernel, initrd, .. } => (*kernel, *initrd),
-            Self::Firmware { image } => (*image, None),
+    pub fn blobs(&self) -> impl Iterator<Item = Blob> {
+        let (kernel, image) = match self {
+            Self::Kernel(kernel) => (Some(kernel), None),
+            Self::Firmware { image } => (None, Some(*image)),
         };
-        core::iter::once(first).chain(second)
+        let files = kernel.into_iter().flat_map(|kernel| {
+            let segments = kernel.segments.iter().filter_map(|segment| segment.file);
+            segments.chain(kernel.initrd.as_ref().map(|initrd| initrd.file))
+        });
+        files.chain(image)
     }
 }
 
