@@ -26,6 +26,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod pflash;
 pub mod pl011;
 pub mod pl031;
 mod primecell;
