@@ -3,16 +3,16 @@
 //! # Purpose
 //!
 //! A Tidemark guest runs on what looks like QEMU's `virt` board: a GICv3 ([`vgic`]), a PL011
-//! ([`pl011`]), a PL031 ([`pl031`]) and PSCI firmware behind HVC ([`psci`]), at the addresses in
-//! [`virt`]. Each is a state machine that is told of accesses and lines and answers with values
+//! ([`pl011`]), a PL031 ([`pl031`]) and PSCI firmware behind HVC ([`psci`]), and for guests that bring
+//! firmware of their own flash ([`pflash`]) and [`fw_cfg`], at the addresses in [`virt`]. Each is a state machine that is told of accesses and lines and answers with values
 //! and levels. Nothing here touches a register, a page or a clock: list registers come through
 //! the [`vgic::ListRegisters`] trait and the time is an argument, so all of it is tested on the
 //! build machine.
 //!
 //! # Invariants
 //!
-//! - No access by a guest panics, allocates or loops longer than one interrupt word (32) or the
-//!   list registers (16). Accesses the architecture does not define read as zero and write nothing.
+//! - No access by a guest panics, allocates or loops longer than one interrupt word (32), the
+//!   list registers (16) or a flash's write buffer (64 words). Accesses the architecture does not define read as zero and write nothing.
 //! - Everything a device remembers can be had as a plain struct and put back (`save`, `restore`).
 //!
 //! # Concurrency
@@ -26,6 +26,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod fw_cfg;
 pub mod pflash;
 pub mod pl011;
 pub mod pl031;

@@ -40,6 +40,9 @@ const CHIPS: u64 = 2;
 /// Bytes of a word: both chips' 16 bits.
 const WORD: u64 = 4;
 const WORDS: usize = BUFFER / 8;
+/// The most writes that fill the buffer. U-Boot takes the bank for one chip of 16 bits, as it does on QEMU, and
+/// each of its writes counts as one, as there.
+const WRITES: usize = BUFFER / 2;
 
 /// Intel, and a part that QEMU made up.
 const MANUFACTURER: u16 = 0x89;
@@ -104,9 +107,9 @@ pub enum Mode {
     Lock,
     /// The next write is the number of words less one.
     Count,
-    /// So many bytes are to come for the block at this offset, or for any.
+    /// So many writes of data are to come, for the block at this offset, or for any.
     Data {
-        /// Bytes.
+        /// Writes.
         left: u32,
         /// Set by the first of them.
         block: Option<u64>,
@@ -299,18 +302,17 @@ impl Pflash {
                 _ => self.fail(SEQUENCE_ERROR),
             },
             Mode::Count => {
-                let left = (u32::from(value as u16) + 1) * WORD as u32;
-                match left as usize <= BUFFER {
+                let left = u32::from(value as u16) + 1;
+                match left as usize <= WRITES {
                     true => self.state.mode = Mode::Data { left, block: None },
                     false => self.fail(SEQUENCE_ERROR),
                 }
             }
             Mode::Data { left, block } => match self.put(offset, size, value) {
                 Some(at) if block.is_none_or(|block| block == at) => {
-                    let left = left.saturating_sub(size.bytes() as u32);
-                    self.state.mode = match left {
+                    self.state.mode = match left.saturating_sub(1) {
                         0 => Mode::Confirm { block: at },
-                        _ => Mode::Data {
+                        left => Mode::Data {
                             left,
                             block: Some(at),
                         },

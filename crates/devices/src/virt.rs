@@ -7,10 +7,14 @@
 use crate::VcpuIndex;
 use crate::vgic::{Frame, Ppi, Spi};
 
-/// Firmware flash, read-only to the guest.
+/// The first bank of flash, firmware's code. The second, its variables, follows.
 pub const FLASH_BASE: u64 = 0;
-/// Size of the first flash bank, the one firmware starts from.
+/// Size of a bank.
 pub const FLASH_SIZE: u64 = 0x0400_0000;
+/// Banks of flash.
+pub const FLASH_BANKS: u64 = 2;
+/// Bytes that a bank's chips give at once.
+pub const FLASH_WIDTH: u32 = 4;
 /// GIC distributor.
 pub const GICD_BASE: u64 = 0x0800_0000;
 /// Size of the distributor's frame.
@@ -27,6 +31,10 @@ pub const UART_SIZE: u64 = 0x1000;
 pub const RTC_BASE: u64 = 0x0901_0000;
 /// Size of the clock's page.
 pub const RTC_SIZE: u64 = 0x1000;
+/// QEMU's `fw_cfg`.
+pub const FW_CFG_BASE: u64 = 0x0902_0000;
+/// Size of its registers.
+pub const FW_CFG_SIZE: u64 = 0x18;
 /// First virtio-mmio transport.
 pub const VIRTIO_BASE: u64 = 0x0a00_0000;
 /// Distance between two virtio-mmio transports.
@@ -67,6 +75,8 @@ pub enum Device {
     Uart(u64),
     /// The real-time clock.
     Rtc(u64),
+    /// QEMU's `fw_cfg`, which only guests with firmware have.
+    FwCfg(u64),
     /// A virtio-mmio transport: slot, offset.
     Virtio(u64, u64),
 }
@@ -92,6 +102,9 @@ pub fn decode(ipa: u64) -> Option<Device> {
     }
     if let Some(offset) = within(RTC_BASE, RTC_SIZE) {
         return Some(Device::Rtc(offset));
+    }
+    if let Some(offset) = within(FW_CFG_BASE, FW_CFG_SIZE) {
+        return Some(Device::FwCfg(offset));
     }
     let offset = within(VIRTIO_BASE, VIRTIO_STRIDE * VIRTIO_COUNT)?;
     Some(Device::Virtio(
@@ -134,6 +147,8 @@ mod tests {
             (0x0900_1000, None),
             (0x0901_0ffc, Some(Device::Rtc(0xffc))),
             (0x0901_1000, None),
+            (0x0902_0008, Some(Device::FwCfg(8))),
+            (0x0902_0018, None),
             (0x09ff_ffff, None),
             (0x0a00_0000, Some(Device::Virtio(0, 0))),
             (0x0a00_3fff, Some(Device::Virtio(31, 0x1ff))),

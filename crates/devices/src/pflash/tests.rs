@@ -154,9 +154,9 @@ fn programming_only_clears_bits() {
     assert_eq!((bank.read(8), bank.read(12)), (0x0f0f_0000, 0x7fff_ffff));
 }
 
-/// U-Boot's `cfi_flash` tries each width from bytes on, and each chip width, until it reads `QRY`.
+/// A driver tries each width of the bank, and of its chips, until it reads `QRY`.
 #[test]
-fn uboot_finds_two_chips_of_16_bits() {
+fn a_probe_finds_two_chips_of_16_bits() {
     let mut bank = Bank::new();
     let sizes = [
         AccessSize::Byte,
@@ -166,7 +166,10 @@ fn uboot_finds_two_chips_of_16_bits() {
     ];
     let mut found = Vec::new();
     for port in sizes {
-        for chip in sizes.into_iter().take_while(|chip| chip.bytes() <= port.bytes()) {
+        for chip in sizes
+            .into_iter()
+            .take_while(|chip| chip.bytes() <= port.bytes())
+        {
             let repeated = |byte: u8| {
                 let every = (0..port.bytes()).step_by(chip.bytes() as usize);
                 every.fold(0, |value, at| value | u64::from(byte) << (8 * at))
@@ -185,6 +188,35 @@ fn uboot_finds_two_chips_of_16_bits() {
         }
     }
     assert_eq!(found, [(AccessSize::Word, AccessSize::Half)]);
+}
+
+/// It takes the bank for one chip of 16 bits, on QEMU too, and sees each sector as two.
+#[test]
+fn uboot_saves_its_environment_by_halves() {
+    let mut bank = Bank::new();
+    bank.stored.fill(0x5a);
+    let tell = |bank: &mut Bank, at, command| bank.write_as(at, AccessSize::Half, command);
+    for half in [0, SECTOR / 2] {
+        tell(&mut bank, half, 0x50);
+        tell(&mut bank, half, 0x20);
+        tell(&mut bank, half, 0xd0);
+        while bank.read_as(half, AccessSize::Half) != 0x80 {}
+        tell(&mut bank, half, 0xff);
+    }
+    assert_eq!(bank.read(SECTOR - 4), !0);
+    assert_eq!(bank.read(SECTOR), 0x5a5a_5a5a);
+    tell(&mut bank, 256, 0xe8);
+    assert_eq!(bank.read_as(256, AccessSize::Half), 0x80);
+    tell(&mut bank, 256, 127);
+    for at in (256..512).step_by(2) {
+        tell(&mut bank, at, at);
+    }
+    tell(&mut bank, 256, 0xd0);
+    assert_eq!(bank.settled(), 0x80_0080);
+    for at in (256..512).step_by(2) {
+        assert_eq!(bank.read_as(at, AccessSize::Half), at);
+    }
+    assert_eq!((bank.read(252), bank.read(512)), (!0, !0));
 }
 
 #[test]
@@ -236,7 +268,10 @@ fn what_is_protected_stays() {
     assert_eq!(bank.erase(STORED), 0xa2_00a2);
     assert_eq!(bank.erase(SIZE - 4), 0xa2_00a2);
     bank.tell(0, 0x90);
-    assert_eq!((bank.read(SECTOR + 8), bank.read(STORED + 8)), (0, 0x3_0003));
+    assert_eq!(
+        (bank.read(SECTOR + 8), bank.read(STORED + 8)),
+        (0, 0x3_0003)
+    );
     // And a sector that has it in part.
     bank.chips = Pflash::new(SIZE, STORED - 8, Protection::Writable);
     assert_eq!(bank.erase(SECTOR), 0xa2_00a2);
@@ -256,7 +291,7 @@ fn errors_stay_until_they_are_cleared() {
     assert_eq!(bank.read(0), 0x80_0080);
     // More words than there is room for, a confirmation that is none, and words of two blocks.
     for sequence in [
-        &[(0, 0xe8), (0, 0x00ff_00ff)][..],
+        &[(0, 0xe8), (0, 0x0100_0100)][..],
         &[(0, 0xe8), (0, 0), (0, 1), (0, 0xff)],
         &[(0, 0xe8), (0, 3), (0, 1), (BUFFER as u64, 1)],
         &[(0, 0x60), (0, 7)],
@@ -297,7 +332,10 @@ fn an_erase_takes_its_steps_and_nothing_else_meanwhile() {
         if bank.chips.view() == View::Array {
             break;
         }
-        assert!(matches!(bank.chips.save().mode, Mode::Erasing { .. } | Mode::Status));
+        assert!(matches!(
+            bank.chips.save().mode,
+            Mode::Erasing { .. } | Mode::Status
+        ));
     }
     assert_eq!(steps, SECTOR / ERASE_STEP);
     let (first, second) = bank.stored.split_at(SECTOR as usize);
@@ -328,7 +366,13 @@ fn state_is_kept_and_checked() {
     other.tell(0, 0xff);
     assert_eq!(other.read_as(0, AccessSize::Double), 0x2222_2222_1111_1111);
     let never = u64::MAX;
-    for (next, end) in [(0, never), (never, 0), (STORED, STORED + 1), (0, STORED), (5, 5)] {
+    for (next, end) in [
+        (0, never),
+        (never, 0),
+        (STORED, STORED + 1),
+        (0, STORED),
+        (5, 5),
+    ] {
         other.chips.restore(&PflashState {
             mode: Mode::Erasing { next, end },
             errors: 0xff,
@@ -380,7 +424,10 @@ fn nonsense_does_no_harm() {
             _ => bank.write_as(offset, size, value),
         }
     }
-    assert!(bank.stored.iter().any(|byte| *byte != 0xff), "it did something");
+    assert!(
+        bank.stored.iter().any(|byte| *byte != 0xff),
+        "it did something"
+    );
     // Offsets that no bank has.
     for mode in [0x20, 0x40, 0xe8, 0x90, 0x98] {
         for size in sizes {
