@@ -86,8 +86,11 @@ impl<H: Hardware> Stage2<H> {
             };
         };
         let write = fault.access == FaultAccess::Write;
-        if write && slot.access == Access::ReadOnly {
-            return Outcome::ReadOnly;
+        match slot.access {
+            Access::ReadWrite => {}
+            Access::ReadOnly if !write => {}
+            Access::ReadOnly => return Outcome::ReadOnly,
+            Access::None => return Outcome::NotMemory,
         }
         let place = self.descend(fault.ipa.raw());
         match place.kind {

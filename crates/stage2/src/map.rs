@@ -62,6 +62,9 @@ impl<H: Hardware> Stage2<H> {
         if slot.life != crate::slot::Life::Usable {
             return Err(slot.is_changing());
         }
+        if slot.access == Access::None {
+            return Ok(Progress::Done);
+        }
         let mut at = slot.start() + from.min(slot.pages) * PAGE_SIZE;
         let mut budget = BUDGET;
         while at < slot.end() && budget > 0 {
@@ -94,7 +97,8 @@ impl<H: Hardware> Stage2<H> {
     /// Returns the state a fresh leaf of `slot` is born in.
     pub(crate) fn fresh(layout: &Layout, slot: &Slot) -> Permission {
         match (slot.access, layout.tracking(slot)) {
-            (Access::ReadOnly, _) => Permission::ReadOnly,
+            // Where nothing is allowed none is made.
+            (Access::ReadOnly | Access::None, _) => Permission::ReadOnly,
             (Access::ReadWrite, None) => Permission::Untracked,
             (Access::ReadWrite, Some(mode)) => Permission::Clean(mode.engine),
         }

@@ -187,7 +187,7 @@ impl<H: Hardware> Stage2<H> {
         while visits < BUDGET {
             let (slot, here) = layout.next(scope, at)?;
             // A slot that is only becoming read-only still has writable leaves.
-            if slot.access == Access::ReadOnly && slot.leaves == LeavesOf::ItsAccess {
+            if slot.access != Access::ReadWrite && slot.leaves == LeavesOf::ItsAccess {
                 at = slot.end();
                 continue;
             }

@@ -246,7 +246,8 @@ impl<H: Hardware> Stage2<H> {
     }
 
     /// Changes what the guest may do with a slot, in bounded steps; call it until it is done. Its leaves
-    /// are taken out and come back on first touch; what was dirty stays known.
+    /// are taken out and come back on first touch; what was dirty stays known. From [`Access::None`] it is
+    /// done at once, whatever else is under way: there are no leaves.
     ///
     /// # Errors
     ///
@@ -255,6 +256,10 @@ impl<H: Hardware> Stage2<H> {
         let control = self.control.lock();
         let mut slot = self.slot(id)?;
         slot.require_in_place()?;
+        if slot.access == Access::None && slot.leaves == LeavesOf::ItsAccess {
+            self.change_slot(id, |slot| slot.access = access)?;
+            return Ok(Progress::Done);
+        }
         if !control.claims.are_idle() {
             // A harvest that has passed a leaf would miss what is noted when the leaf goes.
             return Ok(self.somebody_else_steps());

@@ -222,6 +222,9 @@ pub enum Access {
     ReadWrite,
     /// Read and execute: flash, firmware. Never becomes writable, never tracked.
     ReadOnly,
+    /// Nothing: a device stands in front of the memory, as flash does that shows its status. Faults are
+    /// answered "not memory". What EL2 writes there is noted all the same.
+    None,
 }
 
 /// A run of machine memory behind a slot.

@@ -193,7 +193,8 @@ impl Play {
         let slot = self.place(self.places[FLIPPED].id);
         if let Some(Place { id, access, .. }) = slot {
             let other = match access {
-                Access::ReadOnly => Access::ReadWrite,
+                Access::ReadOnly => Access::None,
+                Access::None => Access::ReadWrite,
                 Access::ReadWrite => Access::ReadOnly,
             };
             self.sim.set_access(id, other);
@@ -622,6 +623,7 @@ impl Play {
             assert!(!pte.is_tracked(), "{ipa:#x} is tracked by no log");
             let access = self.sim.slot_of(ipa).unwrap().place.access;
             assert_eq!(pte.is_writable(), access == Access::ReadWrite, "{ipa:#x}");
+            assert_ne!(access, Access::None, "{ipa:#x}");
         }
     }
 }

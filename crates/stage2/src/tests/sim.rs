@@ -465,6 +465,7 @@ impl Sim {
             let write = access == FaultAccess::Write;
             let expected = match (slot.presence, slot.place.access) {
                 (Presence::Gone, _) => Err(Outcome::NotMemory),
+                (_, Access::None) => Err(Outcome::NotMemory),
                 (_, Access::ReadOnly) if write => Err(Outcome::ReadOnly),
                 _ => Ok(()),
             };

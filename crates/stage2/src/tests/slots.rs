@@ -350,6 +350,62 @@ fn changing_access_is_refused_where_there_is_no_slot() {
     assert_eq!(change(Access::ReadOnly), Err(Error::SlotDying(SlotId(0))));
 }
 
+/// Flash that shows its status: no CPU reaches the memory, what EL2 programs meanwhile is noted, and the
+/// memory comes back at once, in the middle of a harvest too.
+#[test]
+fn memory_behind_a_device_is_out_of_reach_and_logged() {
+    for (engine, features) in engines() {
+        let world = World::new(features);
+        world.slot(0, IPA, P2M, Access::ReadOnly, RAM);
+        world.slot(1, IPA + GIB, 20 * P2M, Access::ReadWrite, RAM + GIB);
+        let change = |access| world.stage2.set_access(SlotId(0), access);
+        world.map_all(0);
+        world.map_all(1);
+        world.start(engine, Granularity::Page);
+        for pe in [0, 1] {
+            world.read(pe, IPA + 7 * PAGE_SIZE);
+        }
+        finish(|| change(Access::None)).unwrap();
+        let mapped = |world: &World| world.leaves().iter().any(|(ipa, ..)| *ipa < IPA + GIB);
+        for pe in [0, 1] {
+            for access in [FaultAccess::Read, FaultAccess::Write, FaultAccess::Execute] {
+                let ipa = IPA + 7 * PAGE_SIZE;
+                assert_eq!(world.access(pe, ipa, access), Err(Outcome::NotMemory));
+            }
+        }
+        world.map_all(0);
+        assert!(!mapped(&world), "not ahead either");
+        world
+            .stage2
+            .mark_dirty(Ipa::new(IPA + PAGE_SIZE), 1)
+            .unwrap();
+        assert_eq!(world.harvest(), set([IPA + PAGE_SIZE]));
+        world.stage2.mark_dirty(Ipa::new(IPA), 1).unwrap();
+        let epoch = world.new_epoch();
+        let taken = world.stage2.take(epoch).unwrap();
+        // Under write protection the bits alone say what is dirty, and a step is enough.
+        assert!(taken != Progress::Done || engine == Engine::WriteProtect);
+        assert_eq!(change(Access::ReadOnly), Ok(Progress::Done));
+        world.read(1, IPA + 7 * PAGE_SIZE);
+        let write = world.access(0, IPA, FaultAccess::Write);
+        assert_eq!(write, Err(Outcome::ReadOnly));
+        finish(|| world.stage2.take(epoch)).unwrap();
+        assert_eq!(world.read_epoch(epoch), set([IPA]));
+        world.stage2.commit(epoch).unwrap();
+        // Half way there and back.
+        finish(|| change(Access::None)).unwrap();
+        finish(|| change(Access::ReadWrite)).unwrap();
+        world.write(0, IPA + 3 * PAGE_SIZE);
+        finish(|| change(Access::None)).unwrap();
+        let write = world.access(1, IPA + 3 * PAGE_SIZE, FaultAccess::Write);
+        assert_eq!(write, Err(Outcome::NotMemory));
+        assert_eq!(world.harvest(), set([IPA + 3 * PAGE_SIZE]));
+        world.stop();
+        assert!(!mapped(&world));
+        finish(|| world.stage2.delete_slot(SlotId(0))).unwrap();
+    }
+}
+
 #[test]
 fn slots_come_and_go_while_a_log_is_on() {
     for (engine, features) in engines() {
