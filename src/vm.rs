@@ -6,6 +6,7 @@
 pub mod bundle;
 pub mod console;
 pub mod exits;
+pub mod flash;
 mod id_registers;
 pub mod lifecycle;
 mod loader;
@@ -24,15 +25,17 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use dtoolkit::error::ModelError;
+use flash::Flash;
 use memory::GuestMemory;
 use spin::{Mutex, Once};
+use tidemark_devices::fw_cfg::FwCfg;
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::Vgic;
 use tidemark_lease::Holds;
 use tidemark_ownership::Generation;
 use tidemark_stage2::Quota;
-use tidemark_wire::bundle::VmSpec;
+use tidemark_wire::bundle::{Boot, VmSpec};
 use tidemark_wire::message::{VmId, VmState};
 use vcpu::Vcpu;
 
@@ -50,6 +53,10 @@ pub struct Vm {
     pub uart: Mutex<Pl011>,
     /// Its clock.
     pub clock: Mutex<Pl031>,
+    /// Its flash, if it starts from firmware.
+    pub flash: Option<Flash>,
+    /// What it has to say to its firmware.
+    pub fw_cfg: Option<Mutex<FwCfg>>,
     /// When the clock is to be looked at for its alarm, as a physical count: its first vCPU's
     /// CPU wakes for it.
     pub alarm: AtomicU64,
@@ -139,12 +146,16 @@ impl Vm {
     /// A VM with memory but without a run.
     pub fn new(id: VmId, spec: VmSpec, memory: GuestMemory) -> &'static Self {
         let vcpus = usize::from(spec.vcpus);
+        let firmware = matches!(spec.boot, Boot::Firmware { .. });
+        let fw_cfg = || Mutex::new(FwCfg::new(spec.vcpus.into(), None));
         let vm = Box::leak(Box::new(Self {
             id,
             memory,
             vgic: Vgic::new(vcpus),
             uart: Mutex::new(Pl011::new()),
             clock: Mutex::new(Pl031::new()),
+            flash: firmware.then(|| Flash::new(memory::VARIABLES_SIZE)),
+            fw_cfg: firmware.then(fw_cfg),
             alarm: AtomicU64::new(vcpu::NEVER),
             console: console::GuestConsole::new(),
             quota: Quota::new(),

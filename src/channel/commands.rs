@@ -362,7 +362,8 @@ fn info_of(vm: &Vm) -> VmInfo {
                     pages: slot.pages,
                     access: match slot.access {
                         s2::Access::ReadWrite => SlotAccess::ReadWrite,
-                        s2::Access::ReadOnly => SlotAccess::ReadOnly,
+                        // What the slot is, not what stage 2 lets through at the moment.
+                        s2::Access::ReadOnly | s2::Access::None => SlotAccess::ReadOnly,
                     },
                     more_extents: (all().count() - extents.len()) as u32,
                     extents,

@@ -310,7 +310,7 @@ pub fn make_tree(vm: &'static Vm) {
 fn step(of: &Slot) -> usize {
     match of.access {
         Access::ReadWrite => CLEAR_STEP,
-        Access::ReadOnly => ERASE_STEP,
+        Access::ReadOnly | Access::None => ERASE_STEP,
     }
 }
 

@@ -22,10 +22,12 @@ use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Suppo
 pub const RAM: SlotId = SlotId(0);
 /// The first flash bank, at address 0: the firmware, read-only.
 pub const FLASH: SlotId = SlotId(1);
-/// The second flash bank, where firmware keeps its variables: erased, read-only. Only its
-/// first block has frames; the rest of both banks reads as erased too, more slowly
-/// (`exits::abort`).
+/// The second flash bank, where firmware keeps its variables, erased at first. Read-only to stage 2: writes are
+/// commands to the chips (`flash`). So much of it has frames; the rest of both banks reads as erased, more slowly,
+/// and is locked.
 pub const VARIABLES: SlotId = SlotId(2);
+/// Bytes of frames for variables: a block. EDK2 uses 768 KiB, U-Boot a sector.
+pub const VARIABLES_SIZE: u64 = (SMALLEST_RUN * PAGE) as u64;
 /// What erased flash reads as.
 pub const ERASED: u64 = !0;
 
@@ -111,8 +113,8 @@ impl GuestMemory {
         memory.add(RAM, RAM_BASE, ram, Access::ReadWrite)?;
         if flash > 0 {
             memory.add(FLASH, FLASH_BASE, flash, Access::ReadOnly)?;
-            let block = (SMALLEST_RUN * PAGE) as u64;
-            memory.add(VARIABLES, FLASH_BASE + FLASH_SIZE, block, Access::ReadOnly)?;
+            let base = FLASH_BASE + FLASH_SIZE;
+            memory.add(VARIABLES, base, VARIABLES_SIZE, Access::ReadOnly)?;
         }
         Ok(memory)
     }
@@ -328,7 +330,7 @@ impl Slot {
     fn clear(&self, run: &Run, first: usize, pages: usize) {
         match self.access {
             Access::ReadWrite => run.zero(first, pages),
-            Access::ReadOnly => {
+            Access::ReadOnly | Access::None => {
                 let words = PAGE / size_of::<u64>();
                 for word in run.words().iter().skip(first * words).take(pages * words) {
                     word.store(ERASED, Relaxed);

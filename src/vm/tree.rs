@@ -151,6 +151,34 @@ pub fn build(vm: &Vm) -> Result<Vec<u8>, ModelError> {
             property("clock-names", "apb_pclk"),
         ],
     )?);
+    if vm.flash.is_some() {
+        root.add_child(node(
+            &format!("flash@{:x}", virt::FLASH_BASE),
+            [
+                property("compatible", "cfi-flash"),
+                property(
+                    "reg",
+                    cells([
+                        virt::FLASH_BASE,
+                        virt::FLASH_SIZE,
+                        virt::FLASH_BASE + virt::FLASH_SIZE,
+                        virt::FLASH_SIZE,
+                    ]),
+                ),
+                property("bank-width", virt::FLASH_WIDTH),
+            ],
+        )?);
+    }
+    if vm.fw_cfg.is_some() {
+        root.add_child(node(
+            &format!("fw-cfg@{:x}", virt::FW_CFG_BASE),
+            [
+                property("compatible", "qemu,fw-cfg-mmio"),
+                property("reg", cells([virt::FW_CFG_BASE, virt::FW_CFG_SIZE])),
+                flag("dma-coherent"),
+            ],
+        )?);
+    }
     Ok(tree.to_dtb())
 }
 

@@ -1,4 +1,4 @@
-//! Programs nobody here wrote: Debian's kernel to a shell, reset and off, and under a hundred logs; U-Boot.
+//! Programs nobody here wrote: Debian's kernel to a shell, reset and off, and under a hundred logs.
 
 use anyhow::{Context, Result, ensure};
 use tidemark_tests::guests::{self, LINUX_PROMPT, Mib};
@@ -18,7 +18,6 @@ pub fn cases() -> Vec<Case> {
         Case::new("linux_reset_and_off", 120, reset_and_off),
         Case::new("linux_logs_come_and_go", 240, logs_come_and_go),
         Case::new("more_vcpus_than_cpus", 150, more_vcpus_than_cpus),
-        Case::new("uboot_to_prompt", 60, uboot_to_prompt),
     ]
 }
 
@@ -170,25 +169,5 @@ fn more_vcpus_than_cpus(script: &mut Script) -> Result<()> {
     let said = answer(target, "sleep 1; echo slept $((40 + 2))")?;
     ensure!(said.contains("slept 42"), "the shell answered {said:?}");
     target.type_line("poweroff -f")?;
-    target.powered_off()
-}
-
-fn uboot_to_prompt(script: &mut Script) -> Result<()> {
-    let bundle = guests::pack([guests::uboot()?])?;
-    let target = script.start_tidemark("virt", &bundle, "console=uboot poweroff=idle")?;
-    target.expect("U-Boot 20").context("U-Boot did not start")?;
-    target.booted();
-    target
-        .expect("Hit any key to stop autoboot")
-        .context("U-Boot did not get that far")?;
-    target.line().send(" ")?;
-    target.expect("=> ").context("no U-Boot prompt")?;
-    target.type_line("bdinfo")?;
-    let said = target.expect("=> ")?;
-    ensure!(
-        said.contains("0x0000000040000000"),
-        "U-Boot sees no RAM at 0x40000000: {said:?}"
-    );
-    target.type_line("poweroff")?;
     target.powered_off()
 }

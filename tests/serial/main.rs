@@ -18,6 +18,7 @@ mod baseline;
 mod boot;
 mod case;
 mod copy;
+mod firmware;
 mod handover;
 mod hostile;
 mod kernels;
@@ -97,6 +98,7 @@ fn run() -> Result<ExitCode> {
         reserved::cases(),
         linux::cases(),
         kernels::cases(),
+        firmware::cases(),
         oracle::cases(),
         slots::cases(),
         copy::cases(),

@@ -15,6 +15,8 @@ pub enum Artifact {
     Initramfs,
     /// Debian's U-Boot for `virt`.
     UBoot,
+    /// Debian's EDK2 for `virt`.
+    Edk2,
     /// The guest that writes pages and says which.
     Oracle,
     /// The guest that measures.
@@ -33,6 +35,7 @@ impl Artifact {
             Self::Kernel => "guests/Image",
             Self::Initramfs => "guests/initramfs.cpio.gz",
             Self::UBoot => "guests/u-boot.bin",
+            Self::Edk2 => "guests/QEMU_EFI.fd",
             Self::Oracle => "guests/oracle.img",
             Self::Bench => "guests/bench.img",
             Self::Hostile => "guests/hostile.img",

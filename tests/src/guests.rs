@@ -71,6 +71,14 @@ pub fn uboot() -> Result<VmDraft> {
     Ok(draft("uboot", 1, Mib(128), boot))
 }
 
+/// Debian's EDK2.
+pub fn edk2() -> Result<VmDraft> {
+    let boot = BootFiles::Firmware {
+        image: read(&Artifact::Edk2.path()?)?,
+    };
+    Ok(draft("edk2", 1, Mib(128), boot))
+}
+
 fn payload(name: &str, artifact: Artifact, vcpus: u8, memory: Mib) -> Result<VmDraft> {
     of_kernel(name, vcpus, memory, (read(&artifact.path()?)?, None), "")
 }

@@ -6,10 +6,11 @@ use crate::arch::el1;
 use crate::arch::exception::Syndrome;
 use crate::arch::timer;
 use crate::vm::count;
+use crate::vm::flash::FLASH_END;
 use crate::vm::vcpu::Vcpu;
 use tidemark_a64::Direction;
 use tidemark_devices::AccessSize;
-use tidemark_devices::virt::{self, FLASH_BASE, FLASH_SIZE, RAM_BASE};
+use tidemark_devices::virt::{self, RAM_BASE};
 use tidemark_stage2::{
     Count, Fault, FaultAccess, FaultKind, GuestVa, Ipa, Level, Outcome, Verdict,
 };
@@ -93,24 +94,25 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
             vcpu.context.skip_instruction();
             Next::GoOn
         }
-        Outcome::NotMemory
-            if page < FLASH_BASE + 2 * FLASH_SIZE && syndrome.0 & VALID_SYNDROME != 0 && !walk =>
-        {
-            device::erased_flash(vcpu, syndrome)
+        Outcome::NotMemory | Outcome::ReadOnly if page < FLASH_END => {
+            match device::flash(vcpu, syndrome, page, access) {
+                Some(next) => next,
+                None if access != FaultAccess::Execute && !walk => {
+                    without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
+                        device::flash_bus(vcpu, ipa, size, value)
+                    })
+                }
+                None => external(vcpu, syndrome),
+            }
         }
-        Outcome::NotMemory if access != FaultAccess::Execute && !walk && device::answers(page) => {
+        Outcome::NotMemory
+            if access != FaultAccess::Execute && !walk && device::answers(vcpu.vm, page) =>
+        {
             without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
                 device::bus(vcpu, ipa, size, value)
             })
         }
-        Outcome::NotMemory => external(vcpu, syndrome),
-        // A ROM's bus ignores writes; with a syndrome they can be skipped.
-        Outcome::ReadOnly if syndrome.0 & VALID_SYNDROME != 0 && !walk => {
-            vcpu.context.skip_instruction();
-            Next::GoOn
-        }
-        Outcome::ReadOnly if !walk => without_syndrome(vcpu, syndrome, page, |_, _, _| 0),
-        Outcome::ReadOnly => external(vcpu, syndrome),
+        Outcome::NotMemory | Outcome::ReadOnly => external(vcpu, syndrome),
         Outcome::OutOfTables => {
             fail(vcpu, "no memory is left for its translation tables");
             Next::GoOn

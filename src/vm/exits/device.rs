@@ -2,21 +2,27 @@
 
 use super::Next;
 use crate::arch::exception::Syndrome;
-use crate::arch::timer;
+use crate::arch::{el1, timer};
 use crate::channel;
 use crate::sched;
+use crate::vm::flash::{Answer, Wanted};
 use crate::vm::memory::ERASED;
 use crate::vm::vcpu::{NEVER, Vcpu};
 use crate::vm::{Vm, count, unix_time};
+use alloc::format;
 use core::sync::atomic::Ordering::*;
 use tidemark_devices::AccessSize;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::Kick;
-use tidemark_devices::virt::{self, Device, FLASH_BASE, FLASH_SIZE, RTC_INTERRUPT, UART_INTERRUPT};
+use tidemark_devices::virt::{self, Device, RTC_INTERRUPT, UART_INTERRUPT};
+use tidemark_stage2::FaultAccess;
 
 /// Does what a load or store to a device says (data abort ISS: SAS, SSE, SRT, SF, WnR).
 #[inline]
 pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
+    if matches!(device, Device::FwCfg(_)) && vcpu.vm.fw_cfg.is_none() {
+        return super::abort::external(vcpu, syndrome);
+    }
     let size = AccessSize::from_sas(syndrome.0 >> 22);
     emulate(vcpu, syndrome, size, |write_value| match write_value {
         Some(value) => {
@@ -27,15 +33,78 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
     })
 }
 
-/// Flash that no frames stand for: it reads as erased, and writes do nothing.
-pub fn erased_flash(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+/// What a load or store to flash is that no syndrome tells more of than `access`.
+fn flash_wanted(vcpu: &Vcpu, syndrome: Syndrome, access: FaultAccess) -> Wanted {
+    const WALK: u64 = 1 << 7;
+    const VALID: u64 = 1 << 24;
+    if access == FaultAccess::Execute || syndrome.0 & (VALID | WALK) != VALID {
+        return Wanted::Other(access);
+    }
     let size = AccessSize::from_sas(syndrome.0 >> 22);
-    emulate(vcpu, syndrome, size, |_| ERASED)
+    match access {
+        FaultAccess::Write => Wanted::Store(size, operand(vcpu, syndrome, size)),
+        _ => Wanted::Load(size),
+    }
+}
+
+/// An access to flash, on the page at `page`, that stage 2 does not let through. `None`: its instruction is to be
+/// looked at, if that says more, or nothing answers.
+pub fn flash(
+    vcpu: &'static Vcpu,
+    syndrome: Syndrome,
+    page: u64,
+    access: FaultAccess,
+) -> Option<Next> {
+    let wanted = flash_wanted(vcpu, syndrome, access);
+    match flash_access(vcpu, page | el1::far() & 0xfff, wanted) {
+        Answer::Done(value) => {
+            let size = AccessSize::from_sas(syndrome.0 >> 22);
+            Some(emulate(vcpu, syndrome, size, |_| value))
+        }
+        Answer::Again => Some(Next::GoOn),
+        Answer::Nothing => None,
+    }
+}
+
+/// One access to flash of an instruction that had no syndrome: takes a store's value, gives a load's.
+pub fn flash_bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) -> u64 {
+    let wanted = value.map_or(Wanted::Load(size), |value| Wanted::Store(size, value));
+    match flash_access(vcpu, ipa, wanted) {
+        Answer::Done(value) => value,
+        // It became another since its instruction was let through, by a vCPU that raced with this one.
+        Answer::Again | Answer::Nothing => ERASED,
+    }
+}
+
+fn flash_access(vcpu: &'static Vcpu, ipa: u64, wanted: Wanted) -> Answer {
+    let Some(flash) = &vcpu.vm.flash else {
+        // A bank with no firmware in it: erased, and nothing changes that.
+        return match wanted {
+            Wanted::Other(_) => Answer::Nothing,
+            _ => Answer::Done(ERASED),
+        };
+    };
+    flash
+        .access(&vcpu.vm.memory, ipa, wanted)
+        .unwrap_or_else(|error| {
+            super::fail(vcpu, &format!("{error}"));
+            Answer::Again
+        })
+}
+
+/// What a store puts there.
+fn operand(vcpu: &Vcpu, syndrome: Syndrome, size: AccessSize) -> u64 {
+    let register = (syndrome.0 >> 16 & 0x1f) as usize;
+    let bits = 8 * size.bytes() as u32;
+    vcpu.context.x(register) & (u64::MAX >> (64 - bits))
 }
 
 /// Whether something answers in the page at `page` that is not memory.
-pub fn answers(page: u64) -> bool {
-    page < FLASH_BASE + 2 * FLASH_SIZE || virt::decode(page).is_some()
+pub fn answers(vm: &Vm, page: u64) -> bool {
+    match virt::decode(page) {
+        Some(Device::FwCfg(_)) => vm.fw_cfg.is_some(),
+        device => device.is_some(),
+    }
 }
 
 /// One access of an instruction that had no syndrome: takes a store's value, gives a load's.
@@ -85,8 +154,7 @@ fn emulate(
     let register = (syndrome.0 >> 16 & 0x1f) as usize;
     vcpu.context.skip_instruction();
     if syndrome.0 & 1 << 6 != 0 {
-        let bits = 8 * size.bytes() as u32;
-        with(Some(vcpu.context.x(register) & (u64::MAX >> (64 - bits))));
+        with(Some(operand(vcpu, syndrome, size)));
     } else {
         let value = extend(with(None), size, syndrome);
         vcpu.context.set_x(register, value);
@@ -135,6 +203,10 @@ fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
             sched::kick(vcpu, kick);
             u64::from(value)
         }
+        Device::FwCfg(offset) => {
+            let fw_cfg = vm.fw_cfg.as_ref();
+            fw_cfg.map_or(0, |fw_cfg| fw_cfg.lock().read(offset, size))
+        }
         // A transport with no device: virtio 1.2, 4.2.3.1: device id 0 is to be ignored.
         Device::Virtio(_, 0x000) => 0x7472_6976,
         Device::Virtio(_, 0x004) => 2,
@@ -162,6 +234,11 @@ fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
                 clock.write(offset & !3, value as u32, now);
             });
             sched::kick(vcpu, kick);
+        }
+        Device::FwCfg(offset) => {
+            if let Some(fw_cfg) = &vm.fw_cfg {
+                fw_cfg.lock().write(offset, size, value);
+            }
         }
         Device::Virtio(..) => {}
     }
@@ -217,6 +294,12 @@ pub fn reset(vm: &Vm) {
         uart.reset();
         // Nobody is to be told: no vCPU runs.
         let _ = vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level());
+    }
+    if let Some(flash) = &vm.flash {
+        flash.reset();
+    }
+    if let Some(fw_cfg) = &vm.fw_cfg {
+        fw_cfg.lock().reset();
     }
     let mut clock = vm.clock.lock();
     *clock = Pl031::new();

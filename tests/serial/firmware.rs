@@ -1,0 +1,135 @@
+//! Firmware that nobody here wrote, from its flash: U-Boot and EDK2, and what they keep there over a reset.
+
+use anyhow::{Context, Result, ensure};
+use tidemark_tests::guests;
+use tidemark_tests::script::Script;
+use tidemark_tests::target::Target;
+
+use crate::case::Case;
+
+const UBOOT_PROMPT: &str = "=> ";
+const SHELL_PROMPT: &str = "Shell> ";
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("uboot_to_prompt", 60, uboot_to_prompt),
+        Case::new("uboot_keeps_its_environment", 120, uboot_keeps),
+        Case::new("edk2_to_shell", 180, edk2_to_shell),
+        Case::new("edk2_keeps_its_variables", 300, edk2_keeps),
+    ]
+}
+
+/// Waits for U-Boot's prompt.
+fn uboot_prompt(target: &Target) -> Result<()> {
+    target.expect("U-Boot 20").context("U-Boot did not start")?;
+    target
+        .expect("Hit any key to stop autoboot")
+        .context("U-Boot did not get that far")?;
+    target.line().send(" ")?;
+    target.expect(UBOOT_PROMPT).context("no U-Boot prompt")?;
+    Ok(())
+}
+
+/// Types a command and returns what was said until the next prompt.
+fn said(target: &Target, command: &str, prompt: &str) -> Result<String> {
+    target.type_line(command)?;
+    target
+        .expect(prompt)
+        .with_context(|| format!("no answer to `{command}`"))
+}
+
+fn uboot(script: &mut Script) -> Result<&mut Target> {
+    let bundle = guests::pack([guests::uboot()?])?;
+    let target = script.start_tidemark("virt", &bundle, "console=uboot poweroff=idle")?;
+    uboot_prompt(target)?;
+    target.booted();
+    Ok(target)
+}
+
+fn uboot_to_prompt(script: &mut Script) -> Result<()> {
+    let target = uboot(script)?;
+    let said = said(target, "bdinfo", UBOOT_PROMPT)?;
+    ensure!(
+        said.contains("0x0000000040000000"),
+        "U-Boot sees no RAM at 0x40000000: {said:?}"
+    );
+    target.type_line("poweroff")?;
+    target.powered_off()
+}
+
+/// U-Boot finds both banks, and what it writes into the second is there after a reset; the first is its own code.
+fn uboot_keeps(script: &mut Script) -> Result<()> {
+    let target = uboot(script)?;
+    let banks = said(target, "flinfo 1; flinfo 2", UBOOT_PROMPT)?;
+    ensure!(
+        banks
+            .matches("Intel Extended command set, Manufacturer ID: 0x89")
+            .count()
+            == 2,
+        "U-Boot does not find two banks: {banks:?}"
+    );
+    let code = said(
+        target,
+        "protect off all; cp.b 40000000 100000 100",
+        UBOOT_PROMPT,
+    )?;
+    ensure!(!code.contains("done"), "its code can be written: {code:?}");
+    let saved = said(target, "setenv tide kept$?42; saveenv", UBOOT_PROMPT)?;
+    ensure!(
+        saved.contains("Erased 2 sectors") && !saved.contains("Failed"),
+        "the environment was not saved: {saved:?}"
+    );
+    target.type_line("reset")?;
+    uboot_prompt(target)?;
+    let kept = said(target, "printenv tide", UBOOT_PROMPT)?;
+    ensure!(kept.contains("tide=kept"), "it was not kept: {kept:?}");
+    target.type_line("poweroff")?;
+    target.powered_off()
+}
+
+/// EDK2 up to its shell.
+fn edk2(script: &mut Script) -> Result<&mut Target> {
+    let bundle = guests::pack([guests::edk2()?])?;
+    let target = script.start_tidemark("virt", &bundle, "console=edk2 poweroff=idle")?;
+    target
+        .expect("UEFI firmware")
+        .context("EDK2 did not start")?;
+    target.booted();
+    target.expect(SHELL_PROMPT).context("no UEFI shell")?;
+    Ok(target)
+}
+
+fn edk2_to_shell(script: &mut Script) -> Result<()> {
+    let target = edk2(script)?;
+    let map = said(target, "memmap", SHELL_PROMPT)?;
+    ensure!(
+        map.contains("0000000004000000-0000000007FFFFFF"),
+        "EDK2 does not know the flash of its variables: {map:?}"
+    );
+    ensure!(
+        map.contains("128 MB (134,217,728 Bytes)"),
+        "EDK2 does not see its 128 MiB: {map:?}"
+    );
+    target.type_line("reset -s")?;
+    target.powered_off()
+}
+
+/// A variable that is to last does, and one that is not does not.
+fn edk2_keeps(script: &mut Script) -> Result<()> {
+    let target = edk2(script)?;
+    said(target, "setvar tide -nv -bs =0x746964653432", SHELL_PROMPT)?;
+    said(target, "setvar ebb -bs =0x65626234", SHELL_PROMPT)?;
+    let there = said(target, "setvar ebb", SHELL_PROMPT)?;
+    ensure!(there.contains("65 62 62 34"), "not set: {there:?}");
+    target.type_line("reset")?;
+    target
+        .expect("UEFI firmware")
+        .context("no second start after the reset")?;
+    target.expect(SHELL_PROMPT).context("no second shell")?;
+    let kept = said(target, "setvar tide", SHELL_PROMPT)?;
+    ensure!(kept.contains("74 69 64 65 34 32"), "not kept: {kept:?}");
+    let gone = said(target, "setvar ebb", SHELL_PROMPT)?;
+    ensure!(!gone.contains("65 62 62 34"), "kept: {gone:?}");
+    target.type_line("reset -s")?;
+    target.powered_off()
+}
