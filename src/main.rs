@@ -17,12 +17,13 @@ mod smp;
 mod vm;
 
 use alloc::string::String;
-use arch::features::Features;
+use arch::features::{DirtyState, Features};
 use board::map::MemoryMap;
 use board::options::{self, Autostart, DirtyEngine, Options, WhenIdle};
 use board::{Board, BoardError};
 use log::{info, warn};
 use spin::Once;
+use tidemark_stage2::Support;
 use tidemark_wire::bundle::WhenAllStopped;
 
 static FEATURES: Once<Features> = Once::new();
@@ -65,8 +66,8 @@ extern "C" fn boot_main() -> ! {
     }
 
     let features = FEATURES.call_once(|| smp::start_others(&board));
+    vm::stage2::init(features, options.dirty, options.last_vmid);
     report(&board, features, options.dirty);
-    vm::stage2::init(features, options.last_vmid);
     smp::init_controls(features);
     if let Some(name) = &options.selftest {
         crash::provoke(name);
@@ -108,22 +109,38 @@ fn report(board: &Board, features: &Features, dirty: DirtyEngine) {
         board.virtio.len()
     );
     info!(
-        "PARange {} bits, VMID {} bits, LSE {}, FWB {}, TTL {}, TLB {}, BBM level {}, TLBI {:?}",
+        "CPU: {} {}, MIDR {:#010x}",
+        features.midr.name().unwrap_or("unknown part"),
+        features.midr.revision(),
+        features.midr.bits()
+    );
+    info!(
+        "PARange {} bits, VMID {} bits, LSE {}, FWB {}, TTL {}, TLB {}, BBM level {}",
         features.pa_bits,
         features.vmid_bits,
         features.lse,
         features.fwb,
         features.ttl,
         features.tlb,
-        features.bbm,
-        features.tlbi
+        features.bbm
     );
-    let usable = match (features.hafdbs, features.erratum) {
-        (0 | 1, _) => "no hardware dirty bit".into(),
-        (_, Some(erratum)) => alloc::format!("not used, {erratum:?}"),
-        (_, None) => String::from("the hardware's dirty bit (DBM) can be used"),
+    let tlbi = features.errata.broadcast_tlbi;
+    if !tlbi.is_sound() {
+        info!("broadcast TLB invalidations are done twice: {tlbi}");
+    }
+    let used = vm::stage2::features().0.dbm == Support::Present;
+    let usable = match (features.dirty_state(), used) {
+        (DirtyState::Absent, _) => "no hardware dirty bit".into(),
+        (DirtyState::Broken(erratum), _) => alloc::format!("not used, erratum {erratum}"),
+        (DirtyState::Unknown, true) => {
+            String::from("the hardware's dirty bit (DBM) is used on an unknown part, as told")
+        }
+        (DirtyState::Unknown, false) => String::from(
+            "not used on an unknown part; dirty=dbm does, for who knows that it can be trusted",
+        ),
+        (DirtyState::Sound, _) => String::from("the hardware's dirty bit (DBM) can be used"),
     };
-    let by = match (dirty, features.hafdbs >= 2 && features.erratum.is_none()) {
+    let by = match (dirty, used) {
         (DirtyEngine::Auto, true) => "by DBM",
         (DirtyEngine::Auto, false) => "by write protection",
         (DirtyEngine::WriteProtect, _) => "by write protection, as dirty=wp says",

@@ -156,9 +156,6 @@ pub fn init_controls(features: &Features) {
         vtcr: vm::stage2::vtcr().unwrap_or_else(|error| panic!("{error}")),
     });
     el1::init_controls(controls.hcr, controls.vtcr);
-    crate::arch::tlb::alle1is();
-    barrier::dsb_ish();
-    barrier::isb();
 }
 
 /// Lets the further CPUs look for work.

@@ -2,7 +2,7 @@
 //! and the controls of EL2 that decide what it may do.
 
 use super::tlb::NO_WALKS;
-use super::{barrier, regs};
+use super::{barrier, regs, tlb};
 use aarch64_cpu::registers::*;
 use tock_registers::interfaces::{Readable, Writeable};
 
@@ -195,6 +195,8 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
     }
     regs::VPIDR_EL2.set(MIDR_EL1.get());
     barrier::isb();
+    // Whatever was loaded before EL2 left translations behind.
+    tlb::forget_all();
 }
 
 /// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller.

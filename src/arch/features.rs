@@ -2,6 +2,7 @@
 
 use super::regs;
 use aarch64_cpu::registers::{ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, MIDR_EL1};
+use tidemark_errata::{Errata, Midr, Verdict};
 use tock_registers::interfaces::Readable;
 
 /// Features of one CPU, or the least of several.
@@ -23,57 +24,23 @@ pub struct Features {
     pub vmid_bits: u8,
     /// Bits of a physical address.
     pub pa_bits: u8,
-    /// Whether a broadcast TLBI is complete only after its second time.
-    pub tlbi: Tlbi,
-    /// Why the dirty bit is not to be used on this CPU although it may be there.
-    pub erratum: Option<Erratum>,
+    /// Which core this is; of several, the one that was read last.
+    pub midr: Midr,
+    /// What it does otherwise than it should.
+    pub errata: Errata,
 }
 
-/// How often a broadcast TLBI with its DSB must be done to be complete.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Tlbi {
-    /// Once, as the architecture says.
-    Once,
-    /// Twice: otherwise another CPU may go on storing through the old entry (Cortex-A76 to
-    /// r3p0 1286807, Cortex-A55 2441007, Cortex-A510 to r1p1 2441009, Falkor E1009).
-    Twice,
-}
-
-impl Tlbi {
-    fn of(midr: u64) -> Self {
-        let (implementer, part) = (midr >> 24 & 0xff, midr >> 4 & 0xfff);
-        let revision = (midr >> 20 & 0xf) << 4 | midr & 0xf;
-        match (implementer, part) {
-            (0x41, 0xd0b) if revision <= 0x30 => Self::Twice,
-            (0x41, 0xd05) | (0x51, 0xc00) => Self::Twice,
-            (0x41, 0xd46) if revision <= 0x11 => Self::Twice,
-            _ => Self::Once,
-        }
-    }
-}
-
-/// A known defect that decides whether hardware dirty state can be trusted.
+/// What is to be thought of the hardware's dirty state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Erratum {
-    /// Cortex-A55, all revisions, and Kryo 4xx Silver: DBM may be updated wrongly.
-    CortexA55Erratum1024718,
-    /// Cortex-A510 r0p0 to r0p2: the dirty update's ordering is not respected.
-    CortexA510Erratum2051678,
-    /// AmpereOne: updates can follow an entry's invalidation; HA and HD must stay 0.
-    AmpereOneAc03Cpu38,
-}
-
-impl Erratum {
-    fn of(midr: u64) -> Option<Self> {
-        let (implementer, part) = (midr >> 24 & 0xff, midr >> 4 & 0xfff);
-        let revision = (midr >> 20 & 0xf) << 4 | midr & 0xf;
-        match (implementer, part) {
-            (0x41, 0xd05) | (0x51, 0x805) => Some(Self::CortexA55Erratum1024718),
-            (0x41, 0xd46) if revision <= 0x02 => Some(Self::CortexA510Erratum2051678),
-            (0xc0, 0xac3 | 0xac4) => Some(Self::AmpereOneAc03Cpu38),
-            _ => None,
-        }
-    }
+pub enum DirtyState {
+    /// There is none.
+    Absent,
+    /// An erratum forbids it.
+    Broken(&'static str),
+    /// It is there, on a part whose errata nobody looked at.
+    Unknown,
+    /// It can be relied on.
+    Sound,
 }
 
 impl Features {
@@ -84,6 +51,7 @@ impl Features {
         let mmfr1 = ID_AA64MMFR1_EL1.get();
         let mmfr2 = regs::ID_MMFR2.get();
         let isar0 = ID_AA64ISAR0_EL1.get();
+        let midr = Midr::new(MIDR_EL1.get());
         Self {
             hafdbs: field(mmfr1, 0),
             bbm: field(mmfr2, 52),
@@ -101,8 +69,8 @@ impl Features {
                 // 52 bits need FEAT_LPA's descriptors, which EL2 does not use.
                 _ => 48,
             },
-            tlbi: Tlbi::of(MIDR_EL1.get()),
-            erratum: Erratum::of(MIDR_EL1.get()),
+            midr,
+            errata: Errata::of(midr),
         }
     }
 
@@ -117,14 +85,19 @@ impl Features {
             lse: self.lse.min(other.lse),
             vmid_bits: self.vmid_bits.min(other.vmid_bits),
             pa_bits: self.pa_bits.min(other.pa_bits),
-            tlbi: self.tlbi.max(other.tlbi),
-            erratum: self.erratum.or(other.erratum),
+            midr: other.midr,
+            errata: self.errata.worse(other.errata),
         }
     }
 
-    /// Whether stage 2 may rely on the hardware's dirty state.
-    pub fn dbm_usable(&self) -> bool {
-        self.hafdbs >= 2 && self.erratum.is_none()
+    /// What is to be thought of the hardware's dirty state.
+    pub fn dirty_state(&self) -> DirtyState {
+        match self.errata.dirty_state {
+            _ if self.hafdbs < 2 => DirtyState::Absent,
+            Verdict::Erratum(erratum) => DirtyState::Broken(erratum),
+            Verdict::Unknown => DirtyState::Unknown,
+            Verdict::Sound => DirtyState::Sound,
+        }
     }
 }
 

@@ -30,14 +30,14 @@ tlbi!(
     /// Stage 1 and 2 of the current VMID, all CPUs.
     vmalls12e1is, "vmalls12e1is");
 tlbi!(
+    /// Stage 1 and 2 of the current VMID, this CPU.
+    vmalls12e1, "vmalls12e1");
+tlbi!(
     /// Stage 1 (and combined) of the current VMID, all CPUs.
     vmalle1is, "vmalle1is");
 tlbi!(
     /// Stage 1 (and combined) of the current VMID, this CPU.
     vmalle1, "vmalle1");
-tlbi!(
-    /// Everything of EL1 and EL0, every VMID, all CPUs.
-    alle1is, "alle1is");
 tlbi!(
     /// Everything of EL1 and EL0, every VMID, this CPU.
     alle1, "alle1");
@@ -48,6 +48,9 @@ tlbi!(
     /// Stage 2 by IPA, current VMID, this CPU.
     ipas2e1, "ipas2e1", operand);
 
+tlbi!(
+    /// EL2's own, last level, by VA, all CPUs.
+    vale2is, "vale2is", operand);
 tlbi!(
     /// Stage 1 (and combined) by VA, all ASIDs, current VMID, this CPU.
     vaae1, "vaae1", operand);

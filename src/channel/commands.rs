@@ -394,16 +394,17 @@ fn info_of(vm: &Vm) -> VmInfo {
 /// What the CPUs have in common, for the host.
 fn machine_features() -> Features {
     let cpus = crate::features();
+    let (stage2, ipa_bits) = stage2::features();
     Features {
         hafdbs: cpus.hafdbs,
-        dbm_usable: cpus.dbm_usable(),
+        dbm_usable: stage2.dbm == s2::Support::Present,
         bbm2: cpus.bbm >= 2,
         fwb: cpus.fwb >= 1,
         tlb_range: cpus.tlb >= 2,
         ttl: cpus.ttl >= 1,
         lse: cpus.lse >= 2,
         vmid16: cpus.vmid_bits == 16,
-        ipa_bits: stage2::features().1,
+        ipa_bits,
         cpus: sched::cpus() as u16,
     }
 }

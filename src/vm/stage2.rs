@@ -1,13 +1,14 @@
 //! What `crates/stage2` needs of the hardware, and what it is told about it.
 
-use crate::arch::features::{Features, Tlbi};
+use crate::arch::features::{DirtyState, Features};
 use crate::arch::{barrier, cpu, tlb};
+use crate::board::options::DirtyEngine;
 use crate::memory::frames::{self, Run};
 use crate::sched;
 use spin::Once;
 use tidemark_stage2::{
-    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, VmidWidth,
-    Vmids,
+    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, Tlbi,
+    VmidWidth, Vmids,
 };
 
 /// The machine, as one VM's stage 2 uses it.
@@ -77,19 +78,23 @@ impl Hardware for Hw {
     }
 
     fn tlbi_ipas2e1is(&self, operand: IpaOperand) {
-        broadcast(|| tlb::ipas2e1is(operand.bits()));
+        tlb::ipas2e1is(operand.bits());
     }
 
     fn tlbi_ripas2e1is(&self, operand: RangeOperand) {
-        broadcast(|| tlb::ripas2e1is(operand.bits()));
+        tlb::ripas2e1is(operand.bits());
     }
 
     fn tlbi_vmalle1is(&self) {
-        broadcast(tlb::vmalle1is);
+        tlb::vmalle1is();
     }
 
     fn tlbi_vmalls12e1is(&self) {
-        broadcast(tlb::vmalls12e1is);
+        tlb::vmalls12e1is();
+    }
+
+    fn tlbi_vale2is(&self) {
+        tlb::vale2is(0);
     }
 
     fn tlbi_ipas2e1(&self, operand: IpaOperand) {
@@ -103,16 +108,6 @@ impl Hardware for Hw {
 
     fn tlbi_vmalle1(&self) {
         tlb::vmalle1();
-    }
-}
-
-/// Issues a broadcast invalidation as often as the CPUs need it. The DSB after the last one
-/// is the caller's protocol.
-fn broadcast(invalidate: impl Fn()) {
-    invalidate();
-    if crate::features().tlbi == Tlbi::Twice {
-        barrier::dsb_ish();
-        invalidate();
     }
 }
 
@@ -138,7 +133,9 @@ const IPA_BITS: u8 = 40;
 
 /// Tells stage 2 what the CPUs have in common, and the largest VMID to use if not all are to be. Once,
 /// when all CPUs have come up and before the first VM.
-pub fn init(cpus: &Features, last_vmid: Option<u16>) {
+///
+/// The dirty state of a part that is not known is used only if `told` says so, by name.
+pub fn init(cpus: &Features, told: DirtyEngine, last_vmid: Option<u16>) {
     let support = |present: bool| {
         if present {
             Support::Present
@@ -148,11 +145,20 @@ pub fn init(cpus: &Features, last_vmid: Option<u16>) {
     };
     FEATURES.call_once(|| {
         let features = stage2::Features {
-            dbm: support(cpus.dbm_usable()),
+            dbm: support(match cpus.dirty_state() {
+                DirtyState::Sound => true,
+                DirtyState::Unknown => told == DirtyEngine::Dbm,
+                DirtyState::Absent | DirtyState::Broken(_) => false,
+            }),
             bbm2: support(cpus.bbm >= 2),
             fwb: support(cpus.fwb >= 1),
             tlb_range: support(cpus.tlb >= 2),
             ttl: support(cpus.ttl >= 1),
+            tlbi: if cpus.errata.broadcast_tlbi.is_sound() {
+                Tlbi::Once
+            } else {
+                Tlbi::Twice
+            },
             vmid: if cpus.vmid_bits == 16 {
                 VmidWidth::Sixteen
             } else {

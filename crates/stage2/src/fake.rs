@@ -7,6 +7,9 @@
 //! removes nothing. So a missing step shows as a lost page, not only as a wrong record. Where there is
 //! no one worst case, [`Whims`] decide.
 //!
+//! On a machine that needs them, broadcast invalidations are to be repeated ([`assume`](Machine::assume)): until then
+//! other CPUs go on storing through what was dropped.
+//!
 //! Its walker decodes VTCR_EL2 and VTTBR_EL2 by itself and shares no code with the engine. If it is told
 //! what the machine has ([`assume`](Machine::assume)), a TLB conflict panics.
 //!
@@ -36,7 +39,7 @@ pub use pe::{Abort, Guest, Stage1};
 pub(crate) use rng::Rng;
 pub use whims::{Speculation, Whims};
 
-use crate::hardware::{Features, Hardware, Support, Table};
+use crate::hardware::{Features, Hardware, Support, Table, Tlbi};
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
 use pe::Pe;
@@ -83,6 +86,8 @@ pub enum Event {
     Vmalle1is,
     /// `TLBI VMALLS12E1IS`.
     Vmalls12e1is,
+    /// `TLBI VALE2IS` of nothing.
+    Vale2is,
     /// `TLBI IPAS2E1` of an address with a TTL.
     Ipas2e1(u64, u8),
     /// `TLBI VAAE1` of an address.
@@ -200,8 +205,8 @@ pub struct Machine {
     whims: OnceLock<Mutex<Whims>>,
     late: Mutex<Vec<Late>>,
     unsettled: Mutex<BTreeMap<Entry, Unsettled>>,
-    /// What TLBs may hold at once, if it is to be checked.
-    bbm2: OnceLock<Support>,
+    /// What TLBs may hold at once, and what completes a broadcast, if it is to be checked.
+    features: OnceLock<Features>,
 }
 
 std::thread_local! {
@@ -215,6 +220,7 @@ impl Machine {
             pe: Mutex::new(Pe {
                 number,
                 tlb: Tlb::default(),
+                in_flight: BTreeMap::new(),
             }),
             vttbr: AtomicU64::new(0),
             queue: Mutex::default(),
@@ -235,11 +241,11 @@ impl Machine {
             whims: OnceLock::new(),
             late: Mutex::default(),
             unsettled: Mutex::default(),
-            bbm2: OnceLock::new(),
+            features: OnceLock::new(),
         }
     }
 
-    /// Returns a feature set with everything in it.
+    /// Returns a feature set with everything in it, the errata included.
     pub const fn everything() -> Features {
         Features {
             dbm: Support::Present,
@@ -247,6 +253,7 @@ impl Machine {
             fwb: Support::Present,
             tlb_range: Support::Present,
             ttl: Support::Present,
+            tlbi: Tlbi::Twice,
             vmid: VmidWidth::Sixteen,
             pa_bits: 48,
         }
@@ -265,7 +272,9 @@ impl Machine {
 
     /// `TLBI ALLE1; DSB NSH` on the CPU that the calling thread is.
     pub fn forget_all(&self) {
-        lock(&self.cpus[self.current_pe()].pe).tlb = Tlb::default();
+        let mut pe = lock(&self.cpus[self.current_pe()].pe);
+        pe.tlb = Tlb::default();
+        pe.in_flight.clear();
     }
 
     /// Lets the CPUs have whims from now on. Said once, before anything runs.
@@ -278,16 +287,22 @@ impl Machine {
         self.whims.get().map(lock)
     }
 
-    /// Checks from now on that no TLB can hold what these features do not let it hold at once.
-    /// Said once.
+    /// Checks from now on that no TLB can hold what these features do not let it hold at once, and
+    /// completes broadcast invalidations as late as they say. Said once.
     pub fn assume(&self, features: &Features) {
-        let first = self.bbm2.set(features.bbm2);
+        let first = self.features.set(*features);
         assert!(first.is_ok(), "the machine knows its features already");
     }
 
-    /// A `DSB SY` on `pe`, as when its vCPU exits for good: the updates of descriptors it has under way
-    /// are visible.
+    fn completes_early(&self) -> bool {
+        let features = self.features.get();
+        features.is_some_and(|features| features.tlbi == Tlbi::Twice)
+    }
+
+    /// A `DSB SY` on `pe`, as when its vCPU exits for good: the stores and the updates of descriptors it
+    /// has under way are visible.
     pub fn synchronize(&self, pe: usize) {
+        lock(&self.cpus[pe].pe).in_flight.clear();
         let mut late = lock(&self.late);
         late.retain(|late| {
             if late.pe == pe {
@@ -432,6 +447,7 @@ impl Machine {
         if ops.is_empty() {
             return;
         }
+        let early = self.completes_early() && ops.iter().any(|op| op.broadcast);
         for (number, cpu) in self.cpus.iter().enumerate() {
             // Between invalidations that one DSB completes there is no order. As bad as it gets is that
             // combined entries went first and were made again from the stage-2 ones: that is, stayed.
@@ -440,9 +456,15 @@ impl Machine {
             let recombined = by_ipa && self.whims().is_none_or(|mut whims| whims.recombines());
             // Waits for an access in progress, as the DSB does.
             let mut pe = lock(&cpu.pe);
+            let before = (early && number != current).then(|| pe.tlb.writable());
             left()
                 .filter(|op| op.what != What::Combined || !recombined)
                 .for_each(|op| pe.tlb.apply(op));
+            if let Some(mut dropped) = before {
+                // What an earlier one dropped is complete by this one.
+                dropped.subtract(&pe.tlb);
+                pe.in_flight.insert(current, dropped);
+            }
         }
     }
 
@@ -641,6 +663,11 @@ impl Hardware for Machine {
     fn tlbi_vmalls12e1is(&self) {
         self.note(Event::Vmalls12e1is);
         self.enqueue(What::Everything, Shareable::Inner);
+    }
+
+    fn tlbi_vale2is(&self) {
+        self.note(Event::Vale2is);
+        self.enqueue(What::Nothing, Shareable::Inner);
     }
 
     fn tlbi_ipas2e1(&self, operand: IpaOperand) {

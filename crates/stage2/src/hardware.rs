@@ -48,6 +48,16 @@ impl Support {
     }
 }
 
+/// How often a broadcast TLBI and its DSB are needed until the accesses are over that other CPUs made through
+/// what was dropped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tlbi {
+    /// Once, as the architecture says (D8.16.5).
+    Once,
+    /// One more of whichever kind must follow (CVE-2025-10263 and older errata).
+    Twice,
+}
+
 /// What stage 2 needs to know about the CPUs: the least common denominator over all of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Features {
@@ -61,6 +71,8 @@ pub struct Features {
     pub tlb_range: Support,
     /// FEAT_TTL: level hints in TLBI operands.
     pub ttl: Support,
+    /// What completes a broadcast invalidation, on the worst of the CPUs.
+    pub tlbi: Tlbi,
     /// VMID bits.
     pub vmid: VmidWidth,
     /// Physical address bits (ID_AA64MMFR0_EL1.PARange): 32, 36, 40, 42, 44, 48 or 52.
@@ -75,6 +87,7 @@ impl Features {
         fwb: Support::Absent,
         tlb_range: Support::Absent,
         ttl: Support::Absent,
+        tlbi: Tlbi::Once,
         vmid: VmidWidth::Eight,
         pa_bits: 40,
     };
@@ -125,6 +138,9 @@ pub trait Hardware: Sync {
     fn tlbi_vmalle1is(&self);
     /// `TLBI VMALLS12E1IS`: everything of the VMID, on every CPU.
     fn tlbi_vmalls12e1is(&self);
+    /// `TLBI VALE2IS, XZR`: broadcast as the others are, and drops nothing of a guest. Only called when
+    /// [`Features::tlbi`] says so.
+    fn tlbi_vale2is(&self);
     /// `TLBI IPAS2E1, Xt`, this CPU only.
     fn tlbi_ipas2e1(&self, operand: IpaOperand);
     /// `TLBI VAAE1, Xt` with [`GuestVa::operand`]: one guest address, all ASIDs, this CPU only.
@@ -179,6 +195,9 @@ impl<P: Deref<Target: Hardware> + Sync> Hardware for P {
     }
     fn tlbi_vmalls12e1is(&self) {
         (**self).tlbi_vmalls12e1is();
+    }
+    fn tlbi_vale2is(&self) {
+        (**self).tlbi_vale2is();
     }
     fn tlbi_ipas2e1(&self, operand: IpaOperand) {
         (**self).tlbi_ipas2e1(operand);

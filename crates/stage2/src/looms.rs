@@ -182,6 +182,7 @@ mod models {
         fn tlbi_ripas2e1is(&self, _: RangeOperand) {}
         fn tlbi_vmalle1is(&self) {}
         fn tlbi_vmalls12e1is(&self) {}
+        fn tlbi_vale2is(&self) {}
         fn tlbi_ipas2e1(&self, _: IpaOperand) {}
         fn tlbi_vaae1(&self, _: GuestVa) {}
         fn tlbi_vmalle1(&self) {}

@@ -3,6 +3,7 @@
 mod age;
 mod bitmaps;
 mod clear;
+mod completion;
 mod descriptors;
 mod engine;
 mod epochs;

@@ -3,9 +3,13 @@
 //! Every sequence is here and nowhere else, so that the order can be read in one place and tested
 //! against the recording fake (Arm ARM D8.14; the middle DSB of [`Tlb::leaf`] is there because
 //! another CPU could otherwise refill a combined entry from the old stage-2 one).
+//!
+//! On cores with an erratum the DSB behind a broadcast TLBI does not wait for accesses that other CPUs made through
+//! what it dropped: their stores would come after the harvest that looked for them. [`Tlb::complete`] is the one
+//! place that knows.
 
 use crate::config::vttbr;
-use crate::hardware::{Features, Hardware};
+use crate::hardware::{Features, Hardware, Tlbi};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::types::{GuestVa, Ipa, Level, PAGE_SHIFT, Pa};
 use crate::vmid::Tag;
@@ -286,8 +290,7 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
             return;
         };
         self.hw.tlbi_vmalls12e1is();
-        self.hw.dsb_ish();
-        self.hw.isb();
+        self.complete();
         self.hw.restore(previous);
         self.count(1);
     }
@@ -345,11 +348,25 @@ impl<H: Hardware + ?Sized> Tlb<'_, H> {
 
     /// Completes an invalidation by IPA: combined entries carry no IPA and go as a whole.
     fn finish(&self, previous: u64) {
+        // Of stage 2 alone: no access is complete by it, and no erratum leaves an entry.
         self.hw.dsb_ish();
         self.hw.tlbi_vmalle1is();
-        self.hw.dsb_ish();
-        self.hw.isb();
+        self.complete();
         self.hw.restore(previous);
+    }
+
+    /// Completes broadcast invalidations, and the accesses that were made through what they dropped.
+    ///
+    /// One more is enough for any number of them, and it may be of anything (Arm's advice for CVE-2025-10263; Linux
+    /// a8f78680ee6b for the older errata).
+    fn complete(&self) {
+        self.hw.dsb_ish();
+        if self.features.tlbi == Tlbi::Twice {
+            self.hw.tlbi_vale2is();
+            self.hw.dsb_ish();
+            self.count(1);
+        }
+        self.hw.isb();
     }
 
     /// Makes this CPU see a relaxed leaf. Other CPUs that still hold the old entry only take a

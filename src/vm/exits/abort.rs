@@ -166,10 +166,11 @@ fn is_maintenance(syndrome: Syndrome) -> bool {
 /// Aborts that are not faults of stage 2.
 fn other(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     match syndrome.0 & 0x3f {
-        // TLB conflict: drop everything of this VMID (Arm ARM I_JCCRT), and try again.
+        // TLB conflict: drop everything of this VMID (Arm ARM I_JCCRT), and try again. Another CPU's
+        // TLB is another matter.
         0x30 => {
-            crate::arch::tlb::vmalls12e1is();
-            crate::arch::barrier::dsb_ish();
+            crate::arch::tlb::vmalls12e1();
+            crate::arch::barrier::dsb_nsh();
             Next::GoOn
         }
         _ => external(vcpu, syndrome),

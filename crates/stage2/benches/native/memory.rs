@@ -129,6 +129,9 @@ impl Hardware for Memory {
     fn tlbi_vmalls12e1is(&self) {
         self.invalidate();
     }
+    fn tlbi_vale2is(&self) {
+        self.invalidate();
+    }
     fn tlbi_ipas2e1(&self, _: IpaOperand) {
         self.invalidate();
     }

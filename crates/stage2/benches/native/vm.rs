@@ -30,6 +30,7 @@ const FEATURES: Features = Features {
     fwb: Support::Present,
     tlb_range: Support::Present,
     ttl: Support::Present,
+    tlbi: Tlbi::Twice,
     vmid: VmidWidth::Sixteen,
     pa_bits: 48,
 };

@@ -56,6 +56,9 @@ pub type Abort = Fault;
 pub(super) struct Pe {
     pub(super) number: usize,
     pub(super) tlb: Tlb,
+    /// By the CPU whose invalidation dropped them: leaves through which stores are under way that its DSB
+    /// did not wait for (CVE-2025-10263).
+    pub(super) in_flight: BTreeMap<usize, Tlb>,
 }
 
 impl Pe {
@@ -73,6 +76,12 @@ impl Pe {
         };
         let found: Vec<Leaf> = found.collect();
         (!found.is_empty()).then(|| found[whims.choose(found.len())])
+    }
+
+    /// Returns the leaf by which a store is still under way that was begun before the leaf was dropped.
+    fn in_flight(&self, vmid: u16, va: Option<u64>, ipa: u64) -> Option<Leaf> {
+        let mut dropped = self.in_flight.values();
+        dropped.find_map(|tlb| tlb.lookup(vmid, va, ipa).next())
     }
 }
 
@@ -276,6 +285,9 @@ impl Machine {
         } = request;
         let vmid = guest.vmid();
         let write = access == FaultAccess::Write;
+        if write && let Some(leaf) = pe.in_flight(vmid, va, ipa) {
+            return Ok(leaf);
+        }
         // After a change under it a walk begins anew; each time it finds something newer.
         for _ in 0..64 {
             self.check_conflict(pe, guest, va, ipa);
@@ -388,7 +400,7 @@ impl Machine {
     /// A TLB may be filled at any time, by a walk that nobody asked for. If what it would find now must
     /// not be in one TLB with what is there already, break-before-make was left out.
     fn check_conflict(&self, pe: &Pe, guest: Guest, va: Option<u64>, ipa: u64) {
-        let Some(bbm2) = self.bbm2.get() else {
+        let Some(bbm2) = self.features.get().map(|features| features.bbm2) else {
             return;
         };
         let found = self.walk_to(guest, ipa);

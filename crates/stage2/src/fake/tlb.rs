@@ -64,11 +64,22 @@ impl Leaf {
 /// What an invalidation is about.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum What {
-    Ipa { ipa: u64, ttl: u8 },
-    Range { start: u64, end: u64, ttl: u8 },
-    Va { va: u64 },
+    Ipa {
+        ipa: u64,
+        ttl: u8,
+    },
+    Range {
+        start: u64,
+        end: u64,
+        ttl: u8,
+    },
+    Va {
+        va: u64,
+    },
     Combined,
     Everything,
+    /// Of another regime: nothing of a guest.
+    Nothing,
 }
 
 /// An invalidation.
@@ -191,6 +202,26 @@ impl Tlb {
             .insert((vmid, level, ipa >> shift(level)), table);
     }
 
+    /// Returns the leaves through which a store goes without asking memory.
+    pub(super) fn writable(&self) -> Self {
+        let writable = |leaf: &Leaf| leaf.pte & WRITE != 0;
+        let stage2 = self.stage2.iter().filter(|(_, leaf)| writable(leaf));
+        let combined = self.combined.iter().filter(|(_, (_, leaf))| writable(leaf));
+        Self {
+            stage2: stage2.map(|(key, leaf)| (*key, *leaf)).collect(),
+            combined: combined.map(|(key, entry)| (*key, *entry)).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Takes away the leaves that `other` has, too.
+    pub(super) fn subtract(&mut self, other: &Self) {
+        self.stage2
+            .retain(|key, leaf| other.stage2.get(key) != Some(leaf));
+        self.combined
+            .retain(|key, entry| other.combined.get(key) != Some(entry));
+    }
+
     #[cfg(test)]
     pub(super) fn knows_table(&self, pa: u64) -> bool {
         self.tables.values().any(|table| *table == pa)
@@ -226,6 +257,7 @@ impl Tlb {
                 self.stage2.retain(|(tag, ..), _| *tag != vmid);
                 self.tables.retain(|(tag, ..), _| *tag != vmid);
             }
+            What::Nothing => {}
             What::Va { va } => {
                 self.combined.remove(&(vmid, va >> 12));
                 self.stage1.remove(&(vmid, va >> 12));

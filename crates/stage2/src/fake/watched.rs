@@ -71,7 +71,10 @@ impl Machine {
             level,
             hd: false,
         };
-        let bbm2 = self.bbm2.get().is_some_and(|bbm2| bbm2.is_present());
+        let bbm2 = self
+            .features
+            .get()
+            .is_some_and(|features| features.bbm2.is_present());
         let is_table = level < 3 && pte & 3 == 3;
         self.cpus.iter().enumerate().find_map(|(number, cpu)| {
             let cached = lock(&cpu.pe).tlb.overlapping(vmid, start, end);

@@ -5,7 +5,7 @@ use crate::fake::{Machine, Speculation};
 use crate::tests::sim::Place;
 use crate::tests::world::*;
 use crate::types::*;
-use crate::{Features, Support};
+use crate::{Features, Support, Tlbi};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::vec;
@@ -184,13 +184,17 @@ pub(super) struct History {
 
 pub(super) fn features() -> impl Strategy<Value = Features> {
     let support = || prop_oneof![Just(Support::Present), Just(Support::Absent)];
-    (support(), support(), support(), support()).prop_map(|(dbm, bbm2, tlb_range, ttl)| Features {
-        dbm,
-        bbm2,
-        tlb_range,
-        ttl,
-        ..Machine::everything()
-    })
+    let tlbi = prop_oneof![Just(Tlbi::Once), Just(Tlbi::Twice)];
+    (support(), support(), support(), support(), tlbi).prop_map(
+        |(dbm, bbm2, tlb_range, ttl, tlbi)| Features {
+            dbm,
+            bbm2,
+            tlb_range,
+            ttl,
+            tlbi,
+            ..Machine::everything()
+        },
+    )
 }
 
 pub(super) fn history() -> impl Strategy<Value = History> {
