@@ -128,6 +128,10 @@ fn report(board: &Board, features: &Features, dirty: DirtyEngine) {
     if !tlbi.is_sound() {
         info!("broadcast TLB invalidations are done twice: {tlbi}");
     }
+    let walks = features.errata.speculative_walks;
+    if !walks.is_sound() {
+        info!("walks of EL1's tables are off while EL2 changes VMs: {walks}");
+    }
     let used = vm::stage2::features().0.dbm == Support::Present;
     let usable = match (features.dirty_state(), used) {
         (DirtyState::Absent, _) => "no hardware dirty bit".into(),

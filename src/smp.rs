@@ -4,7 +4,7 @@
 use crate::arch::boot::{self, Answer, Progress, SecondaryBoot};
 use crate::arch::features::Features;
 use crate::arch::stage1::EnableMmu;
-use crate::arch::{barrier, cpu, el1, timer};
+use crate::arch::{barrier, cpu, el1, timer, tlb};
 use crate::board::{self, Board};
 use crate::memory::frames::Run;
 use crate::memory::{PAGE, layout, stage1};
@@ -14,6 +14,7 @@ use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use log::warn;
 use spin::{Mutex, Once};
+use tidemark_errata::walks::OutOfContext;
 use tidemark_ownership::Owner;
 
 /// How long a CPU may take to answer, in microseconds.
@@ -154,6 +155,11 @@ pub fn init_controls(features: &Features) {
     let controls = CONTROLS.call_once(|| Controls {
         hcr,
         vtcr: vm::stage2::vtcr().unwrap_or_else(|error| panic!("{error}")),
+    });
+    tlb::set_out_of_context(if features.errata.speculative_walks.is_sound() {
+        OutOfContext::Never
+    } else {
+        OutOfContext::Possible
     });
     el1::init_controls(controls.hcr, controls.vtcr);
 }

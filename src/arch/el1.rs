@@ -1,9 +1,9 @@
 //! What a vCPU leaves in EL1's and EL0's registers when a CPU switches to another one,
 //! and the controls of EL2 that decide what it may do.
 
-use super::tlb::NO_WALKS;
 use super::{barrier, regs, tlb};
 use aarch64_cpu::registers::*;
+use tidemark_errata::walks::Stage1;
 use tock_registers::interfaces::{Readable, Writeable};
 
 unsafe extern "C" {
@@ -28,27 +28,25 @@ macro_rules! el1_registers {
         #[derive(Clone, Debug)]
         pub struct El1State {
             $($field: u64,)*
-            tcr: u64,
+            stage1: Stage1,
             fp: FpState,
         }
 
         impl El1State {
             /// The state of a CPU out of reset, as far as software may rely on it.
             pub fn reset() -> Self {
-                let mut state = Self {
+                Self {
                     $($field: 0,)*
-                    tcr: 0,
+                    // RES1 bits; MMU and caches off.
+                    stage1: Stage1 { tcr: 0, sctlr: 0x30d0_0800 },
                     fp: FpState { q: [0; 32], fpcr: 0, fpsr: 0 },
-                };
-                // RES1 bits; MMU and caches off.
-                state.sctlr = 0x30d0_0800;
-                state
+                }
             }
 
             /// Takes the state out of this CPU.
             pub fn save(&mut self) {
                 $(self.$field = $register.get();)*
-                self.tcr = TCR_EL1.get();
+                self.stage1 = Stage1 { tcr: TCR_EL1.get(), sctlr: SCTLR_EL1.get() };
                 // Its timer must not fire for whoever comes next.
                 CNTV_CTL_EL0.set(0);
                 barrier::isb();
@@ -59,9 +57,7 @@ macro_rules! el1_registers {
             /// Puts the state into this CPU.
             pub fn load(&self) {
                 $($register.set(self.$field);)*
-                // Last: until here `set_vm` keeps the walks of EL1's tables off.
-                barrier::isb();
-                TCR_EL1.set(self.tcr);
+                tlb::arrive(self.stage1);
                 // SAFETY: as for `save`; the image itself has no FP state to lose.
                 unsafe { fp_load(&self.fp) };
             }
@@ -72,7 +68,7 @@ macro_rules! el1_registers {
 const _: () = assert!(core::mem::offset_of!(FpState, fpcr) == 512);
 
 el1_registers! {
-    sctlr SCTLR_EL1, cpacr CPACR_EL1, ttbr0 TTBR0_EL1, ttbr1 TTBR1_EL1,
+    cpacr CPACR_EL1, ttbr0 TTBR0_EL1, ttbr1 TTBR1_EL1,
     esr ESR_EL1, afsr0 AFSR0_EL1, afsr1 AFSR1_EL1, far FAR_EL1, mair MAIR_EL1,
     amair AMAIR_EL1, vbar VBAR_EL1, contextidr CONTEXTIDR_EL1, tpidr_el0 TPIDR_EL0,
     tpidrro_el0 TPIDRRO_EL0, tpidr_el1 TPIDR_EL1, cntkctl CNTKCTL_EL1, par PAR_EL1,
@@ -199,22 +195,16 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
     tlb::forget_all();
 }
 
-/// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller.
-///
-/// Cores that walk tables speculatively out of context (Cortex-A72 1319367, A76 1165522)
-/// must not do so while the tables are of two VMs: EPD0 and EPD1 stop them until
-/// [`El1State::load`] ends.
+/// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller, and
+/// [`El1State::load`] ends it.
 pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
-    TCR_EL1.set(TCR_EL1.get() | NO_WALKS);
-    barrier::isb();
     if has_ras() {
         // Where the guest's DISR_EL1 is: not the last one's.
         regs::VDISR_EL2.set(0);
     }
-    VTTBR_EL2.set(vttbr);
     regs::VMPIDR_EL2.set(vmpidr);
     CNTVOFF_EL2.set(counter_offset);
-    barrier::isb();
+    tlb::depart(vttbr);
 }
 
 /// PSTATE.M of EL1 on its own stack pointer.

@@ -1,10 +1,12 @@
-//! TLB maintenance (Arm ARM D8.14). Every function only issues the operation: the
-//! barriers around it belong to the caller's protocol.
+//! TLB maintenance (Arm ARM D8.14), and whose tables are walked meanwhile. Every function of the first part only
+//! issues the operation: the barriers around it belong to the caller's protocol.
 
 use super::barrier;
 use super::cpu::PerCpu;
-use aarch64_cpu::registers::{TCR_EL1, VTTBR_EL2};
+use aarch64_cpu::registers::{SCTLR_EL1, TCR_EL1, VTTBR_EL2};
 use core::arch::asm;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use tidemark_errata::walks::{self, OutOfContext, Registers, Stage1};
 use tock_registers::interfaces::{Readable, Writeable};
 
 macro_rules! tlbi {
@@ -72,27 +74,63 @@ pub fn forget_all() {
     barrier::isb();
 }
 
-/// TCR_EL1.EPD0 and EPD1: no stage-1 walks.
-pub const NO_WALKS: u64 = 1 << 7 | 1 << 23;
+/// The registers of the CPU that runs this.
+struct Own;
 
-/// What TCR_EL1 was before [`select`] took a CPU's stage 2 from its guest.
-static TCR: PerCpu<u64> = PerCpu::new(0);
+impl Registers for Own {
+    #[inline]
+    fn tcr(&self) -> u64 {
+        TCR_EL1.get()
+    }
+    #[inline]
+    fn set_tcr(&mut self, value: u64) {
+        TCR_EL1.set(value);
+    }
+    #[inline]
+    fn sctlr(&self) -> u64 {
+        SCTLR_EL1.get()
+    }
+    #[inline]
+    fn set_sctlr(&mut self, value: u64) {
+        SCTLR_EL1.set(value);
+    }
+    #[inline]
+    fn set_vttbr(&mut self, value: u64) {
+        VTTBR_EL2.set(value);
+    }
+    #[inline]
+    fn isb(&mut self) {
+        barrier::isb();
+    }
+}
+
+static OUT_OF_CONTEXT: AtomicBool = AtomicBool::new(true);
+
+/// Says whether a CPU may walk EL1's tables while EL2 runs. Until then it may.
+pub fn set_out_of_context(walks: OutOfContext) {
+    OUT_OF_CONTEXT.store(walks == OutOfContext::Possible, Relaxed);
+}
+
+#[inline]
+fn out_of_context() -> OutOfContext {
+    if OUT_OF_CONTEXT.load(Relaxed) {
+        OutOfContext::Possible
+    } else {
+        OutOfContext::Never
+    }
+}
+
+/// What the loaded guest had when [`select`] took its stage 2 from this CPU.
+static TAKEN: PerCpu<Stage1> = PerCpu::new(Stage1 { tcr: 0, sctlr: 0 });
 
 /// Loads another VM's stage 2 for TLB maintenance by VMID; gives the one before.
 ///
-/// A guest's own walks cannot use it: EL2 does not return to a guest before [`restore`]. Walks that
-/// a core makes speculatively meanwhile (Cortex-A72 1319367, A76 1165522) would cache the loaded
-/// guest's stage 1 under the other VM's number: there are none.
+/// A guest's own walks cannot use it: EL2 does not return to a guest before [`restore`].
 #[inline]
 pub fn select(vttbr: u64) -> u64 {
     let previous = VTTBR_EL2.get();
     if previous != vttbr {
-        let tcr = TCR_EL1.get();
-        TCR.set(tcr);
-        TCR_EL1.set(tcr | NO_WALKS);
-        barrier::isb();
-        VTTBR_EL2.set(vttbr);
-        barrier::isb();
+        TAKEN.set(walks::enter(out_of_context(), &mut Own, vttbr));
     }
     previous
 }
@@ -101,8 +139,16 @@ pub fn select(vttbr: u64) -> u64 {
 #[inline]
 pub fn restore(previous: u64) {
     if VTTBR_EL2.get() != previous {
-        VTTBR_EL2.set(previous);
-        barrier::isb();
-        TCR_EL1.set(TCR.get());
+        walks::leave(out_of_context(), &mut Own, previous, TAKEN.get());
     }
+}
+
+/// Begins a switch to another vCPU, whose VM has `vttbr`: its stage 2 first.
+pub fn depart(vttbr: u64) {
+    walks::enter(out_of_context(), &mut Own, vttbr);
+}
+
+/// Ends it, when all other registers of EL1 are the new vCPU's: its stage 1 last.
+pub fn arrive(stage1: Stage1) {
+    walks::arrive(out_of_context(), &mut Own, stage1);
 }

@@ -14,6 +14,7 @@ extern crate std;
 mod table;
 #[cfg(test)]
 mod tests;
+pub mod walks;
 
 use core::fmt;
 
@@ -82,6 +83,8 @@ pub enum Defect {
     /// The hardware's update of a descriptor's dirty state is lost, comes late, or comes although it is off
     /// (D8.5.3).
     DirtyState,
+    /// EL1's tables are walked at EL2, for an AT instruction that is speculated. [`walks`] is what to do.
+    SpeculativeWalks,
 }
 
 /// Whether a CPU has a defect.
@@ -139,6 +142,8 @@ pub struct Errata {
     pub broadcast_tlbi: Verdict,
     /// [`Defect::DirtyState`].
     pub dirty_state: Verdict,
+    /// [`Defect::SpeculativeWalks`].
+    pub speculative_walks: Verdict,
 }
 
 impl Errata {
@@ -147,6 +152,7 @@ impl Errata {
         Self {
             broadcast_tlbi: Verdict::of(midr, Defect::BroadcastTlbi),
             dirty_state: Verdict::of(midr, Defect::DirtyState),
+            speculative_walks: Verdict::of(midr, Defect::SpeculativeWalks),
         }
     }
 
@@ -155,6 +161,7 @@ impl Errata {
         Self {
             broadcast_tlbi: self.broadcast_tlbi.worse(other.broadcast_tlbi),
             dirty_state: self.dirty_state.worse(other.dirty_state),
+            speculative_walks: self.speculative_walks.worse(other.speculative_walks),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! of each part), as Linux has them in `Documentation/arch/arm64/silicon-errata.rst`, `kernel/cpu_errata.c` and
 //! `cpu_has_broken_dbm`; part numbers as in its `asm/cputype.h`.
 
-use crate::Defect::{self, BroadcastTlbi, DirtyState};
+use crate::Defect::{self, BroadcastTlbi, DirtyState, SpeculativeWalks};
 use crate::{Midr, Revision};
 
 const SOFTWARE: u8 = 0x00;
@@ -184,4 +184,24 @@ pub(crate) const ERRATA: &[Row] = &[
     row(DirtyState, "Cortex-A510 2051678", ARM, 0xd46, to(0, 2)),
     row(DirtyState, "AmpereOne AC03_CPU_38", AMPERE, 0xac3, ALL),
     row(DirtyState, "AmpereOne AC04_CPU_10", AMPERE, 0xac4, ALL),
+    // An AT instruction is speculated out of context (Linux: ARM64_WORKAROUND_SPECULATIVE_AT; Neoverse N1 as Xen has
+    // it, 858c0be8c2fa).
+    row(SpeculativeWalks, "Cortex-A57 1319537", ARM, 0xd07, ALL),
+    row(SpeculativeWalks, "Cortex-A72 1319367", ARM, 0xd08, ALL),
+    row(SpeculativeWalks, "Cortex-A76 1165522", ARM, 0xd0b, to(2, 0)),
+    row(
+        SpeculativeWalks,
+        "Neoverse N1 1165522",
+        ARM,
+        0xd0c,
+        to(2, 0),
+    ),
+    row(SpeculativeWalks, "Cortex-A55 1530923", ARM, 0xd05, to(2, 0)),
+    row(
+        SpeculativeWalks,
+        "Kryo 4xx Silver 1530923",
+        QUALCOMM,
+        0x805,
+        ALL,
+    ),
 ];
