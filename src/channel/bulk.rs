@@ -443,9 +443,11 @@ fn read_memory(
         .checked_add(u64::from(*covered))
         .ok_or(ErrorReply::OutOfRange)?;
     let slots = vm.memory.slots();
-    let words = slots.words(at).ok_or(ErrorReply::OutOfRange)?;
-    let left = words.len().min(((len - *covered) / 8) as usize);
-    let wanted = words.get(..left.min(READ_WORDS)).unwrap_or(words);
+    let left = slots.left(at).min(((len - *covered) / 8) as usize);
+    let wanted = vm
+        .memory
+        .read(&slots, at, left.min(READ_WORDS))
+        .ok_or(ErrorReply::OutOfRange)?;
     let some = room.min(piece.len + READ_BYTES);
     let encoded = pages::encode(wanted, |word| word.load(Relaxed), piece.room(some));
     piece.len += encoded.len;

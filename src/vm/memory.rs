@@ -1,7 +1,8 @@
 //! A guest's memory: the frames behind its slots, and stage 2 over them.
 //!
 //! Every write by EL2 into guest memory goes through [`GuestMemory::write`] or
-//! [`GuestMemory::clear`], which tell the dirty log. Reads see what the guest sees at that moment, word by word.
+//! [`GuestMemory::clear`], which tell the dirty log; every look goes through [`GuestMemory::read`] and sees what the
+//! guest sees at that moment, word by word, past the caches or through them.
 //!
 //! Slots come and go while the VM runs (`slots`). Whoever looks at memory holds the list meanwhile, so that
 //! frames are not given back under a reader; it is held for less than a step, and stage 2 comes after it.
@@ -207,10 +208,19 @@ impl GuestMemory {
         self.slots.read()
     }
 
+    /// At most `most` words from `ipa` (a multiple of 8) on, and not past the end of their run, to be loaded now: a
+    /// guest whose caches are off may store past what EL2 looked at before.
+    pub fn read<'s>(&self, slots: &'s Slots, ipa: u64, most: usize) -> Option<&'s [AtomicU64]> {
+        let words = slots.words(ipa)?;
+        let words = words.get(..words.len().min(most))?;
+        Some(self.stage2.coherent(words))
+    }
+
     /// The word at `ipa` (a multiple of 8).
     pub fn word(&self, ipa: u64) -> Option<u64> {
         let slots = self.slots();
-        slots.words(ipa)?.first().map(|word| word.load(Relaxed))
+        let words = self.read(&slots, ipa, 1)?;
+        words.first().map(|word| word.load(Relaxed))
     }
 
     /// Writes `bytes` at `ipa` (a multiple of 8), and says so to the dirty log.
@@ -221,6 +231,9 @@ impl GuestMemory {
         while !left.is_empty() {
             let words = slots.words(at).ok_or(OutOfMemoryRange)?;
             let (now, later) = left.split_at(left.len().min(words.len() * 8));
+            // Lines that are changed in part keep what the guest has in the rest.
+            let words = words.get(..now.len().div_ceil(8)).unwrap_or(words);
+            self.stage2.coherent(words);
             let (eights, rest) = now.as_chunks::<8>();
             for (word, &bytes) in words.iter().zip(eights) {
                 word.store(u64::from_le_bytes(bytes), Relaxed);
@@ -233,6 +246,7 @@ impl GuestMemory {
                 }
                 word.store(u64::from_le_bytes(whole), Relaxed);
             }
+            self.stage2.stored(words);
             // Piece by piece: what was written stays told if the next one is not memory.
             self.stage2
                 .mark_dirty(Ipa::new(at), now.len() as u64)
@@ -302,7 +316,7 @@ impl GuestMemory {
 
     /// Whether `ipa` is in RAM.
     pub fn contains(&self, ipa: u64) -> bool {
-        self.word(ipa & !7).is_some()
+        self.slots().words(ipa & !7).is_some()
     }
 }
 
@@ -312,8 +326,13 @@ impl Slots {
         self.iter().find(|slot| slot.id.0 == id)
     }
 
-    /// The words from `ipa` (a multiple of 8) to the end of its run.
-    pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
+    /// How many words there are from `ipa` (a multiple of 8) to the end of its run.
+    pub fn left(&self, ipa: u64) -> usize {
+        self.words(ipa).map_or(0, <[_]>::len)
+    }
+
+    /// The words themselves.
+    fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
         self.iter().find_map(|slot| slot.words(ipa))
     }
 }
@@ -340,7 +359,7 @@ impl Slot {
     }
 
     /// The words from `ipa` (a multiple of 8) to the end of its run.
-    pub fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
+    fn words(&self, ipa: u64) -> Option<&[AtomicU64]> {
         let after = self.runs.partition_point(|(base, _)| *base <= ipa);
         let (base, run) = self.runs.get(after.checked_sub(1)?)?;
         run.words()

@@ -1,10 +1,11 @@
 //! What `crates/stage2` needs of the hardware, and what it is told about it.
 
 use crate::arch::features::{DirtyState, Features};
-use crate::arch::{barrier, cpu, tlb};
+use crate::arch::{barrier, cache, cpu, tlb};
 use crate::board::options::DirtyEngine;
 use crate::memory::frames::{self, Run};
 use crate::sched;
+use core::sync::atomic::AtomicU64;
 use spin::Once;
 use tidemark_stage2::{
     self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, Tlbi,
@@ -65,6 +66,10 @@ impl Hardware for Hw {
     #[inline]
     fn isb(&self) {
         barrier::isb();
+    }
+
+    fn clean_invalidate(&self, words: &[AtomicU64]) {
+        cache::clean_invalidate(words.as_ptr() as usize, size_of_val(words));
     }
 
     #[inline]

@@ -686,13 +686,17 @@ fn hash_step(vm: &'static Vm, slot: u16, pause: u32) -> Step {
         work.hash = None;
         return Step::Done;
     };
-    let Some((_, run)) = of.runs.get(hash.run) else {
+    let Some((base, run)) = of.runs.get(hash.run) else {
         let digest = hash.state.take().map(|state| state.finalize().into());
         hash.digest = digest;
         return Step::Done;
     };
     let mut bytes = [0; HASH_STEP];
-    let words = run.words().iter().skip(hash.at / 8);
+    let at = base + hash.at as u64;
+    let Some(words) = vm.memory.read(&slots, at, HASH_STEP / 8) else {
+        work.hash = None;
+        return Step::Done;
+    };
     for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
         bytes.copy_from_slice(&word.load(Relaxed).to_le_bytes());
     }

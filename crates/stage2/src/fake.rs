@@ -16,6 +16,7 @@
 //! | file | part |
 //! |---|---|
 //! | `pe` | a CPU: walks, hardware updates of descriptors, stage 1 |
+//! | `ram` | a guest's memory, and the caches before it |
 //! | `tlb` | what it has cached, and what an invalidation removes |
 //! | `whims` | what the architecture leaves open |
 //! | `traced`, `locks`, `scheduler` | in this crate's own tests: every access is seen, and any CPU may come first |
@@ -24,6 +25,7 @@
 #[cfg(test)]
 pub(crate) mod locks;
 mod pe;
+mod ram;
 mod rng;
 #[cfg(test)]
 pub(crate) mod scheduler;
@@ -35,6 +37,7 @@ mod watched;
 mod whims;
 
 pub use pe::{Abort, Guest, Stage1};
+pub use ram::Caching;
 #[cfg(test)]
 pub(crate) use rng::Rng;
 pub use whims::{Speculation, Whims};
@@ -74,6 +77,8 @@ pub enum Event {
     DsbNsh,
     /// `ISB`.
     Isb,
+    /// `DC CIVAC` over so many words.
+    CleanInvalidate(usize),
     /// VTTBR_EL2 was made current.
     Select(u64),
     /// VTTBR_EL2 was put back.
@@ -205,6 +210,8 @@ pub struct Machine {
     whims: OnceLock<Mutex<Whims>>,
     late: Mutex<Vec<Late>>,
     unsettled: Mutex<BTreeMap<Entry, Unsettled>>,
+    /// A guest's memory, where a test looks into it.
+    ram: OnceLock<ram::Ram>,
     /// What TLBs may hold at once, and what completes a broadcast, if it is to be checked.
     features: OnceLock<Features>,
 }
@@ -241,6 +248,7 @@ impl Machine {
             whims: OnceLock::new(),
             late: Mutex::default(),
             unsettled: Mutex::default(),
+            ram: OnceLock::new(),
             features: OnceLock::new(),
         }
     }
@@ -624,6 +632,10 @@ impl Hardware for Machine {
 
     fn isb(&self) {
         self.note(Event::Isb);
+    }
+
+    fn clean_invalidate(&self, words: &[crate::sync::atomic::AtomicU64]) {
+        self.maintain(words);
     }
 
     fn select(&self, vttbr: u64) -> u64 {

@@ -125,6 +125,10 @@ pub trait Hardware: Sync {
     /// `ISB`.
     fn isb(&self);
 
+    /// `DC CIVAC` for each line that `words` of guest memory touch, and `DSB SY`: memory holds what was in the
+    /// caches, and they nothing. `words` are at least one. Only called without FEAT_S2FWB.
+    fn clean_invalidate(&self, words: &[AtomicU64]);
+
     /// Makes `vttbr` current (with the ISB that needs) and returns what was. Cheap when it already is.
     fn select(&self, vttbr: u64) -> u64;
     /// Puts back what [`select`](Hardware::select) returned. Cheap when nothing changed.
@@ -177,6 +181,9 @@ impl<P: Deref<Target: Hardware> + Sync> Hardware for P {
     }
     fn isb(&self) {
         (**self).isb();
+    }
+    fn clean_invalidate(&self, words: &[AtomicU64]) {
+        (**self).clean_invalidate(words);
     }
     fn select(&self, vttbr: u64) -> u64 {
         (**self).select(vttbr)

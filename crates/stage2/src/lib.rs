@@ -106,6 +106,7 @@ extern crate std;
 
 mod age;
 mod clear;
+mod coherence;
 mod collapse;
 mod config;
 mod control;

@@ -3,6 +3,7 @@
 mod age;
 mod bitmaps;
 mod clear;
+mod coherence;
 mod completion;
 mod descriptors;
 mod engine;

@@ -111,6 +111,7 @@ impl Hardware for Memory {
     fn dsb_ish(&self) {}
     fn dsb_nsh(&self) {}
     fn isb(&self) {}
+    fn clean_invalidate(&self, _: &[AtomicU64]) {}
 
     fn select(&self, vttbr: u64) -> u64 {
         vttbr
