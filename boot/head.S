@@ -43,6 +43,7 @@ entry:
 
     // EL2 without E2H (nVHE). A core whose E2H is RES1 cannot run this image.
     mov     x1, #(1 << 31)              // RW: EL1 is AArch64
+    dsb     nsh                         // AmpereOne AC04_CPU_23
     msr     hcr_el2, x1
     isb
     mrs     x1, hcr_el2
@@ -144,7 +145,9 @@ secondary_entry:
     msr     daifset, #0xf
     mov     x20, x0
     mov     x1, #(1 << 31)
+    dsb     nsh
     msr     hcr_el2, x1
+    isb
     ldr     x1, ={SCTLR_OFF}
     msr     sctlr_el2, x1
     isb

@@ -71,6 +71,8 @@ pub enum BoardError {
     Reservation(&'static str),
     /// More reservations than are looked through.
     Reservations(usize),
+    /// Stage 2 cannot have pages of 4 KiB.
+    NoStage2Granule,
 }
 
 impl fmt::Display for BoardError {
@@ -79,6 +81,10 @@ impl fmt::Display for BoardError {
             Self::NoDevicetree => write!(
                 f,
                 "no readable devicetree in x0: the loader must pass one (QEMU -kernel and U-Boot booti do)"
+            ),
+            Self::NoStage2Granule => write!(
+                f,
+                "a CPU's stage 2 has no granule of 4 KiB (ID_AA64MMFR0_EL1.TGran4_2), of which guests' tables are made: this image does not run on it"
             ),
             Self::Missing(what) => write!(f, "the devicetree has no {what}"),
             Self::NoPsci => write!(

@@ -23,6 +23,7 @@ use board::options::{self, Autostart, DirtyEngine, Options, WhenIdle};
 use board::{Board, BoardError};
 use log::{info, warn};
 use spin::Once;
+use tidemark_errata::Verdict;
 use tidemark_stage2::Support;
 use tidemark_wire::bundle::WhenAllStopped;
 
@@ -66,6 +67,9 @@ extern "C" fn boot_main() -> ! {
     }
 
     let features = FEATURES.call_once(|| smp::start_others(&board));
+    if !features.stage2_4k {
+        unusable(&BoardError::NoStage2Granule);
+    }
     vm::stage2::init(features, options.dirty, options.last_vmid);
     report(&board, features, options.dirty);
     smp::init_controls(features);
@@ -131,6 +135,10 @@ fn report(board: &Board, features: &Features, dirty: DirtyEngine) {
     let walks = features.errata.speculative_walks;
     if !walks.is_sound() {
         info!("walks of EL1's tables are off while EL2 changes VMs: {walks}");
+    }
+    let par = features.errata.par_reads;
+    if matches!(par, Verdict::Erratum(_)) {
+        warn!("a guest that does not work around it can hang its CPU: {par}");
     }
     let used = vm::stage2::features().0.dbm == Support::Present;
     let usable = match (features.dirty_state(), used) {

@@ -156,6 +156,7 @@ pub fn init_controls(features: &Features) {
         hcr,
         vtcr: vm::stage2::vtcr().unwrap_or_else(|error| panic!("{error}")),
     });
+    el1::set_errata(&features.errata);
     tlb::set_out_of_context(if features.errata.speculative_walks.is_sound() {
         OutOfContext::Never
     } else {

@@ -18,6 +18,9 @@ barrier!(
     /// Orders and completes everything before it, for the whole system.
     dsb_sy, "dsb sy");
 barrier!(
+    /// Orders everything before it, for the whole system.
+    dmb_sy, "dmb sy");
+barrier!(
     /// Completes everything before it, for the inner-shareable domain.
     dsb_ish, "dsb ish");
 barrier!(

@@ -3,6 +3,8 @@
 
 use super::{barrier, regs, tlb};
 use aarch64_cpu::registers::*;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use tidemark_errata::Errata;
 use tidemark_errata::walks::Stage1;
 use tock_registers::interfaces::{Readable, Writeable};
 
@@ -28,6 +30,7 @@ macro_rules! el1_registers {
         #[derive(Clone, Debug)]
         pub struct El1State {
             $($field: u64,)*
+            par: u64,
             stage1: Stage1,
             fp: FpState,
         }
@@ -37,6 +40,7 @@ macro_rules! el1_registers {
             pub fn reset() -> Self {
                 Self {
                     $($field: 0,)*
+                    par: 0,
                     // RES1 bits; MMU and caches off.
                     stage1: Stage1 { tcr: 0, sctlr: 0x30d0_0800 },
                     fp: FpState { q: [0; 32], fpcr: 0, fpsr: 0 },
@@ -46,6 +50,7 @@ macro_rules! el1_registers {
             /// Takes the state out of this CPU.
             pub fn save(&mut self) {
                 $(self.$field = $register.get();)*
+                self.par = par();
                 self.stage1 = Stage1 { tcr: TCR_EL1.get(), sctlr: SCTLR_EL1.get() };
                 // Its timer must not fire for whoever comes next.
                 CNTV_CTL_EL0.set(0);
@@ -57,6 +62,7 @@ macro_rules! el1_registers {
             /// Puts the state into this CPU.
             pub fn load(&self) {
                 $($register.set(self.$field);)*
+                PAR_EL1.set(self.par);
                 tlb::arrive(self.stage1);
                 // SAFETY: as for `save`; the image itself has no FP state to lose.
                 unsafe { fp_load(&self.fp) };
@@ -71,7 +77,7 @@ el1_registers! {
     cpacr CPACR_EL1, ttbr0 TTBR0_EL1, ttbr1 TTBR1_EL1,
     esr ESR_EL1, afsr0 AFSR0_EL1, afsr1 AFSR1_EL1, far FAR_EL1, mair MAIR_EL1,
     amair AMAIR_EL1, vbar VBAR_EL1, contextidr CONTEXTIDR_EL1, tpidr_el0 TPIDR_EL0,
-    tpidrro_el0 TPIDRRO_EL0, tpidr_el1 TPIDR_EL1, cntkctl CNTKCTL_EL1, par PAR_EL1,
+    tpidrro_el0 TPIDRRO_EL0, tpidr_el1 TPIDR_EL1, cntkctl CNTKCTL_EL1,
     sp_el0 SP_EL0, sp_el1 SP_EL1, elr ELR_EL1, spsr SPSR_EL1, csselr CSSELR_EL1,
     mdscr MDSCR_EL1, cntv_ctl CNTV_CTL_EL0, cntv_cval CNTV_CVAL_EL0,
 }
@@ -95,8 +101,13 @@ const CPTR_GUEST: u64 = 0x33ff | 1 << 20 | 1 << 30;
 /// HCR_EL2 while a guest runs, and otherwise too: it is never written on the exit path.
 ///
 /// VM SWIO PTW FMO IMO AMO FB BSU=IS TWI TID3 TSC TIDCP TACR TLOR RW. PAuth keys and
-/// MTE stay trapped (API, APK, ATA = 0): the ID registers do not show them. Cache operations
-/// by set and way are not trapped: they can only write back and drop lines.
+/// MTE stay trapped (API, APK, ATA = 0): the ID registers do not show them.
+///
+/// Cache operations by set and way are not trapped. SWIO makes each of them write back what it drops, so none loses
+/// another VM's lines or EL2's; and what a guest stored by its caches is in those of the CPU that it runs on, because a
+/// vCPU never changes its CPU and EL2 leaves no dirty line of its own there or elsewhere (`stage2/coherence.rs`). A
+/// scheduler that moves vCPUs would have to trap them (TSW) and clean all of the guest's memory, as KVM does, where
+/// there is no FEAT_S2FWB. What they write back was noted when it was stored.
 pub const HCR_GUEST: u64 = 1
     | 1 << 1
     | 1 << 2
@@ -138,7 +149,12 @@ pub fn set_mdscr(value: u64) {
 
 /// Sets this CPU's EL2 controls, once, before its first guest.
 pub fn init_controls(hcr: u64, vtcr: u64) {
-    HCR_EL2.set(hcr);
+    // Error records trap where there are any: RAS is not shown.
+    let errors = if has_ras() { HCR_TERR } else { 0 };
+    // Once, and between barriers: AmpereOne may use a half-changed HCR_EL2 for translations beside it (AC04_CPU_23).
+    barrier::dsb_nsh();
+    HCR_EL2.set(hcr | errors);
+    barrier::isb();
     VTCR_EL2.set(vtcr);
     // Counter reads are the guest's; the physical timer traps (it is emulated).
     CNTHCTL_EL2.set(1);
@@ -181,8 +197,7 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
         regs::MPAM2_EL2.set(1 << 48 | 1 << 49);
     }
     if has_ras() {
-        // Error records trap (RAS is not shown), and ESB defers into zero.
-        HCR_EL2.set(hcr | HCR_TERR);
+        // ESB defers into zero.
         regs::VDISR_EL2.set(0);
         regs::VSESR_EL2.set(0);
     }
@@ -272,18 +287,79 @@ pub fn faulting_ipa() -> u64 {
     (HPFAR_EL2.get() & 0x0fff_ffff_fff0) << 8
 }
 
+static PAR_BARRIERS: AtomicBool = AtomicBool::new(true);
+static STAGE2_FIRST: AtomicBool = AtomicBool::new(true);
+
+/// Says what the CPUs do otherwise than they should. Until then everything is expected of them.
+pub fn set_errata(errata: &Errata) {
+    PAR_BARRIERS.store(!errata.par_reads.is_sound(), Relaxed);
+    STAGE2_FIRST.store(!errata.stage2_first.is_sound(), Relaxed);
+}
+
+/// PAR_EL1.
+fn par() -> u64 {
+    if PAR_BARRIERS.load(Relaxed) {
+        return par_between_barriers();
+    }
+    PAR_EL1.get()
+}
+
+/// Cortex-A77 hangs if the read meets a load from Device or Non-cacheable memory and a store-exclusive (1508412).
+#[cold]
+fn par_between_barriers() -> u64 {
+    barrier::dmb_sy();
+    let value = PAR_EL1.get();
+    barrier::dmb_sy();
+    value
+}
+
+/// Whether a CPU may report a fault of stage 2 although there is one of stage 1.
+#[inline]
+pub fn may_report_stage2_first() -> bool {
+    STAGE2_FIRST.load(Relaxed)
+}
+
+/// Who loads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loader {
+    /// A program.
+    El0,
+    /// The guest's kernel.
+    El1,
+}
+
+/// Whether stage 1 forbids the guest a load from `address`.
+pub fn stage1_forbids(address: u64, by: Loader) -> bool {
+    let before = par();
+    // SAFETY: an address translation only writes PAR_EL1, which is put back below.
+    unsafe {
+        match by {
+            Loader::El0 => {
+                core::arch::asm!("at s1e0r, {}", in(reg) address, options(nostack, preserves_flags));
+            }
+            Loader::El1 => {
+                core::arch::asm!("at s1e1r, {}", in(reg) address, options(nostack, preserves_flags));
+            }
+        }
+    }
+    barrier::isb();
+    let result = par();
+    PAR_EL1.set(before);
+    result & 1 != 0
+}
+
 /// The page that stage 1 gives for `address`, as the guest's own EL1 would read it.
 ///
 /// For stage-2 permission faults, after which HPFAR_EL2 is UNKNOWN unless the fault was on a
 /// stage-1 walk (Arm ARM D24.2.76). `None` where it does not translate any more: the guest
 /// is then best sent back to fault again.
 pub fn translate(address: u64) -> Option<u64> {
-    let par = PAR_EL1.get();
+    let before = par();
     // SAFETY: an address translation only writes PAR_EL1, which is put back below.
     unsafe { core::arch::asm!("at s1e1r, {}", in(reg) address, options(nostack, preserves_flags)) };
     barrier::isb();
-    let result = PAR_EL1.get();
-    PAR_EL1.set(par);
+    let result = par();
+    PAR_EL1.set(before);
     (result & 1 == 0).then_some(result & 0x000f_ffff_ffff_f000)
 }
 

@@ -24,6 +24,8 @@ pub struct Features {
     pub vmid_bits: u8,
     /// Bits of a physical address.
     pub pa_bits: u8,
+    /// Whether stage 2 has the 4 KiB granule.
+    pub stage2_4k: bool,
     /// Which core this is; of several, the one that was read last.
     pub midr: Midr,
     /// What it does otherwise than it should.
@@ -69,6 +71,7 @@ impl Features {
                 // 52 bits need FEAT_LPA's descriptors, which EL2 does not use.
                 _ => 48,
             },
+            stage2_4k: has_stage2_4k(mmfr0),
             midr,
             errata: Errata::of(midr),
         }
@@ -85,6 +88,7 @@ impl Features {
             lse: self.lse.min(other.lse),
             vmid_bits: self.vmid_bits.min(other.vmid_bits),
             pa_bits: self.pa_bits.min(other.pa_bits),
+            stage2_4k: self.stage2_4k && other.stage2_4k,
             midr: other.midr,
             errata: self.errata.worse(other.errata),
         }
@@ -100,6 +104,19 @@ impl Features {
         }
     }
 }
+
+/// ID_AA64MMFR0.TGran4_2 of a CPU, which may leave it to TGran4.
+const fn has_stage2_4k(mmfr0: u64) -> bool {
+    let (tgran4, tgran4_2) = (mmfr0 >> 28 & 0xf, mmfr0 >> 40 & 0xf);
+    !matches!((tgran4_2, tgran4), (0b0001, _) | (0b0000, 0b1111))
+}
+
+// Left to TGran4, with and without 52 bits; said by itself.
+const _: () = {
+    assert!(has_stage2_4k(0) && has_stage2_4k(1 << 28) && !has_stage2_4k(0xf << 28));
+    assert!(has_stage2_4k(2 << 40 | 0xf << 28) && has_stage2_4k(3 << 40));
+    assert!(!has_stage2_4k(1 << 40) && !has_stage2_4k(1 << 40 | 1 << 28));
+};
 
 /// ID_AA64MMFR0.PARange of this CPU, as TCR_EL2.PS takes it.
 pub fn pa_range() -> u64 {

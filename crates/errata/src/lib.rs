@@ -85,6 +85,11 @@ pub enum Defect {
     DirtyState,
     /// EL1's tables are walked at EL2, for an AT instruction that is speculated. [`walks`] is what to do.
     SpeculativeWalks,
+    /// A read of PAR_EL1 hangs the core, unless it stands between two DMB SY. A guest that does not see to that
+    /// hangs it, too.
+    ParReads,
+    /// A load across the end of a page is reported as stage 2's translation fault where stage 1 forbids it.
+    Stage2First,
 }
 
 /// Whether a CPU has a defect.
@@ -144,6 +149,10 @@ pub struct Errata {
     pub dirty_state: Verdict,
     /// [`Defect::SpeculativeWalks`].
     pub speculative_walks: Verdict,
+    /// [`Defect::ParReads`].
+    pub par_reads: Verdict,
+    /// [`Defect::Stage2First`].
+    pub stage2_first: Verdict,
 }
 
 impl Errata {
@@ -153,6 +162,8 @@ impl Errata {
             broadcast_tlbi: Verdict::of(midr, Defect::BroadcastTlbi),
             dirty_state: Verdict::of(midr, Defect::DirtyState),
             speculative_walks: Verdict::of(midr, Defect::SpeculativeWalks),
+            par_reads: Verdict::of(midr, Defect::ParReads),
+            stage2_first: Verdict::of(midr, Defect::Stage2First),
         }
     }
 
@@ -162,6 +173,8 @@ impl Errata {
             broadcast_tlbi: self.broadcast_tlbi.worse(other.broadcast_tlbi),
             dirty_state: self.dirty_state.worse(other.dirty_state),
             speculative_walks: self.speculative_walks.worse(other.speculative_walks),
+            par_reads: self.par_reads.worse(other.par_reads),
+            stage2_first: self.stage2_first.worse(other.stage2_first),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! of each part), as Linux has them in `Documentation/arch/arm64/silicon-errata.rst`, `kernel/cpu_errata.c` and
 //! `cpu_has_broken_dbm`; part numbers as in its `asm/cputype.h`.
 
-use crate::Defect::{self, BroadcastTlbi, DirtyState, SpeculativeWalks};
+use crate::Defect::{self, BroadcastTlbi, DirtyState, ParReads, SpeculativeWalks, Stage2First};
 use crate::{Midr, Revision};
 
 const SOFTWARE: u8 = 0x00;
@@ -204,4 +204,6 @@ pub(crate) const ERRATA: &[Row] = &[
         0x805,
         ALL,
     ),
+    row(ParReads, "Cortex-A77 1508412", ARM, 0xd0d, to(1, 0)),
+    row(Stage2First, "Cortex-A57 834220", ARM, 0xd07, to(1, 2)),
 ];

@@ -132,6 +132,8 @@ fn an_unknown_part_has_every_defect() {
             broadcast_tlbi: Verdict::Unknown,
             dirty_state: Verdict::Unknown,
             speculative_walks: Verdict::Unknown,
+            par_reads: Verdict::Unknown,
+            stage2_first: Verdict::Unknown,
         };
         assert_eq!(Errata::of(midr), unknown);
     }
@@ -184,20 +186,38 @@ fn qemu_is_known_in_all_its_forms() {
 }
 
 #[test]
+fn those_of_one_part_alone() {
+    let par = affected(0x41, 0xd0d, |errata| errata.par_reads);
+    assert_eq!(par.last(), Some(&(1, 0)));
+    let first = affected(0x41, 0xd07, |errata| errata.stage2_first);
+    assert_eq!(first.last(), Some(&(1, 2)));
+    let a72 = Errata::of(midr(0x41, 0xd08, (0, 3)));
+    assert!(a72.par_reads.is_sound() && a72.stage2_first.is_sound());
+}
+
+#[test]
 fn of_two_cpus_the_worse_one_counts() {
-    let (sound, unknown, erratum) = (
-        Errata::of(midr(0x41, 0xd03, (0, 4))),
-        Errata::of(midr(0x61, 0x023, (1, 0))),
-        Errata::of(midr(0x41, 0xd05, (1, 0))),
-    );
+    let erratum = Verdict::Erratum("Cortex-A0 1");
     for (one, other, worse) in [
-        (sound, unknown, unknown),
-        (sound, erratum, erratum),
-        (unknown, erratum, erratum),
-        (sound, sound, sound),
+        (Verdict::Sound, Verdict::Unknown, Verdict::Unknown),
+        (Verdict::Sound, erratum, erratum),
+        (Verdict::Unknown, erratum, erratum),
+        (Verdict::Sound, Verdict::Sound, Verdict::Sound),
     ] {
         assert_eq!(one.worse(other), worse);
         assert_eq!(other.worse(one), worse);
+    }
+    // Of each defect for itself: a big core and a little one.
+    let (big, little) = (
+        Errata::of(midr(0x41, 0xd0d, (1, 0))),
+        Errata::of(midr(0x41, 0xd05, (1, 0))),
+    );
+    for both in [big.worse(little), little.worse(big)] {
+        assert_eq!(both.par_reads, big.par_reads);
+        assert_eq!(both.dirty_state, little.dirty_state);
+        assert_eq!(both.speculative_walks, little.speculative_walks);
+        assert_eq!(both.stage2_first, Verdict::Sound);
+        assert!(!both.broadcast_tlbi.is_sound());
     }
 }
 
