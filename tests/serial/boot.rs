@@ -16,6 +16,12 @@ pub fn cases() -> Vec<Case> {
         Case::new("boots_on_max", 60, boots_on_max),
         Case::new("boots_on_a76_dbm_without_bbm2", 60, boots_on_a76),
         Case::new("boots_on_a72_write_protect_chosen", 60, boots_on_a72),
+        Case::new("boots_on_a57", 60, boots_on_a57),
+        Case::new(
+            "boots_on_an_unknown_core_write_protect_unless_told",
+            120,
+            boots_on_an_unknown_core,
+        ),
         Case::new("boots_without_a_bundle", 40, boots_without_a_bundle),
         Case::new("entered_at_el1", 30, entered_at_el1),
         Case::new("plain_terminal_shell_help", 60, plain_terminal_shell_help).at(Place::Anywhere),
@@ -24,9 +30,13 @@ pub fn cases() -> Vec<Case> {
 
 /// Boots `machine` with a small guest and returns what the CPUs can do and which engine
 /// is chosen when nobody asks for one.
-fn features_and_choice(script: &mut Script, machine: &str) -> Result<(Features, Engine)> {
+fn features_and_choice(
+    script: &mut Script,
+    machine: &str,
+    command_line: &str,
+) -> Result<(Features, Engine)> {
     let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
-    let target = script.start_tidemark(machine, &bundle, "")?;
+    let target = script.start_tidemark(machine, &bundle, command_line)?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("oracle")?;
@@ -50,7 +60,7 @@ fn features_and_choice(script: &mut Script, machine: &str) -> Result<(Features, 
 }
 
 fn boots_on_max(script: &mut Script) -> Result<()> {
-    let (features, engine) = features_and_choice(script, "virt")?;
+    let (features, engine) = features_and_choice(script, "virt", "")?;
     let all =
         features.dbm_usable && features.bbm2 && features.fwb && features.tlb_range && features.lse;
     ensure!(
@@ -62,7 +72,7 @@ fn boots_on_max(script: &mut Script) -> Result<()> {
 }
 
 fn boots_on_a76(script: &mut Script) -> Result<()> {
-    let (features, engine) = features_and_choice(script, "virt-a76")?;
+    let (features, engine) = features_and_choice(script, "virt-a76", "")?;
     ensure!(
         features.dbm_usable && features.hafdbs == 2,
         "no dirty bit: {features:?}"
@@ -76,12 +86,36 @@ fn boots_on_a76(script: &mut Script) -> Result<()> {
 }
 
 fn boots_on_a72(script: &mut Script) -> Result<()> {
-    let (features, engine) = features_and_choice(script, "virt-a72")?;
+    let (features, engine) = features_and_choice(script, "virt-a72", "")?;
     ensure!(
         !features.dbm_usable && features.hafdbs == 0,
         "a dirty bit it has not: {features:?}"
     );
     ensure!(!features.lse, "atomics it has not: {features:?}");
+    ensure!(engine == Engine::WriteProtect, "{engine} was chosen");
+    Ok(())
+}
+
+/// A core that nobody looked at: its dirty bit is used by who says that it can be.
+fn boots_on_an_unknown_core(script: &mut Script) -> Result<()> {
+    for (command_line, usable, expected) in [
+        ("", false, Engine::WriteProtect),
+        ("dirty=dbm", true, Engine::Dbm),
+    ] {
+        let (features, engine) = features_and_choice(script, "virt-unknown", command_line)?;
+        ensure!(features.hafdbs >= 2, "no dirty bit: {features:?}");
+        ensure!(
+            features.dbm_usable == usable && engine == expected,
+            "with {command_line:?} {engine} was chosen: {features:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Every load from a device is first looked up in stage 1 (erratum 834220).
+fn boots_on_a57(script: &mut Script) -> Result<()> {
+    let (features, engine) = features_and_choice(script, "virt-a57", "")?;
+    ensure!(features.hafdbs == 0, "a dirty bit it has not: {features:?}");
     ensure!(engine == Engine::WriteProtect, "{engine} was chosen");
     Ok(())
 }
