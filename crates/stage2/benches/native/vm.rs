@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidemark_stage2::{
     Access, Engine, Epoch, Error, Extent, Features, Granularity, Ipa, PAGE_SIZE, Pa, Progress,
-    SlotId, Stage2, Support, Table, Vmid, VmidWidth,
+    SlotId, Stage2, Support, Table, Tlbi, Vmid, VmidWidth,
 };
 
 use crate::memory::Memory;
