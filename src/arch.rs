@@ -17,6 +17,7 @@ pub mod exception;
 pub mod features;
 pub mod gic;
 pub mod mmio;
+pub mod random;
 pub mod regs;
 pub mod smc;
 pub mod stage1;

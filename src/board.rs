@@ -281,6 +281,14 @@ pub fn command_line(fdt: Fdt<'static>) -> &'static str {
         .unwrap_or("")
 }
 
+/// What the boot loader left for the seeding of random numbers.
+pub fn seeds(fdt: Fdt<'static>) -> impl Iterator<Item = &'static [u8]> {
+    let chosen = fdt.find_node("/chosen");
+    ["rng-seed", "kaslr-seed"]
+        .into_iter()
+        .filter_map(move |name| bytes(chosen?, name))
+}
+
 /// The console before the devicetree has named one.
 pub fn early_uart() -> pl011::Pl011 {
     // SAFETY: the boot tables map this page as device memory. Where no PL011 is there, its

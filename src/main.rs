@@ -77,6 +77,7 @@ extern "C" fn boot_main() -> ! {
         crash::provoke(name);
     }
 
+    vm::random::init(board::seeds(fdt));
     let manifest = vm::bundle::read(&map);
     vm::work::set_default_engine(options.dirty);
     vm::lifecycle::when_idle(match (options.when_idle, manifest) {

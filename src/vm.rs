@@ -11,6 +11,7 @@ mod id_registers;
 pub mod lifecycle;
 mod loader;
 pub mod memory;
+pub mod random;
 mod slots;
 pub mod stage2;
 pub mod throttle;
@@ -22,21 +23,21 @@ use crate::arch::cpu::MAX_CPUS;
 use crate::arch::timer;
 use alloc::boxed::Box;
 use alloc::string::String;
-use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
-use dtoolkit::error::ModelError;
 use flash::Flash;
 use memory::GuestMemory;
 use spin::{Mutex, Once};
 use tidemark_devices::fw_cfg::FwCfg;
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
+use tidemark_devices::random::Generator;
 use tidemark_devices::vgic::Vgic;
 use tidemark_lease::Holds;
 use tidemark_ownership::Generation;
 use tidemark_stage2::Quota;
 use tidemark_wire::bundle::{Boot, VmSpec};
 use tidemark_wire::message::{VmId, VmState};
+use tree::TreeError;
 use vcpu::Vcpu;
 
 /// A guest and all that is kept for it.
@@ -81,9 +82,11 @@ pub struct Vm {
     pub cleared: AtomicBool,
     /// The life that its frames are of; each restart is the next one.
     pub life: Mutex<Generation>,
+    /// What its random numbers come from, another at each start.
+    pub random: Mutex<Generator>,
     vcpus: Once<Box<[Vcpu]>>,
-    /// The devicetree that it gets at every start.
-    tree: Once<Result<Vec<u8>, ModelError>>,
+    /// The devicetree that it gets at every start, with other seeds.
+    tree: Once<Result<tree::Tree, TreeError>>,
 }
 
 /// How a VM is.
@@ -174,6 +177,7 @@ impl Vm {
             counter_offset: AtomicU64::new(timer::now()),
             cleared: AtomicBool::new(false),
             life: Mutex::new(Generation::FIRST),
+            random: Mutex::new(Generator::new()),
             vcpus: Once::new(),
             tree: Once::new(),
             spec,

@@ -176,7 +176,7 @@ pub fn virtual_control() -> u64 {
 /// And as it writes it: CBPR and EOImode.
 pub fn set_virtual_control(value: u64) {
     let kept = ICH_VMCR_EL2.get() & !(VCBPR | VEOIM);
-    ICH_VMCR_EL2.set(kept | (value & 1) * VCBPR | (value >> 1 & 1) * VEOIM);
+    ICH_VMCR_EL2.set(kept | ((value & 1) * VCBPR) | ((value >> 1 & 1) * VEOIM));
 }
 
 /// ICV_PMR_EL1.

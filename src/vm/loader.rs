@@ -6,7 +6,7 @@
 //! does not start.
 
 use super::memory::{GuestMemory, Slot, Slots};
-use super::{Vm, lifecycle, tree, work};
+use super::{Vm, lifecycle, random, tree, work};
 use crate::arch::crc::Crc32c;
 use crate::memory::PAGE;
 use crate::memory::frames::Run;
@@ -273,15 +273,32 @@ impl Loader {
             Some(Err(error)) => return Err(format!("building its devicetree: {error:?}")),
             None => return Err("its devicetree was not built".into()),
         };
-        let place = self.tree.filter(|&at| self.has_room(at, tree.len() as u64));
+        let place = self
+            .tree
+            .filter(|&at| self.has_room(at, tree.blob().len() as u64));
         match place {
-            Some(at) => write(&self.vm.memory, "devicetree", at, tree)?,
+            Some(at) => write(&self.vm.memory, "devicetree", at, tree.blob())?,
             // As QEMU does it with a program that is where its devicetree would be.
             None => info!(
                 "{}: no room for its devicetree; it gets none",
                 self.vm.name()
             ),
         }
+        let mut own = random::for_start();
+        for seed in tree.seeds() {
+            let mut bytes = [0; tree::LARGEST_SEED];
+            own.fill(&mut bytes);
+            let len = seed.len().min(bytes.len());
+            if let Some(at) = place {
+                write(
+                    &self.vm.memory,
+                    "devicetree",
+                    at + seed.start as u64,
+                    &bytes[..len],
+                )?;
+            }
+        }
+        *self.vm.random.lock() = own;
         crate::arch::cache::invalidate_instructions();
         debug!(
             "{}: entry {:#x}, devicetree {place:x?}",

@@ -223,28 +223,36 @@ impl GuestMemory {
         words.first().map(|word| word.load(Relaxed))
     }
 
-    /// Writes `bytes` at `ipa` (a multiple of 8), and says so to the dirty log.
+    /// Writes `bytes` at `ipa`, and says so to the dirty log.
     pub fn write(&self, ipa: u64, bytes: &[u8]) -> Result<(), OutOfMemoryRange> {
         let slots = self.slots();
         let mut at = ipa;
         let mut left = bytes;
         while !left.is_empty() {
-            let words = slots.words(at).ok_or(OutOfMemoryRange)?;
-            let (now, later) = left.split_at(left.len().min(words.len() * 8));
+            // Down to a word's beginning: only the first turn can be inside one.
+            let inside = (at % 8) as usize;
+            let words = slots.words(at - inside as u64).ok_or(OutOfMemoryRange)?;
+            let most = if inside == 0 {
+                words.len() * 8
+            } else {
+                8 - inside
+            };
+            let (now, later) = left.split_at(left.len().min(most));
             // Lines that are changed in part keep what the guest has in the rest.
-            let words = words.get(..now.len().div_ceil(8)).unwrap_or(words);
+            let words = words
+                .get(..(inside + now.len()).div_ceil(8))
+                .unwrap_or(words);
             self.stage2.coherent(words);
-            let (eights, rest) = now.as_chunks::<8>();
-            for (word, &bytes) in words.iter().zip(eights) {
-                word.store(u64::from_le_bytes(bytes), Relaxed);
-            }
-            if let (false, Some(word)) = (rest.is_empty(), words.get(eights.len())) {
-                // The last, partial word keeps its other bytes.
-                let mut whole = word.load(Relaxed).to_le_bytes();
-                for (to, &from) in whole.iter_mut().zip(rest) {
-                    *to = from;
+            if inside == 0 {
+                let (eights, rest) = now.as_chunks::<8>();
+                for (word, &bytes) in words.iter().zip(eights) {
+                    word.store(u64::from_le_bytes(bytes), Relaxed);
                 }
-                word.store(u64::from_le_bytes(whole), Relaxed);
+                if let (false, Some(word)) = (rest.is_empty(), words.get(eights.len())) {
+                    store_part(word, 0, rest);
+                }
+            } else if let Some(word) = words.first() {
+                store_part(word, inside, now);
             }
             self.stage2.stored(words);
             // Piece by piece: what was written stays told if the next one is not memory.
@@ -380,4 +388,13 @@ impl Slot {
             Some((*base, run.address(), pages))
         })
     }
+}
+
+/// Puts `bytes` into a word from its byte `from` on; its other bytes stay.
+fn store_part(word: &AtomicU64, from: usize, bytes: &[u8]) {
+    let mut whole = word.load(Relaxed).to_le_bytes();
+    for (to, &byte) in whole.iter_mut().skip(from).zip(bytes) {
+        *to = byte;
+    }
+    word.store(u64::from_le_bytes(whole), Relaxed);
 }

@@ -1,19 +1,79 @@
 //! The devicetree that a guest gets: the board of `tidemark_devices::virt`.
 
-use super::Vm;
+use super::{Vm, random};
 use alloc::format;
 use alloc::vec::Vec;
-use dtoolkit::ToPropertyValue;
-use dtoolkit::error::ModelError;
+use core::ops::Range;
+use dtoolkit::error::{FdtParseError, ModelError};
+use dtoolkit::fdt::Fdt;
 use dtoolkit::model::{DeviceTree, DeviceTreeNode, DeviceTreeProperty};
+use dtoolkit::{Node, Property, ToPropertyValue};
 use tidemark_devices::virt;
 use tidemark_wire::bundle::Boot;
 
-const GIC_PHANDLE: u32 = 1;
-const CLOCK_PHANDLE: u32 = 2;
+/// QEMU's numbers.
+const GIC_PHANDLE: u32 = 0x8002;
+const CLOCK_PHANDLE: u32 = 0x8000;
 const SPI: u32 = 0;
 const PPI: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
+
+/// Bytes of the largest seed in the tree.
+pub const LARGEST_SEED: usize = 32;
+/// Properties of /chosen that are random, with their sizes: what a kernel shuffles its addresses
+/// by, and what its random numbers start from.
+const KASLR_SEED: (&str, usize) = ("kaslr-seed", 8);
+const RNG_SEED: (&str, usize) = ("rng-seed", LARGEST_SEED);
+
+/// A guest's devicetree, without its seeds.
+#[derive(Debug)]
+pub struct Tree {
+    blob: Vec<u8>,
+    seeds: [Option<Range<usize>>; 2],
+}
+
+impl Tree {
+    /// Its bytes; those of the seeds are zero.
+    pub fn blob(&self) -> &[u8] {
+        &self.blob
+    }
+
+    /// Where in it random bytes belong.
+    pub fn seeds(&self) -> impl Iterator<Item = &Range<usize>> {
+        self.seeds.iter().flatten()
+    }
+
+    /// Finds the seeds.
+    fn read(blob: Vec<u8>) -> Result<Self, FdtParseError> {
+        let place = |name| {
+            let chosen = Fdt::new(&blob)?.find_node("/chosen");
+            let seed = chosen.and_then(|chosen| chosen.property(name));
+            Ok(seed.and_then(|seed| {
+                // A slice of the blob.
+                let start = (seed.value().as_ptr() as usize).checked_sub(blob.as_ptr() as usize)?;
+                Some(start..start + seed.value().len())
+            }))
+        };
+        let seeds = [place(KASLR_SEED.0)?, place(RNG_SEED.0)?];
+        Ok(Self { blob, seeds })
+    }
+}
+
+/// The tree could not be made. Nothing from outside can bring that about.
+#[derive(Debug)]
+#[expect(dead_code, reason = "their Debug form is what is said")]
+pub enum TreeError {
+    /// A name that a devicetree cannot hold.
+    Model(ModelError),
+    /// What was written cannot be read.
+    Read(FdtParseError),
+}
+
+impl From<ModelError> for TreeError {
+    fn from(error: ModelError) -> Self {
+        Self::Model(error)
+    }
+}
 
 fn node<const N: usize>(
     name: &str,
@@ -46,8 +106,8 @@ fn cells<const N: usize>(values: [u64; N]) -> Vec<u32> {
 ///
 /// # Errors
 ///
-/// Fails on a name that a devicetree cannot hold; none of them comes from outside.
-pub fn build(vm: &Vm) -> Result<Vec<u8>, ModelError> {
+/// See [`TreeError`].
+pub fn build(vm: &Vm) -> Result<Tree, TreeError> {
     let mut tree = DeviceTree::new();
     let root = &mut tree.root;
     for property in [
@@ -56,6 +116,8 @@ pub fn build(vm: &Vm) -> Result<Vec<u8>, ModelError> {
         property("#address-cells", 2u32),
         property("#size-cells", 2u32),
         property("interrupt-parent", GIC_PHANDLE),
+        // What a device writes, the guest's CPUs see: without it some kernels warn about their caches.
+        flag("dma-coherent"),
     ] {
         root.add_property(property?);
     }
@@ -78,6 +140,10 @@ pub fn build(vm: &Vm) -> Result<Vec<u8>, ModelError> {
                 &["arm,psci-1.0", "arm,psci-0.2", "arm,psci"][..],
             ),
             property("method", "hvc"),
+            // What `arm,psci` stands for: before PSCI 0.2 functions had no fixed numbers.
+            property("cpu_suspend", 0xc400_0001u32),
+            property("cpu_off", 0x8400_0002u32),
+            property("cpu_on", 0xc400_0003u32),
         ],
     )?);
     root.add_child(node(
@@ -179,11 +245,22 @@ pub fn build(vm: &Vm) -> Result<Vec<u8>, ModelError> {
             ],
         )?);
     }
-    Ok(tree.to_dtb())
+    Tree::read(tree.to_dtb()).map_err(TreeError::Read)
 }
 
 fn chosen(vm: &Vm, serial: &str) -> Result<DeviceTreeNode, ModelError> {
     let mut chosen = node("chosen", [property("stdout-path", serial)])?;
+    let mut seed = |(name, size): (&str, usize)| {
+        chosen.add_property(property(
+            name,
+            &[0u8; LARGEST_SEED][..size.min(LARGEST_SEED)],
+        )?);
+        Ok::<(), ModelError>(())
+    };
+    seed(KASLR_SEED)?;
+    if random::is_entropy() {
+        seed(RNG_SEED)?;
+    }
     if let Boot::Kernel(kernel) = &vm.spec.boot {
         chosen.add_property(property("bootargs", kernel.cmdline.as_str())?);
         if let Some(initrd) = &kernel.initrd {

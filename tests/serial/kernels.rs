@@ -63,6 +63,7 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("kernel_elf_where_qemu_puts_it", 60, elf_as_by_qemu),
         Case::new("kernel_elf_bss_is_zero_at_each_start", 60, bss),
+        Case::new("kernel_elf_segment_at_an_odd_address", 60, odd),
     ]
 }
 
@@ -268,5 +269,30 @@ fn bss(script: &mut Script) -> Result<()> {
         let word = said.get(3).context("it says what is in its BSS")?;
         ensure!(word.bytes().all(|digit| digit == b'0'), "BSS holds {word}");
     }
+    Ok(())
+}
+
+/// A segment that neither begins nor ends at a word's edge takes no byte but its own.
+fn odd(script: &mut Script) -> Result<()> {
+    let code = Segment {
+        address: LINKED,
+        linked: LINKED,
+        file: probe(),
+        memory: probe().len() as u64,
+    };
+    let data = Segment {
+        address: LINKED + 0x1001,
+        linked: LINKED + 0x1001,
+        file: vec![0x11, 0x22, 0x33],
+        memory: 0x10,
+    };
+    let elf = kernels::elf(AARCH64, LINKED, &[code, data]);
+    let qemu = under_qemu(script, &elf, None)?;
+    let [first, second] = under_tidemark(script, &elf, None)?;
+    let word = |said: &[String]| said.get(3).cloned().unwrap_or_default();
+    // The byte below it is the program's: it stored a 1 over all four.
+    let said = [word(&qemu), word(&first), word(&second)];
+    let wanted = ["0000000033221100", "0000000033221100", "0000000033221101"];
+    ensure!(said == wanted, "in QEMU, first and then: {said:?}");
     Ok(())
 }

@@ -27,6 +27,7 @@ mod oracle;
 mod quota;
 mod raw;
 mod reserved;
+mod seeds;
 mod sessions;
 mod slots;
 
@@ -99,6 +100,7 @@ fn run() -> Result<ExitCode> {
         linux::cases(),
         kernels::cases(),
         firmware::cases(),
+        seeds::cases(),
         oracle::cases(),
         slots::cases(),
         copy::cases(),

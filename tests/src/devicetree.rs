@@ -15,7 +15,17 @@ use crate::qemu;
 
 /// Asks QEMU for the devicetree of `qemu/MACHINE.toml`, which it leaves at `file`.
 pub fn of_machine(machine: &str, file: &Path) -> Result<DeviceTree> {
+    of_changed_machine(machine, file, |_| ())
+}
+
+/// The same of a machine that is changed first.
+pub fn of_changed_machine(
+    machine: &str,
+    file: &Path,
+    change: impl FnOnce(&mut Machine),
+) -> Result<DeviceTree> {
     let mut machine = Machine::load(&machines_dir(), machine)?;
+    change(&mut machine);
     machine.machine = format!("{},dumpdtb={}", machine.machine, file.display());
     let output = Command::new(qemu::program())
         .args(machine.arguments(None))

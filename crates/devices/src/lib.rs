@@ -32,6 +32,8 @@ pub mod pl011;
 pub mod pl031;
 mod primecell;
 pub mod psci;
+pub mod random;
+pub mod trng;
 pub mod vgic;
 pub mod virt;
 

@@ -1,4 +1,4 @@
-//! Firmware calls of a guest: PSCI 1.1 and the SMC Calling Convention.
+//! Firmware calls of a guest: PSCI 1.1, the SMC Calling Convention, and what is behind it ([`trng`]).
 //!
 //! # Purpose
 //!
@@ -19,7 +19,7 @@
 //!
 //! Specification: DEN 0022 (PSCI), chapter 5; DEN 0028 (SMCCC), chapter 7.
 
-use crate::VcpuIndex;
+use crate::{VcpuIndex, trng};
 
 #[cfg(test)]
 mod tests;
@@ -106,6 +106,8 @@ pub enum Call {
     SystemOff,
     /// Restart the guest. Does not return.
     SystemReset,
+    /// Give entropy, or say that there is none to be had.
+    Trng(trng::Call),
 }
 
 mod id {
@@ -171,7 +173,8 @@ pub fn decode(registers: [u64; 4]) -> Call {
         id::FEATURES => Call::Answer(features(first as u32)),
         id::SMCCC_VERSION => Call::Answer(SMCCC_VERSION),
         id::SMCCC_ARCH_FEATURES => Call::Answer(arch_features(first as u32)),
-        _ => Call::Answer(Status::NotSupported.register()),
+        _ => trng::decode(function, first)
+            .map_or(Call::Answer(Status::NotSupported.register()), Call::Trng),
     }
 }
 

@@ -4,8 +4,9 @@ use super::Next;
 use crate::sched;
 use crate::vm::lifecycle;
 use crate::vm::vcpu::{Run, Vcpu};
-use crate::vm::{Wish, count};
+use crate::vm::{Wish, count, random};
 use tidemark_devices::psci::{self, Call, EntryPoint, Status};
+use tidemark_devices::trng;
 
 /// HVC: the return address is past the instruction already.
 #[inline(always)]
@@ -72,6 +73,16 @@ fn power(vcpu: &'static Vcpu, call: Call) -> Next {
             let states = vm.vcpus().iter().map(Vcpu::power);
             vcpu.context
                 .set_x(0, psci::affinity_info(target, level, states));
+        }
+        Call::Trng(_) if !random::is_entropy() => answer(Status::NotSupported),
+        Call::Trng(call) => {
+            let values = match call {
+                trng::Call::Answer(values) => values,
+                trng::Call::Random(request) => request.answer(vm.random.lock().bytes()),
+            };
+            for (register, value) in values.into_iter().enumerate() {
+                vcpu.context.set_x(register, value);
+            }
         }
         Call::SystemOff => {
             // It runs, so it can be stopped.

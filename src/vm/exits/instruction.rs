@@ -61,7 +61,7 @@ pub fn emulate(
         false => Endianness::Little,
     };
     access.perform(&mut registers, endianness, |element, value| {
-        let ipa = page | first + u64::from(element.offset);
+        let ipa = page | (first + u64::from(element.offset));
         let size = AccessSize::from_sas(u64::from(element.size.log2()));
         bus(ipa, size, value)
     });

@@ -68,6 +68,7 @@ const CASES: &[(&str, Body)] = &[
     ("call_random", calls::random),
     ("call_power_states", calls::power_states),
     ("call_affinity_info", calls::affinity_info),
+    ("call_entropy", calls::entropy),
     ("call_suspend", calls::suspend),
     ("id_registers_read", identity::read),
     ("id_features_absent", identity::absent),

@@ -130,6 +130,75 @@ pub fn power_states(case: &mut Case, world: &mut World) {
     }
 }
 
+/// TRNG (DEN 0098): so many bits as were asked for, none beside them, and not the same twice.
+pub fn entropy(case: &mut Case, world: &mut World) {
+    const VERSION: u64 = 0x8400_0050;
+    const RND32: u64 = 0x8400_0053;
+    const RND64: u64 = 0xc400_0053;
+    let version = call([VERSION, 0, 0, 0]).x[0];
+    case.check(
+        version == 0x1_0000,
+        format_args!("TRNG_VERSION is {version:#x}"),
+    );
+    for (function, width) in [(RND32, 32), (RND64, 64)] {
+        let mut ever = [0; 3];
+        for bits in 1..=3 * width {
+            let taken = call([function, bits, u64::MAX, u64::MAX]);
+            case.quiet(&taken, format_args!("{bits} bits by {function:#x}"));
+            let [status, x1, x2, x3, rest @ ..] = taken.x;
+            case.check(
+                status == 0 && rest == [0x4444, 0x5555],
+                format_args!("{bits} bits by {function:#x}: {:x?}", taken.x),
+            );
+            for (place, word) in [x3, x2, x1].into_iter().enumerate() {
+                let here = bits.saturating_sub(place as u64 * width).min(width);
+                let allowed = if here == 64 { !0 } else { (1 << here) - 1 };
+                case.check(
+                    word & !allowed == 0,
+                    format_args!("{bits} bits by {function:#x}: {word:#x} in place {place}"),
+                );
+                if let Some(ever) = ever.get_mut(place) {
+                    *ever |= word;
+                }
+            }
+        }
+        let all = !0 >> (64 - width);
+        case.check(
+            ever == [all; 3],
+            format_args!("bits that are never set by {function:#x}: {ever:x?}"),
+        );
+        let (first, second) = (
+            call([function, 3 * width, 0, 0]),
+            call([function, 3 * width, 0, 0]),
+        );
+        case.check(
+            first.x[1..4] != second.x[1..4],
+            format_args!("the same twice: {:x?}", first.x),
+        );
+        for bits in [
+            0,
+            3 * width + 1,
+            1 << 31,
+            !0 << 32,
+            u64::MAX,
+            world.random.next() | 0x100,
+        ] {
+            // By the 32-bit convention only w1 counts.
+            let refused = function == RND64 || bits as u32 == 0 || bits as u32 > 96;
+            let taken = call([function, bits, 1, 1]);
+            case.check(
+                !refused || taken.x[..4] == [INVALID_PARAMETERS, 0, 0, 0],
+                format_args!("{bits:#x} bits by {function:#x}: {:x?}", taken.x),
+            );
+        }
+    }
+    let other = call([0x8400_0051, world.random.next() & 0xffff_ff00, 0, 0]).x[0];
+    case.check(
+        other == NOT_SUPPORTED,
+        format_args!("TRNG_FEATURES of nothing gives {other:#x}"),
+    );
+}
+
 pub fn affinity_info(case: &mut Case, world: &mut World) {
     for cpu in world.cpus {
         for level in 0..4 {
