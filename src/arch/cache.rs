@@ -2,6 +2,7 @@
 
 use super::{barrier, regs};
 use core::arch::asm;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use tock_registers::interfaces::Readable;
 
 /// Does `$what` at `$first` and every `$step` bytes from there to `$end`: eight times a turn as long as that
@@ -46,27 +47,84 @@ pub fn invalidate_instructions() {
     barrier::isb();
 }
 
-/// Zeroes whole pages. Every store is the hardware's, of a byte or more, as an atomic store
-/// of a byte would be: who looks meanwhile sees each byte as it was or zero.
+/// How whole pages are zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// `DC ZVA`: most silicon zeroes a line without reading it.
+    Blocks,
+    /// Stores of pairs: emulators take several times longer over each `DC ZVA`.
+    Stores,
+}
+
+static BY_STORES: AtomicBool = AtomicBool::new(false);
+
+impl Zeroing {
+    /// What this CPU can do of that.
+    pub fn usable(self) -> bool {
+        let dczid: u64;
+        // SAFETY: reads an identification register.
+        unsafe {
+            asm!("mrs {}, dczid_el0", out(reg) dczid, options(nomem, nostack, preserves_flags))
+        };
+        // DZP: DC ZVA is not to be used.
+        self == Self::Stores || dczid & 1 << 4 == 0
+    }
+
+    /// Has [`zero`] do it so from now on.
+    pub fn choose(self) {
+        BY_STORES.store(self == Self::Stores, Relaxed);
+    }
+
+    /// Zeroes whole pages. Every store is the hardware's, of a byte or more, as an atomic store
+    /// of a byte would be: who looks meanwhile sees each byte as it was or zero.
+    ///
+    /// # Safety
+    ///
+    /// As for [`zero`]; and it is [usable](Self::usable).
+    pub unsafe fn zero(self, start: usize, len: usize) {
+        let end = start.saturating_add(len);
+        if self == Self::Blocks {
+            let dczid: u64;
+            // SAFETY: reads an identification register.
+            unsafe {
+                asm!("mrs {}, dczid_el0", out(reg) dczid, options(nomem, nostack, preserves_flags))
+            };
+            let block = 4usize << (dczid & 0xf);
+            // SAFETY: the caller's promise; a block is 4 bytes to 2 KiB, a divisor of a page.
+            unsafe { by_block!("dc zva, {at}", start, end, block) };
+        } else if start < end {
+            // SAFETY: the caller's promise; a page is a multiple of what a turn stores.
+            unsafe {
+                asm!(
+                    "2:",
+                    "stp xzr, xzr, [{at}]", "stp xzr, xzr, [{at}, #16]",
+                    "stp xzr, xzr, [{at}, #32]", "stp xzr, xzr, [{at}, #48]",
+                    "stp xzr, xzr, [{at}, #64]", "stp xzr, xzr, [{at}, #80]",
+                    "stp xzr, xzr, [{at}, #96]", "stp xzr, xzr, [{at}, #112]",
+                    "stp xzr, xzr, [{at}, #128]", "stp xzr, xzr, [{at}, #144]",
+                    "stp xzr, xzr, [{at}, #160]", "stp xzr, xzr, [{at}, #176]",
+                    "stp xzr, xzr, [{at}, #192]", "stp xzr, xzr, [{at}, #208]",
+                    "stp xzr, xzr, [{at}, #224]", "stp xzr, xzr, [{at}, #240]",
+                    "add {at}, {at}, #256", "cmp {at}, {end}", "b.lo 2b",
+                    at = inout(reg) start => _, end = in(reg) end, options(nostack)
+                )
+            };
+        }
+    }
+}
+
+/// Zeroes whole pages in the way that was chosen: as [`Zeroing::zero`].
 ///
 /// # Safety
 ///
 /// `start..start + len` is mapped read-write normal memory, a multiple of 4 KiB at both
 /// ends, to which Rust references exist only as atomics.
 pub unsafe fn zero(start: usize, len: usize) {
-    let dczid: u64;
-    // SAFETY: reads an identification register.
-    unsafe { asm!("mrs {}, dczid_el0", out(reg) dczid, options(nomem, nostack, preserves_flags)) };
-    // DZP: DC ZVA is not to be used.
-    let with_zva = dczid & 1 << 4 == 0;
-    let end = start.saturating_add(len);
-    // SAFETY: the caller's promise; a block is 4 bytes to 2 KiB, a divisor of a page.
-    unsafe {
-        if with_zva {
-            let block = 4usize << (dczid & 0xf);
-            by_block!("dc zva, {at}", start, end, block);
-        } else {
-            by_block!("stp xzr, xzr, [{at}]", start, end, 16usize);
-        }
-    }
+    let how = if !BY_STORES.load(Relaxed) && Zeroing::Blocks.usable() {
+        Zeroing::Blocks
+    } else {
+        Zeroing::Stores
+    };
+    // SAFETY: the caller's promise, and what was just asked.
+    unsafe { how.zero(start, len) };
 }

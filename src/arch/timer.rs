@@ -28,6 +28,11 @@ pub fn in_microseconds(ticks: u64) -> u64 {
     (u128::from(ticks) * 1_000_000 / u128::from(frequency())) as u64
 }
 
+/// Whole nanoseconds in `ticks`.
+pub fn in_nanoseconds(ticks: u64) -> u64 {
+    (u128::from(ticks) * 1_000_000_000 / u128::from(frequency())) as u64
+}
+
 /// Whole seconds since the counter started.
 pub fn seconds() -> u64 {
     now() / frequency()

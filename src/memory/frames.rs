@@ -10,7 +10,8 @@
 //! guest may be writing it at the same time.
 
 use super::{PAGE, Range};
-use crate::arch::cache;
+use crate::arch::cache::{self, Zeroing};
+use crate::arch::timer;
 use buddy_system_allocator::FrameAllocator;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -110,6 +111,53 @@ pub fn guest(vm: u16, generation: Generation, gfn: u64) -> Option<Owner> {
 /// The owner of a VM's translation tables.
 pub fn table_of(vm: u16) -> Owner {
     VmId::new(vm).map_or(Owner::Hypervisor, Owner::Table)
+}
+
+/// How memory is zeroed from now on, and what each way took for [`MEASURED`] pages, in ticks.
+#[derive(Debug, Clone, Copy)]
+pub struct ZeroingCosts {
+    /// The faster one.
+    pub chosen: Zeroing,
+    /// `DC ZVA`.
+    pub blocks: u64,
+    /// Stores.
+    pub stores: u64,
+}
+
+/// Pages in one measurement of [`choose_zeroing`].
+pub const MEASURED: usize = 16;
+/// Measurements of each way, of which the shortest counts: an emulator has other things to do as well.
+const MEASUREMENTS: usize = 8;
+
+/// Measures both ways of zeroing on frames that are free, in turns, and has the faster one used. `None` where
+/// there is nothing to choose from.
+pub fn choose_zeroing() -> Option<ZeroingCosts> {
+    let run = Run::take(MEASURED, Owner::Hypervisor)?;
+    if !Zeroing::Blocks.usable() {
+        return None;
+    }
+    let time = |how: Zeroing| {
+        let begun = timer::now();
+        // SAFETY: the frames are this run's, as in `Run::zero`; both ways can be used.
+        unsafe { how.zero(run.address as usize, MEASURED * PAGE) };
+        timer::now() - begun
+    };
+    let (mut blocks, mut stores) = (u64::MAX, u64::MAX);
+    for _ in 0..MEASUREMENTS {
+        blocks = blocks.min(time(Zeroing::Blocks));
+        stores = stores.min(time(Zeroing::Stores));
+    }
+    let chosen = if stores < blocks {
+        Zeroing::Stores
+    } else {
+        Zeroing::Blocks
+    };
+    chosen.choose();
+    Some(ZeroingCosts {
+        chosen,
+        blocks,
+        stores,
+    })
 }
 
 /// Contiguous frames, a power of two of them, aligned to their size. Given back when dropped.

@@ -5,6 +5,9 @@
 //! laid anew. Each file's CRC is computed as it is copied; a guest whose files are damaged
 //! does not start.
 
+mod clearing;
+
+use self::clearing::Clearing;
 use super::memory::{GuestMemory, Slot, Slots};
 use super::{Vm, lifecycle, random, tree, work};
 use crate::arch::crc::Crc32c;
@@ -14,8 +17,9 @@ use crate::sched::job::Step;
 use crate::sched::meter::metered;
 use alloc::format;
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Relaxed, Release};
 use log::{debug, info};
 use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
 use tidemark_stage2::Access;
@@ -49,11 +53,8 @@ enum Phase {
         run: usize,
         page: usize,
     },
-    Clear {
-        slot: usize,
-        run: usize,
-        page: usize,
-    },
+    /// By as many jobs as there are CPUs; this one waits for them.
+    Clear(Arc<Clearing>),
     Map {
         slot: usize,
         page: u64,
@@ -140,11 +141,16 @@ impl Loader {
 
     /// One bounded step.
     pub fn step(&mut self) -> Step {
+        if let Phase::Clear(clearing) = &self.phase
+            && !clearing.is_over()
+        {
+            return Step::Later;
+        }
         let task = match self.phase {
-            Phase::Clear { .. } | Phase::Renew { .. } => Task::Clear,
+            Phase::Renew { .. } => Task::Clear,
             Phase::Map { .. } => Task::Map,
             Phase::Copy { .. } | Phase::Zero { .. } => Task::Load,
-            Phase::Wait | Phase::Start => Task::Start,
+            Phase::Wait | Phase::Clear(_) | Phase::Start => Task::Start,
         };
         match metered(task, || self.try_step()) {
             Ok(step) => step,
@@ -167,19 +173,17 @@ impl Loader {
                     self.memory = Memory::Used;
                     Phase::Renew { slot, run, page }
                 } else {
-                    Phase::Clear { slot, run, page }
+                    Phase::Clear(Clearing::begin(self.vm))
                 };
             }
-            Phase::Clear { slot, run, page } => match next_frames(&memory.slots(), slot, run, page)
-            {
-                None => {
-                    self.vm.cleared.store(true, Relaxed);
-                    self.phase = Phase::Map { slot: 0, page: 0 };
+            Phase::Clear(clearing) => {
+                if !clearing.is_over() {
+                    return Ok(Step::Later);
                 }
-                Some((of, base, frames, first)) => memory
-                    .clear(of, base, frames, first, step(of))
-                    .map_err(|_| "its memory is in no slot")?,
-            },
+                clearing.result().map_err(|_| "its memory is in no slot")?;
+                self.vm.cleared.store(true, Release);
+                self.phase = Phase::Map { slot: 0, page: 0 };
+            }
             Phase::Renew { slot, run, page } => match next_frames(&memory.slots(), slot, run, page)
             {
                 None => {

@@ -15,7 +15,10 @@ use crate::sched::job::{self, Step};
 use crate::sched::meter::metered;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicU8,
+    Ordering::{Acquire, Relaxed},
+};
 use sha2::{Digest, Sha256};
 use spin::MutexGuard;
 use tidemark_stage2::{self as s2, Error, LogStage, Progress};
@@ -174,7 +177,7 @@ pub fn refusal(error: Error) -> ErrorReply {
 /// A VM that was never started has no memory to look at yet: what is in its frames is their
 /// last owner's.
 pub fn require_cleared(vm: &Vm) -> Result<(), ErrorReply> {
-    if vm.cleared.load(Relaxed) {
+    if vm.cleared.load(Acquire) {
         return Ok(());
     }
     Err(ErrorReply::BadState(vm.status.lock().state))

@@ -15,7 +15,8 @@ const PHASE: &str = "tracked_off";
 const ROW: &str = "loop_64m_untracked";
 
 pub fn cases() -> Vec<Case> {
-    vec![Case::new("a_log_leaves_no_trace", 120, leaves_no_trace)]
+    let case = Case::new("a_log_leaves_no_trace", 120, leaves_no_trace);
+    vec![case.needs_newer_qemu("on an older one its two counts differ")]
 }
 
 fn leaves_no_trace(script: &mut Script) -> Result<()> {

@@ -1,13 +1,16 @@
 //! The image alone: it comes up on each machine, knows what the CPUs can do, and talks
 //! to a person on a plain terminal.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+
 use anyhow::{Context, Result, ensure};
 use tidemark_tests::artifacts::Artifact;
 use tidemark_tests::guests::{self, Mib};
 use tidemark_tests::host::Host;
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
-use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity};
+use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity, SlotId};
 
 use crate::case::{Case, Place};
 
@@ -24,6 +27,7 @@ pub fn cases() -> Vec<Case> {
         ),
         Case::new("boots_without_a_bundle", 40, boots_without_a_bundle),
         Case::new("entered_at_el1", 30, entered_at_el1),
+        Case::new("a_start_clears_all_memory", 90, clears_all_memory),
         Case::new("plain_terminal_shell_help", 60, plain_terminal_shell_help).at(Place::Anywhere),
     ]
 }
@@ -146,6 +150,61 @@ fn entered_at_el1(script: &mut Script) -> Result<()> {
     );
     let lines = said.lines().filter(|line| !line.trim().is_empty()).count();
     ensure!(lines <= 3, "{lines} lines where one says it: {said:?}");
+    Ok(())
+}
+
+/// All CPUs clear a guest's memory, and leave out none of it: the machine's RAM has a content of its own before it
+/// is switched on.
+fn clears_all_memory(script: &mut Script) -> Result<()> {
+    const RAM: u64 = 1 << 30;
+    const MIB: u64 = 1 << 20;
+    // Behind all that QEMU loads.
+    const FILLED: u64 = 192 * MIB;
+    // The guest's image, and what it writes by itself.
+    const ITS_OWN: usize = 16 << 8;
+    let bundle = script.path("guests.bundle")?;
+    std::fs::write(&bundle, guests::pack([guests::oracle(1, Mib(512))?])?)?;
+    let payload = Payload::kernel(Artifact::Image.path()?)
+        .initrd(bundle)
+        .ram_in_file();
+    let machine = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(script.path("ram")?)?;
+    machine.set_len(RAM)?;
+    let filling = vec![0xa5; MIB as usize];
+    for at in (FILLED..RAM).step_by(filling.len()) {
+        machine.write_all_at(&filling, at)?;
+    }
+    let target = script.start("virt", &payload)?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("oracle")?;
+    let info = host.until_running(vm)?;
+    host.finish();
+    let ram = info.slots.iter().find(|slot| slot.id == SlotId(0));
+    let mut pages = 0;
+    let mut left = 0;
+    let mut tree = 0;
+    let mut content = vec![0; 4096];
+    for extent in &ram.context("no RAM")?.extents {
+        for n in 0..extent.pages {
+            pages += 1;
+            machine.read_exact_at(&mut content, extent.pa + n * 4096 - RAM)?;
+            // The devicetree is where QEMU would put it.
+            if let [0xd0, 0x0d, 0xfe, 0xed, a, b, c, d, ..] = content[..] {
+                tree = u32::from_be_bytes([a, b, c, d]).div_ceil(4096);
+            }
+            if tree > 0 {
+                tree -= 1;
+            } else if pages > ITS_OWN && content.iter().any(|&byte| byte != 0) {
+                left += 1;
+            }
+        }
+    }
+    ensure!(pages == 512 << 8, "{pages} pages are the guest's");
+    ensure!(left == 0, "{left} pages were not cleared");
     Ok(())
 }
 

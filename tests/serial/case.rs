@@ -3,6 +3,7 @@
 use anyhow::Result;
 use tidectl::link::Port;
 use tidemark_tests::clocks::Clocks;
+use tidemark_tests::qemu;
 use tidemark_tests::script::Script;
 
 /// The body of a test.
@@ -28,6 +29,8 @@ pub struct Case {
     pub place: Place,
     /// Its total clock, in seconds.
     pub seconds: u64,
+    /// Why it needs [`qemu::WANTED`], if it does.
+    pub newer_qemu: Option<&'static str>,
     /// What it does.
     pub body: Body,
 }
@@ -39,8 +42,15 @@ impl Case {
             name: name.to_owned(),
             place: Place::Qemu,
             seconds,
+            newer_qemu: None,
             body,
         }
+    }
+
+    /// The same test, which on a QEMU older than [`qemu::WANTED`] fails for a reason of QEMU's.
+    pub fn needs_newer_qemu(mut self, why: &'static str) -> Self {
+        self.newer_qemu = Some(why);
+        self
     }
 
     /// The same test somewhere else.
@@ -51,6 +61,9 @@ impl Case {
 
     /// Runs it, on the machine at `port` if there is one.
     pub fn run(&self, port: Option<Port>) -> Result<()> {
+        if let (Some(why), None) = (self.newer_qemu, &port) {
+            qemu::require_wanted(why)?;
+        }
         let clocks = Clocks::usual().with_total(self.seconds);
         let mut script = Script::new("tests", &self.name, clocks)?.on(port);
         let result = (self.body)(&mut script);

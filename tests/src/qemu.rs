@@ -256,6 +256,36 @@ pub fn program() -> OsString {
     std::env::var_os("TIDEMARK_QEMU").unwrap_or_else(|| OsString::from("qemu-system-aarch64"))
 }
 
+/// The oldest QEMU that all tests run on (`qemu_wanted` of tools/lib/qemu.sh).
+pub const WANTED: (u32, u32) = (10, 0);
+
+/// Refuses a QEMU older than [`WANTED`]; `why` says what it lacks.
+pub fn require_wanted(why: &str) -> Result<()> {
+    let program = program();
+    let output = Command::new(&program)
+        .arg("--version")
+        .output()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let found = version(&said).with_context(|| format!("no version in {said:?}"))?;
+    let ((major, minor), (wanted, wanted_minor)) = (found, WANTED);
+    if found < WANTED {
+        bail!(
+            "needs QEMU {wanted}.{wanted_minor} or newer ({why}), and {} is {major}.{minor}: \
+             `make setup` installs one, TIDEMARK_QEMU names one",
+            program.display()
+        );
+    }
+    Ok(())
+}
+
+/// Major and minor number in what `--version` prints.
+fn version(said: &str) -> Option<(u32, u32)> {
+    let numbers = said.split_once("version ")?.1;
+    let mut numbers = numbers.split(|letter: char| !letter.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 /// Adds a socket that QEMU connects to.
 fn connect_argument(arguments: &mut Vec<OsString>, id: &str, path: &Path) {
     let mut value = OsString::from(format!("socket,id={id},path="));
@@ -281,6 +311,14 @@ fn command_line(program: &OsStr, arguments: &[OsString]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_version_is_read() {
+        let said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\n";
+        assert_eq!(version(said), Some((7, 2)));
+        assert!(version("QEMU emulator version 10.0.2").unwrap() >= WANTED);
+        assert_eq!(version("QEMU"), None);
+    }
 
     #[test]
     fn a_command_line_can_be_pasted() {
