@@ -330,3 +330,28 @@ fn a_part_leaves_the_rest_to_be_brought_over() {
         sim.conclude();
     }
 }
+
+/// Changed back half way: what was brought over to the other engine comes back too, else no harvest by live bits
+/// would find what the hardware notes there.
+#[test]
+fn an_engine_that_is_changed_back_half_way_has_all_leaves() {
+    let sim = vm(Setup::new(Machine::everything(), 13).calm());
+    sim.alone(|s| {
+        s.map_ahead(0).unwrap();
+        s.start(Engine::WriteProtect, Granularity::Page);
+        let change = |engine| {
+            s.op("set_engine", |stage2| stage2.set_engine(engine))
+                .unwrap();
+        };
+        change(Engine::Dbm);
+        let step = s.op("bring_over", |stage2| stage2.bring_over()).unwrap();
+        assert_ne!(step, Progress::Done, "one step is all: this is no test");
+        change(Engine::WriteProtect);
+        bring_over(s);
+        for number in [3, PAGES - 1] {
+            s.write(page(number));
+            assert_eq!(s.harvest(), set([page(number)]));
+        }
+    });
+    sim.conclude();
+}

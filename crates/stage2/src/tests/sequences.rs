@@ -62,6 +62,22 @@ fn map_links_a_table_after_it_is_visible_and_a_leaf_before_the_guest_runs() {
 }
 
 #[test]
+fn map_puts_a_leaf_into_a_table_that_is_there_before_the_guest_runs() {
+    let world = World::sized(Features::BASELINE, 39, 64, 2);
+    let door = IPA + PAGE_SIZE;
+    world.slot(0, IPA, 1, Access::ReadWrite, RAM);
+    world.slot(1, door, 1, Access::ReadWrite, RAM + PAGE_SIZE);
+    world.read(0, IPA);
+    let (table, index) = world.where_is(door, Level::L3);
+    world.machine.record_watching(table, index);
+    world
+        .stage2
+        .handle_fault(fault(door, FaultAccess::Read, FaultKind::Translation));
+    let put = leaf(Level::L3, PAGE_SIZE, Permission::Untracked);
+    assert_eq!(world.machine.recorded(), [put, DsbIshst]);
+}
+
+#[test]
 fn map_fills_a_page_table_before_it_links_it() {
     let world = World::sized(Features::BASELINE, 39, 64, 2);
     // The memory is one page off, so only pages fit.

@@ -286,6 +286,36 @@ fn two_slots_share_a_table_and_leave_it_in_turn() {
     );
 }
 
+/// A harvest of one slot leaves the leaves beside it alone, of which it has no bit to say it by.
+#[test]
+fn two_slots_in_a_table_are_harvested_each_for_itself() {
+    for (engine, features) in engines() {
+        for scope in [None, Some(0), Some(1)] {
+            let world = World::new(features);
+            let door = |page: u64| IPA + page * PAGE_SIZE;
+            // Neither begins or ends with a word of 64 entries.
+            add(&world, 0, IPA, 100, &[(RAM, 100)]).unwrap();
+            add(&world, 1, door(100), 100, &[(RAM + GIB, 100)]).unwrap();
+            world.start(engine, Granularity::Page);
+            let (mine, others) = ([0, 64, 99].map(door), [100, 127, 199].map(door));
+            for ipa in mine.into_iter().chain(others) {
+                world.write(0, ipa);
+            }
+            let both = set(mine.into_iter().chain(others));
+            let Some(slot) = scope else {
+                assert_eq!(world.harvest(), both, "{engine:?}");
+                continue;
+            };
+            let epoch = world.new_epoch();
+            finish(|| world.stage2.take_range(epoch, SlotId(slot), 0, 100)).unwrap();
+            let taken = world.read_epoch(epoch);
+            assert_eq!(taken, set([mine, others][usize::from(slot)]));
+            world.stage2.commit(epoch).unwrap();
+            assert_eq!(world.harvest(), &both - &taken, "{engine:?}");
+        }
+    }
+}
+
 #[test]
 fn a_slot_being_deleted_answers_no_fault() {
     let world = World::sized(Features::BASELINE, 40, 300, 2);
