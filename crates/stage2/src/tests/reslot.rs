@@ -480,6 +480,23 @@ fn invariant_08_a_slot_is_changed_in_one_way_at_a_time() {
     }
 }
 
+/// A log that starts in the middle of a change of access: leaves that are still writable are of it, and what is
+/// written through them is known.
+#[test]
+fn a_slot_that_is_becoming_read_only_is_logged_until_it_is() {
+    for (engine, features) in engines() {
+        let (world, written) = changing(features, CHANGES[ACCESS]);
+        world.start(engine, Granularity::Page);
+        let last = page(*written.last().unwrap());
+        let reached = world.access(0, last, FaultAccess::Write);
+        finish(|| CHANGES[ACCESS](&world)).unwrap();
+        match reached {
+            Ok(_) => assert_eq!(world.harvest(), set([last]), "{engine:?}"),
+            Err(refused) => assert_eq!(refused, Outcome::ReadOnly),
+        }
+    }
+}
+
 /// It grows by what it began to grow by; another caller's memory is not taken for that.
 #[test]
 fn a_slot_that_grows_grows_by_nothing_else() {

@@ -482,6 +482,51 @@ fn inv15_clean_blocks_are_not_passed_beyond_their_slot() {
     }
 }
 
+/// The same where blocks begin in the middle of a word of the bitmaps.
+#[test]
+fn inv15_clean_blocks_are_not_passed_with_bits_of_their_last_pages() {
+    const HEAD: u64 = 5;
+    for (engine, features) in engines() {
+        let world = World::new(features);
+        let head = HEAD * PAGE_SIZE;
+        let pages = HEAD + 4 * P2M;
+        add(&world, 0, IPA - head, pages, &[(RAM - head, pages)]).unwrap();
+        world.map_all(0);
+        world.start(engine, Granularity::Adaptive);
+        assert_eq!(world.stage2.mappings().blocks_2m, 4);
+        for block in 1..=4 {
+            for back in [1, HEAD, HEAD + 1, 64] {
+                let ipa = IPA + block * 2 * MIB - back * PAGE_SIZE;
+                world.el2_write(ipa);
+                let epoch = world.new_epoch();
+                // Under write protection too this looks at every block.
+                finish(|| world.stage2.take_range(epoch, SlotId(0), 0, pages)).unwrap();
+                assert_eq!(world.read_epoch(epoch), set([ipa]), "{engine:?}");
+                world.stage2.commit(epoch).unwrap();
+            }
+        }
+    }
+}
+
+/// A page and a block two entries of its size further on are two runs to invalidate, each of its level.
+#[test]
+fn invariant_16_a_page_and_a_block_behind_it_are_both_invalidated() {
+    for (engine, features) in engines() {
+        let world = World::new(features);
+        let extents = [(RAM + PAGE_SIZE, P2M), (RAM + GIB, P2M)];
+        add(&world, 0, IPA, 2 * P2M, &extents).unwrap();
+        world.map_all(0);
+        world.start(engine, Granularity::Block);
+        let block = IPA + 2 * MIB;
+        for _ in 0..2 {
+            world.write(0, IPA);
+            world.write(0, block);
+            let both = &set([IPA]) | &span(block, 2 * MIB);
+            assert_eq!(world.harvest(), both, "{engine:?}");
+        }
+    }
+}
+
 #[test]
 fn translate_says_where_and_how_far() {
     let world = World::new(Features::BASELINE);
