@@ -374,7 +374,7 @@ fn take_ready() -> Option<&'static Vcpu> {
 fn switch_to(vcpu: &'static Vcpu) {
     let loaded = LOADED.get();
     let same = loaded.is_some_and(|loaded| core::ptr::eq(loaded, vcpu));
-    if !same || vcpu.is_fresh() {
+    if !same || vcpu.must_be_loaded() {
         if let Some(loaded) = loaded {
             loaded.unload();
         }

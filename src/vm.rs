@@ -28,6 +28,7 @@ use flash::Flash;
 use memory::GuestMemory;
 use spin::{Mutex, Once};
 use tidemark_devices::fw_cfg::FwCfg;
+use tidemark_devices::guest_time::GuestTime;
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::random::Generator;
@@ -75,8 +76,10 @@ pub struct Vm {
     pub held: AtomicBool,
     /// What it has cost.
     pub counters: Counters,
-    /// The physical count that its virtual counter starts from.
+    /// What the machine's count is ahead of its virtual counter. Changes only while none of its vCPUs runs, as `physical_offset`.
     pub counter_offset: AtomicU64,
+    /// And of its physical one: zero, and then reads of it do not trap.
+    pub physical_offset: AtomicU64,
     /// Its memory is its own: what the frames' last owner left was cleared. Before, nobody
     /// gets to see it.
     pub cleared: AtomicBool,
@@ -96,6 +99,8 @@ pub struct Status {
     pub state: VmState,
     /// Why it stopped or failed.
     pub reason: String,
+    /// Where its counters are.
+    pub time: GuestTime,
     /// What was asked of it and is not done yet.
     pub wish: Wish,
     /// How often it was restarted.
@@ -166,6 +171,7 @@ impl Vm {
             status: Mutex::new(Status {
                 state: VmState::Stopped,
                 reason: "not started".into(),
+                time: GuestTime::new(timer::now()),
                 wish: Wish::Nothing,
                 restarts: 0,
                 holds: Holds::default(),
@@ -174,7 +180,8 @@ impl Vm {
             last_on: [const { AtomicU8::new(0) }; MAX_CPUS],
             held: AtomicBool::new(true),
             counters: Counters::default(),
-            counter_offset: AtomicU64::new(timer::now()),
+            counter_offset: AtomicU64::new(0),
+            physical_offset: AtomicU64::new(0),
             cleared: AtomicBool::new(false),
             life: Mutex::new(Generation::FIRST),
             random: Mutex::new(Generator::new()),

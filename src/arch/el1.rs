@@ -156,8 +156,7 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
     HCR_EL2.set(hcr | errors);
     barrier::isb();
     VTCR_EL2.set(vtcr);
-    // Counter reads are the guest's; the physical timer traps (it is emulated).
-    CNTHCTL_EL2.set(1);
+    CNTHCTL_EL2.set(CounterReads::Direct as u64);
     CPTR_EL2.set(CPTR_GUEST);
     regs::HSTR_EL2.set(0);
     regs::HACR_EL2.set(0);
@@ -212,14 +211,29 @@ pub fn init_controls(hcr: u64, vtcr: u64) {
 
 /// Sets what is a VM's or a vCPU's own in EL2's registers; a vCPU switch is the one caller, and
 /// [`El1State::load`] ends it.
-pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64) {
+pub fn set_vm(vttbr: u64, vmpidr: u64, counter_offset: u64, reads: CounterReads) {
     if has_ras() {
         // Where the guest's DISR_EL1 is: not the last one's.
         regs::VDISR_EL2.set(0);
     }
     regs::VMPIDR_EL2.set(vmpidr);
     CNTVOFF_EL2.set(counter_offset);
+    if CNTHCTL_EL2.get() != reads as u64 {
+        CNTHCTL_EL2.set(reads as u64);
+    }
     tlb::depart(vttbr);
+}
+
+/// CNTHCTL_EL2 while a guest runs: what becomes of its reads of the physical counter. The physical timer traps (it is emulated).
+///
+/// Where its counter is not the machine's they trap. CNTPOFF_EL2 (FEAT_ECV) would save that, if firmware lets EL2 use it
+/// (SCR_EL3.ECVEn), which EL2 cannot ask; Linux reads the virtual counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CounterReads {
+    /// They trap.
+    Trap = 0,
+    /// They do not: EL1PCTEN.
+    Direct = 1,
 }
 
 /// PSTATE.M of EL1 on its own stack pointer.

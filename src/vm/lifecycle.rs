@@ -6,7 +6,7 @@
 
 use super::exits::device;
 use super::loader::Loader;
-use super::vcpu::Run;
+use super::vcpu::{Run, Vcpu};
 use super::{Status, Vm, Wish, work};
 use crate::arch::{barrier, timer};
 use crate::board::options::WhenIdle;
@@ -17,7 +17,9 @@ use alloc::string::String;
 use core::sync::atomic::{AtomicBool, Ordering::*};
 use log::{error, info, warn};
 use spin::MutexGuard;
+use tidemark_devices::guest_time::GuestTime;
 use tidemark_lease::Holds;
+use tidemark_wire::bundle::Clock;
 use tidemark_wire::message::{Hold, VmState};
 
 /// Whether the machine goes off with its last guest.
@@ -68,9 +70,10 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     device::reset(vm);
     vm.console.forget_input();
     work::guest_loaded(vm);
-    vm.counter_offset.store(timer::now(), Relaxed);
     {
         let mut status = vm.status.lock();
+        status.time = GuestTime::new(timer::now());
+        publish_time(vm, &status);
         status.state = VmState::Running;
         // A guest must not get out of a pause by restarting itself.
         if status.holds.any() && status.wish == Wish::Nothing {
@@ -85,6 +88,14 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
     }
     channel::state_changed(vm);
     settle(vm);
+}
+
+/// Gives the vCPUs the counters that the VM has by now. None of them runs.
+fn publish_time(vm: &Vm, status: &Status) {
+    vm.counter_offset
+        .store(status.time.virtual_offset(), Relaxed);
+    vm.physical_offset
+        .store(status.time.physical_offset(), Relaxed);
 }
 
 /// The VM could not be started.
@@ -169,7 +180,14 @@ pub fn resume(vm: &'static Vm, hold: Hold) -> Result<(), VmState> {
         match status.state {
             VmState::Starting if held => return Ok(()),
             VmState::Paused | VmState::Running if status.holds.any() => return Ok(()),
-            VmState::Paused => status.state = VmState::Running,
+            VmState::Paused => {
+                status.state = VmState::Running;
+                // Before the first of its vCPUs may run again.
+                if status.time.go_on(timer::now()) {
+                    publish_time(vm, &status);
+                    vm.vcpus().iter().for_each(Vcpu::time_goes_on);
+                }
+            }
             VmState::Running => {}
             other => return Err(other),
         }
@@ -181,7 +199,9 @@ pub fn resume(vm: &'static Vm, hold: Hold) -> Result<(), VmState> {
     }
     for vcpu in vm.vcpus() {
         let mut run = vcpu.run.lock();
-        if *run == Run::Parked {
+        // One that waits sets its timers anew: its CPU has them by the time before the pause.
+        let waits = *run == Run::Blocked && vcpu.must_be_loaded();
+        if *run == Run::Parked || waits {
             sched::make_ready(vcpu, &mut run);
         }
     }
@@ -228,7 +248,13 @@ fn settle(vm: &'static Vm) {
     }
     match wish {
         Wish::Nothing => {}
-        Wish::Pause => status.state = VmState::Paused,
+        Wish::Pause => {
+            status.state = VmState::Paused;
+            if vm.spec.clock == Clock::Stop {
+                status.time.stop(timer::now());
+                vm.vcpus().iter().for_each(Vcpu::time_stops);
+            }
+        }
         Wish::Reset => {
             status.state = VmState::Starting;
             status.restarts += 1;

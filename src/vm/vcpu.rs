@@ -3,11 +3,12 @@
 use super::Vm;
 use crate::arch::context::Context;
 use crate::arch::cpu;
-use crate::arch::el1::{self, El1State};
+use crate::arch::el1::{self, CounterReads, El1State};
 use crate::arch::gic::{self, VirtualInterface, Watch};
 use crate::arch::{timer, tlb};
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
+use tidemark_devices::guest_time;
 use tidemark_devices::psci::PowerState;
 use tidemark_devices::vgic::{ListRegisters, Shortage};
 use tidemark_devices::virt::PHYSICAL_TIMER;
@@ -30,8 +31,8 @@ pub struct Vcpu {
     pub run: Mutex<Run>,
     /// The rest of its state, while another vCPU is loaded on its CPU.
     parked: Mutex<Parked>,
-    /// Its parked state was set anew and wins over what its CPU still holds.
-    fresh: AtomicBool,
+    /// What its parked state is to what its CPU still holds of it.
+    parked_is: AtomicU8,
     /// When its timers want it awake, as a physical count, while it is not loaded.
     pub deadline: AtomicU64,
     /// The emulated physical timer.
@@ -62,7 +63,7 @@ pub enum Run {
 }
 
 /// CNTP as the guest sees it; EL2 keeps the hardware's for itself.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct PhysicalTimer {
     /// CNTP_CTL without ISTATUS.
     pub control: u64,
@@ -70,14 +71,44 @@ pub struct PhysicalTimer {
     pub compare: u64,
     /// Its interrupt is raised already.
     pub raised: bool,
+    /// When it fires, as the machine's count.
+    deadline: u64,
 }
 
 impl PhysicalTimer {
-    /// When it fires, if it is yet to.
+    const RESET: Self = Self {
+        control: 0,
+        compare: 0,
+        raised: false,
+        deadline: NEVER,
+    };
+
+    /// When it fires as the machine's count, if it is yet to.
     pub fn deadline(&self) -> Option<u64> {
-        (self.control & 0b11 == 0b01 && !self.raised).then_some(self.compare)
+        (self.deadline != NEVER).then_some(self.deadline)
+    }
+
+    /// Sets that anew, after a change of anything else. The guest's counter has this offset.
+    pub fn arm(&mut self, offset: u64) {
+        self.deadline = if self.control & 0b11 == 0b01 && !self.raised {
+            guest_time::deadline(self.compare, offset)
+        } else {
+            NEVER
+        };
+    }
+
+    /// It does not fire until it is armed again.
+    pub fn stop(&mut self) {
+        self.deadline = NEVER;
     }
 }
+
+/// What the CPU holds of a vCPU, if anything, is newer than what is parked.
+const OLDER: u8 = 0;
+/// It is not to be kept: the parked state was set anew.
+const ANOTHER_LIFE: u8 = 1;
+/// It is to be kept, but for the offsets of its counters.
+const ANOTHER_TIME: u8 = 2;
 
 struct Parked {
     el1: El1State,
@@ -103,9 +134,9 @@ impl Vcpu {
                 interface: VirtualInterface::default(),
                 list_registers: [0; 16],
             }),
-            fresh: AtomicBool::new(false),
+            parked_is: AtomicU8::new(OLDER),
             deadline: AtomicU64::new(NEVER),
-            physical_timer: Mutex::new(PhysicalTimer::default()),
+            physical_timer: Mutex::new(PhysicalTimer::RESET),
             meter: Meter::new(),
             stall_end: AtomicU64::new(NEVER),
         })
@@ -122,19 +153,19 @@ impl Vcpu {
         self.context.reset(entry, context);
         {
             let mut timer = self.physical_timer.lock();
-            *timer = PhysicalTimer::default();
+            *timer = PhysicalTimer::RESET;
             // It does not run, so nobody is to be told.
             let _ = self.vm.vgic.lower_ppi(self.index, PHYSICAL_TIMER);
         }
         self.deadline.store(NEVER, Relaxed);
-        self.fresh.store(true, Release);
+        self.parked_is.store(ANOTHER_LIFE, Release);
     }
 
     /// Takes its state out of this CPU, where it was loaded.
     pub fn unload(&self) {
         // First the lock, then the question: a reset takes the same one.
         let mut parked = self.parked.lock();
-        if self.fresh.load(Acquire) {
+        if self.is_fresh() {
             // It was reset since: what the CPU holds is of an earlier life.
             El1State::discard();
             VirtualInterface::save();
@@ -149,7 +180,7 @@ impl Vcpu {
         release_timer();
         let (control, compare) = parked.el1.virtual_timer();
         let deadline = if control & 0b11 == 0b01 {
-            compare.saturating_add(self.vm.counter_offset.load(Relaxed))
+            guest_time::deadline(compare, self.vm.counter_offset.load(Relaxed))
         } else {
             NEVER
         };
@@ -161,7 +192,7 @@ impl Vcpu {
     /// Puts its state into this CPU.
     pub fn load(&self) {
         let parked = self.parked.lock();
-        self.fresh.store(false, Relaxed);
+        self.parked_is.store(OLDER, Relaxed);
         // What ran here before is complete: there was a barrier when it left (`sched::leave`).
         let (vttbr, flush) = self
             .vm
@@ -174,6 +205,10 @@ impl Vcpu {
             // RES1 bit 31; a CPU of a multiprocessor.
             1 << 31 | self.index.affinity(),
             self.vm.counter_offset.load(Relaxed),
+            match self.vm.physical_offset.load(Relaxed) {
+                0 => CounterReads::Direct,
+                _ => CounterReads::Trap,
+            },
         );
         if flush == Flush::Local {
             // Before there are walks again (`set_vm`).
@@ -239,9 +274,31 @@ impl Vcpu {
         before != 0 && before != mine
     }
 
-    /// Whether its parked state must be loaded although this CPU has it loaded.
+    /// Whether it was reset since it was loaded: what its CPU holds is of an earlier life.
     pub fn is_fresh(&self) -> bool {
-        self.fresh.load(Acquire)
+        self.parked_is.load(Acquire) == ANOTHER_LIFE
+    }
+
+    /// Whether its state must be loaded although this CPU has it loaded.
+    pub fn must_be_loaded(&self) -> bool {
+        self.parked_is.load(Acquire) != OLDER
+    }
+
+    /// Its VM's time stands still. It does not run, and its virtual timer is looked at before that has an effect; the physical
+    /// one is EL2's to fire.
+    pub fn time_stops(&self) {
+        self.physical_timer.lock().stop();
+    }
+
+    /// Its VM's time goes on, later by the machine's count.
+    pub fn time_goes_on(&self) {
+        let mut timer = self.physical_timer.lock();
+        timer.arm(self.vm.physical_offset.load(Relaxed));
+        drop(timer);
+        // A reset sets the counters as well.
+        let _ = self
+            .parked_is
+            .compare_exchange(OLDER, ANOTHER_TIME, AcqRel, Relaxed);
     }
 
     /// What PSCI says of it.

@@ -17,6 +17,7 @@ mod bad_input;
 mod baseline;
 mod boot;
 mod case;
+mod clocks;
 mod copy;
 mod firmware;
 mod handover;
@@ -107,6 +108,7 @@ fn run() -> Result<ExitCode> {
         sessions::cases(),
         quota::cases(),
         bad_input::cases(),
+        clocks::cases(),
         baseline::cases(),
         hostile::cases(),
     ]

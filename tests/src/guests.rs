@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tidectl::kernel;
-use tidemark_wire::bundle::{BootFiles, Builder, MachineOptions, VmDraft, WhenAllStopped};
+use tidemark_wire::bundle::{BootFiles, Builder, Clock, MachineOptions, VmDraft, WhenAllStopped};
 
 use crate::artifacts::Artifact;
 
@@ -90,6 +90,7 @@ fn draft(name: &str, vcpus: u8, memory: Mib, boot: BootFiles) -> VmDraft {
         memory_bytes: memory.bytes(),
         autostart: true,
         boot,
+        clock: Clock::Stop,
     }
 }
 

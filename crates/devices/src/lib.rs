@@ -27,6 +27,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod fw_cfg;
+pub mod guest_time;
 pub mod pflash;
 pub mod pl011;
 pub mod pl031;

@@ -24,7 +24,7 @@ mod manifest;
 
 pub use build::{BootFiles, Builder, VmDraft};
 pub use manifest::{
-    Blob, Boot, Initrd, Kernel, MachineOptions, Manifest, NAME_MAX, RAM_BASE, SEGMENTS_MAX,
+    Blob, Boot, Clock, Initrd, Kernel, MachineOptions, Manifest, NAME_MAX, RAM_BASE, SEGMENTS_MAX,
     Segment, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,
 };
 

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use tidemark_wire::bundle::{
-    Blob, Boot, BootFiles, Builder, Bundle, BundleError, HEADER_LEN, Initrd, Kernel,
+    Blob, Boot, BootFiles, Builder, Bundle, BundleError, Clock, FORMAT, HEADER_LEN, Initrd, Kernel,
     MachineOptions, Manifest, RAM_BASE, SEGMENTS_MAX, Segment, VmDraft, VmSpec, WhenAllStopped,
 };
 use tidemark_wire::checksum::crc32c;
@@ -24,6 +24,7 @@ fn draft(name: &str) -> VmDraft {
             cmdline: "console=ttyAMA0".into(),
             ..program(vec![0x4B; 10_000])
         }),
+        clock: Clock::Stop,
     }
 }
 
@@ -59,7 +60,7 @@ fn refused(bytes: &[u8]) -> BundleError {
 fn forged(manifest: &Manifest, total: u64) -> Vec<u8> {
     let body = postcard::to_allocvec(manifest).expect("it serializes");
     let mut out = b"TIDEBNDL".to_vec();
-    out.extend(2u32.to_le_bytes());
+    out.extend(FORMAT.to_le_bytes());
     out.extend((body.len() as u32).to_le_bytes());
     out.extend(total.to_le_bytes());
     out.extend(crc32c(&body).to_le_bytes());
@@ -76,6 +77,7 @@ fn spec(image: Blob) -> VmSpec {
         memory_bytes: 2 * MIB,
         autostart: true,
         boot: Boot::Firmware { image },
+        clock: Clock::Run,
     }
 }
 
@@ -93,6 +95,7 @@ fn round_trip() {
             image: vec![0xF1; 4097],
         },
         autostart: false,
+        clock: Clock::Run,
         ..draft("u-boot")
     };
     let bytes = pack([draft("debian"), firmware]).expect("a good bundle");
@@ -128,6 +131,7 @@ fn round_trip() {
     };
     assert_eq!(bundle.blob(image).expect("intact"), [0xF1; 4097]);
     assert!(!u_boot.autostart);
+    assert_eq!((debian.clock, u_boot.clock), (Clock::Stop, Clock::Run));
     for blob in [kernel_file, initrd_file, image] {
         assert_eq!(blob.offset % 4096, 0);
     }
@@ -504,10 +508,10 @@ fn golden() {
     assert_eq!(hex, GOLDEN);
 }
 
-const GOLDEN: &str = "54494445424e444c0200000059000000015000000000000054e2e2e000000000\
+const GOLDEN: &str = "54494445424e444c020000005b00000001500000000000003685ae2800000000\
      01020161028080802001008080808104018080808104f44e018020904edaf5d6\
      920101808080900480800105fee39eee040180808091040f636f6e736f6c653d\
-     747479414d413001620280808020000180a001019d91bed602";
+     747479414d41300001620280808020000180a001019d91bed60200";
 
 #[test]
 fn each_error_is_one_clear_line() {

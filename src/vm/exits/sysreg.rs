@@ -71,6 +71,8 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
         ((3, 0, 4, 6, 0), Way::Read) => context.set_x(rt, gic::virtual_mask()),
         ((3, 0, 4, 6, 0), Way::Write) => gic::set_virtual_mask(value()),
         ((3, 0, 12, 11, 3), Way::Read) => context.set_x(rt, gic::virtual_running_priority()),
+        // CNTPCT_EL0, CNTPCTSS_EL0
+        ((3, 3, 14, 0, 1 | 5), Way::Read) => context.set_x(rt, timer::physical_counter(vcpu)),
         // ICC_SRE_EL1: system registers, no bypass, for good.
         ((3, 0, 12, 12, 5), Way::Read) => context.set_x(rt, 7),
         ((3, 0, 12, 12, 5), Way::Write) => {}

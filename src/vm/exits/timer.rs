@@ -5,6 +5,7 @@ use crate::arch::timer;
 use crate::sched;
 use crate::vm::vcpu::Vcpu;
 use core::sync::atomic::Ordering::Relaxed;
+use tidemark_devices::guest_time;
 use tidemark_devices::vgic::Link;
 use tidemark_devices::virt::PHYSICAL_TIMER;
 
@@ -23,16 +24,26 @@ pub enum Register {
     Compare,
 }
 
+/// CNTPCT_EL0, which traps after the guest's time stood still.
+pub fn physical_counter(vcpu: &Vcpu) -> u64 {
+    count(vcpu, timer::now())
+}
+
+fn count(vcpu: &Vcpu, now: u64) -> u64 {
+    guest_time::counter(now, vcpu.vm.physical_offset.load(Relaxed))
+}
+
 /// Reads one.
 pub fn read(vcpu: &'static Vcpu, register: Register) -> u64 {
     let now = timer::now();
     // What ISTATUS says the controller has been told: EL2's own timer may come a little later.
     fire_physical(vcpu, now);
     let state = *vcpu.physical_timer.lock();
+    let count = count(vcpu, now);
     match register {
-        Register::Value => state.compare.wrapping_sub(now) & 0xffff_ffff,
+        Register::Value => state.compare.wrapping_sub(count) & 0xffff_ffff,
         Register::Control => {
-            let fired = state.control & ENABLE != 0 && now >= state.compare;
+            let fired = state.control & ENABLE != 0 && count >= state.compare;
             state.control | if fired { FIRED } else { 0 }
         }
         Register::Compare => state.compare,
@@ -45,12 +56,14 @@ pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
         let mut state = vcpu.physical_timer.lock();
         match register {
             Register::Value => {
-                state.compare = timer::now().wrapping_add(value as i32 as i64 as u64);
+                let count = count(vcpu, timer::now());
+                state.compare = count.wrapping_add(value as i32 as i64 as u64);
             }
             Register::Control => state.control = value & (ENABLE | MASK),
             Register::Compare => state.compare = value,
         }
         state.raised = false;
+        state.arm(vcpu.vm.physical_offset.load(Relaxed));
         vcpu.vm.vgic.lower_ppi(vcpu.index, PHYSICAL_TIMER)
     };
     sched::kick(vcpu, kick);
@@ -70,6 +83,7 @@ pub fn fire_physical(vcpu: &'static Vcpu, now: u64) {
         // The line stays high until the guest writes a register; until then there is
         // nothing to wait for.
         state.raised = true;
+        state.stop();
         vcpu.vm
             .vgic
             .raise_ppi(vcpu.index, PHYSICAL_TIMER, Link::Software)

@@ -11,7 +11,7 @@ use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tidemark_wire::bundle::{
-    BootFiles, Builder, Bundle, BundleError, MachineOptions, VmDraft, VmSpec, WhenAllStopped,
+    BootFiles, Builder, Bundle, BundleError, Clock, MachineOptions, VmDraft, VmSpec, WhenAllStopped,
 };
 
 /// What to pack.
@@ -29,6 +29,7 @@ vms.toml (paths are relative to it):
                                       # ELF; or flat: code from its first byte on
   initrd = \"initramfs.cpio.gz\"       # may be left out
   cmdline = \"console=ttyAMA0\"        # may be left out
+  clock = \"stop\"                     # while it is paused, the default; \"run\": it sees the time go by
 
   [[vm]]
   name = \"u-boot\"
@@ -70,6 +71,14 @@ enum Stopped {
     PowerOff,
 }
 
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum WhilePaused {
+    #[default]
+    Stop,
+    Run,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Vm {
@@ -83,6 +92,8 @@ struct Vm {
     firmware: Option<PathBuf>,
     #[serde(default = "yes")]
     autostart: bool,
+    #[serde(default)]
+    clock: WhilePaused,
     /// There is none; asked for, it is refused with the reason.
     passthrough: Option<toml::Value>,
 }
@@ -114,6 +125,10 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
             "memory_bytes": vm.memory_bytes,
             "autostart": vm.autostart,
             "boot": kind.map_or("firmware", Kind::name),
+            "clock": match vm.clock {
+                Clock::Stop => "stop",
+                Clock::Run => "run",
+            },
         })).collect::<Vec<_>>(),
     });
     context.ui.data(&json, || {
@@ -181,6 +196,10 @@ fn pack(manifest: &Path, output: &Path) -> Result<(Vec<u8>, Vec<Option<Kind>>)> 
             memory_bytes,
             autostart,
             boot,
+            clock: match vm.clock {
+                WhilePaused::Stop => Clock::Stop,
+                WhilePaused::Run => Clock::Run,
+            },
         });
     }
     // The image's own judgement, with the file that is to be mended.

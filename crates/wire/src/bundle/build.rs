@@ -1,6 +1,6 @@
 //! Packing: the host's side of the bundle.
 
-use super::manifest::{Blob, Boot, Kernel, MachineOptions, Manifest, VmSpec};
+use super::manifest::{Blob, Boot, Clock, Kernel, MachineOptions, Manifest, VmSpec};
 use super::{BLOB_ALIGN, Bundle, BundleError, FORMAT, HEADER_LEN, MAGIC};
 use crate::checksum::crc32c;
 use alloc::string::String;
@@ -19,6 +19,8 @@ pub struct VmDraft {
     pub autostart: bool,
     /// What it starts.
     pub boot: BootFiles,
+    /// What its counters do while it is paused.
+    pub clock: Clock,
 }
 
 /// What a guest starts, with contents in place of blobs.
@@ -67,6 +69,7 @@ impl Builder {
             memory_bytes: draft.memory_bytes,
             autostart: draft.autostart,
             boot,
+            clock: draft.clock,
         });
     }
 

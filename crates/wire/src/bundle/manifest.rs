@@ -65,6 +65,18 @@ pub struct VmSpec {
     pub autostart: bool,
     /// What it starts.
     pub boot: Boot,
+    /// What its counters do while it is paused.
+    pub clock: Clock,
+}
+
+/// What a guest's counters do while it is paused. Its real-time clock goes on in any case.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Clock {
+    /// They stand still: it notices nothing.
+    #[default]
+    Stop,
+    /// They run on: it sees that time has passed.
+    Run,
 }
 
 /// What a guest starts.

@@ -3,6 +3,7 @@
 //! Concurrency: vCPU 0 runs the cases and speaks; vCPU 1 does what [`other`] is told.
 
 mod calls;
+mod clocks;
 mod devices;
 mod identity;
 mod instructions;
@@ -26,6 +27,7 @@ use tidemark_guests::report::Ready;
 use tidemark_guests::rt::console::{self, Input};
 use tidemark_guests::rt::{Boot, psci, say};
 
+use clocks::Meanwhile;
 use probe::Taken;
 
 tidemark_guests::el1_main!(main);
@@ -209,7 +211,11 @@ fn main(boot: Boot) -> ! {
         match (words.next(), words.next().map(str::parse)) {
             (Some("run"), Some(Ok(seed))) if vcpus == 2 => run(&mut world, seed),
             (Some("aarch32"), None) => modes::aarch32(),
-            _ => say!("error commands are `run SEED` (with two vCPUs) and `aarch32`"),
+            (Some("clocks"), None) if vcpus == 2 => clocks::run(Meanwhile::Looks),
+            (Some("clocks-waiting"), None) if vcpus == 2 => clocks::run(Meanwhile::Waits),
+            _ => say!(
+                "error commands are `run SEED`, `clocks`, `clocks-waiting` (with two vCPUs) and `aarch32`"
+            ),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! vCPU 1: idle, busy with nothing, in a storm of its own, answering interrupts, or off.
+//! vCPU 1: idle, busy with nothing or with reading its counter, in a storm of its own, answering interrupts, or off.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -14,6 +14,7 @@ const STORM: u32 = 2;
 const ANSWER: u32 = 3;
 const LEAVE: u32 = 4;
 const BUSY: u32 = 5;
+const COUNT: u32 = 6;
 
 /// What it is to do.
 static WANTED: AtomicU32 = AtomicU32::new(IDLE);
@@ -24,6 +25,7 @@ static WHICH: AtomicU32 = AtomicU32::new(0);
 static SEED: AtomicU64 = AtomicU64::new(0);
 static ACCESSES: AtomicU64 = AtomicU64::new(0);
 static EXCEPTIONS: AtomicU64 = AtomicU64::new(0);
+static COUNTED: AtomicU64 = AtomicU64::new(0);
 
 /// The interrupt it answers, and the one it answers with.
 pub const QUESTION: Private = Private(6);
@@ -99,6 +101,16 @@ pub fn busy() -> bool {
     want(BUSY)
 }
 
+/// Has it say what its virtual counter is, all the time, until [`calm`].
+pub fn count() -> bool {
+    want(COUNT)
+}
+
+/// What it said last.
+pub fn counted() -> u64 {
+    COUNTED.load(Ordering::Acquire)
+}
+
 /// Turns it off; whether it is.
 pub fn leave(cpu: Mpidr) -> bool {
     want(LEAVE);
@@ -136,6 +148,13 @@ fn work(_vcpu: Vcpu) -> ! {
                 DOES.store(BUSY, Ordering::Release);
                 while WANTED.load(Ordering::Acquire) == BUSY {
                     smp::pause();
+                }
+            }
+            COUNT => {
+                COUNTED.store(0, Ordering::Release);
+                DOES.store(COUNT, Ordering::Release);
+                while WANTED.load(Ordering::Acquire) == COUNT {
+                    COUNTED.store(counter::now(), Ordering::Release);
                 }
             }
             LEAVE => psci::cpu_off(),
