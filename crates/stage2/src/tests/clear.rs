@@ -359,3 +359,36 @@ fn each_slot_has_epochs_of_its_own() {
         conclude(sim);
     }
 }
+
+/// A block that an epoch of some of its pages found dirty is told of whole: in front of them and behind them by the
+/// next epoch.
+#[test]
+fn what_a_block_has_beside_a_part_stays_live_on_both_sides() {
+    for engine in [Engine::Dbm, Engine::WriteProtect] {
+        let world = World::sized(dbm(), 39, 64, 2);
+        world.slot(0, IPA, P2M, Access::ReadWrite, RAM);
+        world.map_all(0);
+        world.start(engine, Granularity::Block);
+        world.write(0, IPA);
+        let part = span(IPA + 128 * PAGE_SIZE, 128 * PAGE_SIZE);
+        let epoch = world.new_epoch();
+        finish(|| world.stage2.take_range(epoch, SlotId(0), 128, 128)).unwrap();
+        assert_eq!(world.read_epoch(epoch), part);
+        world.stage2.commit(epoch).unwrap();
+        assert_eq!(world.harvest(), &span(IPA, 2 * MIB) - &part, "{engine:?}");
+    }
+}
+
+/// In a log that began with every page dirty, so does a slot that is added to it.
+#[test]
+fn a_slot_that_comes_to_a_log_that_began_dirty_is_dirty() {
+    let world = World::sized(dbm(), 39, 64, 2);
+    finish(|| {
+        let stage2 = &world.stage2;
+        stage2.start_log_all_dirty(Engine::WriteProtect, Granularity::Page)
+    })
+    .unwrap();
+    world.slot(0, IPA, 100, Access::ReadWrite, RAM);
+    assert_eq!(world.harvest(), span(IPA, 100 * PAGE_SIZE));
+    assert!(world.harvest().is_empty());
+}
