@@ -1,4 +1,4 @@
-//! Answers that carry guest memory or a bitmap: as long as the session's frames may be, and made in bounded steps.
+//! Answers that carry guest memory, sums of its pages, or a bitmap: as long as the session's frames may be, and made in bounded steps.
 //!
 //! One is made at a time, in three stages: its piece is read, the message is framed, and the frame goes to the line in
 //! one go, as soon as there is room. So one is made while the one before it is being sent.
@@ -11,7 +11,9 @@
 //! takes. `WAITING` is a leaf.
 
 use super::SESSION;
+use crate::arch::crc::Crc32c;
 use crate::console;
+use crate::memory::PAGE;
 use crate::sched::job::{self, Step};
 use crate::sched::meter;
 use crate::vm::{self, work};
@@ -22,10 +24,12 @@ use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Encoder, Header, Kind, buffer_len};
 use tidemark_wire::message::*;
-use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, bitmap, pages};
+use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PAGE_SUMS_MAX, bitmap, pages};
 
 /// Words of memory read in a step, most of which are zero in most guests and cost three instructions.
 const READ_WORDS: usize = 2048;
+/// Bytes summed at a time, a divisor of a page.
+const SUM_BYTES: usize = 512;
 /// Bytes that they may become: a word that is one of few alike costs some fifty.
 const READ_BYTES: usize = 2048;
 /// Bytes framed in a step, at seventeen instructions each.
@@ -64,6 +68,17 @@ pub enum Wanted {
         /// Bytes.
         len: u32,
     },
+    /// Checksums of pages.
+    Sums {
+        /// Which VM's.
+        vm: VmId,
+        /// Which slot's.
+        slot: SlotId,
+        /// The first page.
+        first_page: u64,
+        /// How many.
+        pages: u32,
+    },
 }
 
 impl Wanted {
@@ -84,6 +99,17 @@ impl Wanted {
                 pages,
             },
             Request::ReadMemory { vm, ipa, len } => Self::Memory { vm, ipa, len },
+            Request::PageSums {
+                vm,
+                slot,
+                first_page,
+                pages,
+            } => Self::Sums {
+                vm,
+                slot,
+                first_page,
+                pages,
+            },
             _ => return None,
         })
     }
@@ -109,7 +135,7 @@ static ROOM_AWAITED: AtomicUsize = AtomicUsize::new(0);
 
 /// How far the answer in the making is.
 enum Stage {
-    /// So much of what was asked for is read: bytes of memory.
+    /// So much of what was asked for is read: bytes of memory, or pages for their sums.
     Reading { covered: u32 },
     /// So much of `piece` is framed.
     Framing { framed: usize },
@@ -312,6 +338,14 @@ impl Making {
             Wanted::Memory { vm, ipa, len } => meter::metered(Task::MemoryRead, || {
                 read_memory(vm, ipa, len, covered, piece, room)
             }),
+            Wanted::Sums {
+                vm,
+                slot,
+                first_page,
+                pages,
+            } => meter::metered(Task::Hash, || {
+                sum_page(vm, slot, first_page, pages, covered, piece, room)
+            }),
         };
         let mut buffer = [0; PIECE_OVERHEAD];
         let head = match read {
@@ -460,5 +494,50 @@ fn read_memory(
         ipa,
         covered: *covered,
         encoding: &[],
+    }))
+}
+
+/// Adds the sum of the next page, and notes how many pages are `covered` by then.
+fn sum_page(
+    vm: VmId,
+    slot: SlotId,
+    first_page: u64,
+    pages: u32,
+    covered: &mut u32,
+    piece: &mut Buffer<PAYLOAD_MAX>,
+    room: usize,
+) -> Result<Read, ErrorReply> {
+    let vm = vm::by_id(vm).ok_or(ErrorReply::NoSuchVm)?;
+    work::require_cleared(vm)?;
+    let slots = vm.memory.slots();
+    let of = slots.by_id(slot.0).ok_or(ErrorReply::NoSuchSlot)?;
+    let end = first_page
+        .checked_add(u64::from(pages))
+        .filter(|&end| end <= of.pages);
+    if pages == 0 || pages > PAGE_SUMS_MAX || end.is_none() {
+        return Err(ErrorReply::OutOfRange);
+    }
+    let page = first_page + u64::from(*covered);
+    let at = of.base + page * PAGE as u64;
+    let words = vm
+        .memory
+        .read(&slots, at, PAGE / 8)
+        .ok_or(ErrorReply::OutOfRange)?;
+    let mut sum = Crc32c::new();
+    for words in words.chunks(SUM_BYTES / 8) {
+        let mut bytes = [0; SUM_BYTES];
+        for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.load(Relaxed).to_le_bytes());
+        }
+        sum.update(&bytes);
+    }
+    piece.push(&sum.finish().to_le_bytes());
+    *covered += 1;
+    if *covered < pages && piece.len + size_of::<u32>() <= room {
+        return Ok(None);
+    }
+    Ok(Some(Response::PageSums {
+        first_page,
+        sums: &[],
     }))
 }

@@ -167,7 +167,10 @@ fn carry_out<'a>(
     let state = |vm: &Vm| Response::State(vm.status.lock().state);
     Ok(match *request {
         // Seen to before.
-        Request::Hello { .. } | Request::BitmapRead { .. } | Request::ReadMemory { .. } => {
+        Request::Hello { .. }
+        | Request::BitmapRead { .. }
+        | Request::ReadMemory { .. }
+        | Request::PageSums { .. } => {
             return Err(ErrorReply::Malformed);
         }
         Request::Goodbye => {

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::Read;
 use std::time::Duration;
-use tidectl::copy::{self, After, Phase, Plan, Step};
+use tidectl::copy::{self, After, Phase, Plan, Step, Verify};
 use tidectl::image::{Contents, MemoryFile};
 use tidemark_guests::pattern::{Config, Seed};
 use tidemark_tests::artifacts::Artifact;
@@ -16,7 +16,7 @@ use tidemark_tests::guests::{self, LINUX_PROMPT, Mib};
 use tidemark_tests::host::{Host, OracleGuest};
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
-use tidemark_wire::message::{EngineChoice, Granularity, Hold, VmId};
+use tidemark_wire::message::{EngineChoice, Granularity, Hold, VmId, VmState};
 
 use crate::case::{Case, Place};
 
@@ -61,7 +61,24 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
         contents: Contents::Channel,
         engine,
         granularity: Granularity::Adaptive,
+        verify: Verify::Running,
         after: After::Paused,
+    };
+    copy_and_check(&mut guest.host, vm, &plan)?;
+    let taken = guest.host.take(vm)?;
+    guest.host.commit(vm, &taken)?;
+    // Once more, verified while the guest writes again.
+    guest.host.client().resume(vm, Hold::Lasting)?;
+    let plan = Plan {
+        granularity: Granularity::Page,
+        after: After::AsBefore,
+        ..plan
+    };
+    copy_running(&mut guest.host, vm, &plan)?;
+    let plan = Plan {
+        verify: Verify::Paused,
+        after: After::Paused,
+        ..plan
     };
     copy_and_check(&mut guest.host, vm, &plan)?;
     // The guest goes on as if nothing had been: it ends its run in order when told.
@@ -106,7 +123,13 @@ fn copy_512m_linux(script: &mut Script) -> Result<()> {
         contents: Contents::MemoryFile(memory),
         engine: EngineChoice::Auto,
         granularity: Granularity::Adaptive,
+        verify: Verify::Running,
+        after: After::AsBefore,
+    };
+    copy_running(&mut host, vm, &plan)?;
+    let plan = Plan {
         after: After::Paused,
+        ..plan
     };
     copy_and_check(&mut host, vm, &plan)?;
     host.dirty_stop(vm)?;
@@ -118,11 +141,34 @@ fn copy_512m_linux(script: &mut Script) -> Result<()> {
     target.still_on()
 }
 
+/// Runs the plan, which lets the guest go before it verifies: pages that it has not written again are judged, and the downtime
+/// holds the last round and nothing else.
+fn copy_running(host: &mut Host, vm: VmId, plan: &Plan) -> Result<()> {
+    let report = copy::run(host.client(), vm, plan, &mut |_| {})?;
+    let (pages, written) = (report.verified.pages, report.verified.written);
+    println!(
+        "down for {:?}, verified {pages} pages in {:?}, {written} written meanwhile",
+        report.downtime, report.verify_time
+    );
+    ensure!(
+        written > 0,
+        "the guest wrote nothing meanwhile: was it let go?"
+    );
+    ensure!(pages > 0, "no page could be judged");
+    let info = host.info(vm)?;
+    ensure!(
+        info.summary.state == VmState::Running,
+        "the guest is {} after the copy",
+        info.summary.state
+    );
+    Ok(())
+}
+
 /// Runs the plan, which leaves the guest paused, and checks what it claims.
 fn copy_and_check(host: &mut Host, vm: VmId, plan: &Plan) -> Result<()> {
     let mut verified = false;
     let report = copy::run(host.client(), vm, plan, &mut |step| {
-        verified |= matches!(step, Step::Verified);
+        verified |= matches!(step, Step::Verified(_));
     })?;
     ensure!(verified, "the copy was reported without being verified");
     let live = report

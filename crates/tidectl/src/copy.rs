@@ -1,8 +1,19 @@
-//! Copying a guest's memory while it runs, and proving that the copy is exact.
+//! Copying a guest's memory while it runs, and verifying the copy.
 //!
 //! log on -> all memory once -> rounds of {take, copy what is dirty, commit} -> pause -> one
-//! last round -> SHA-256 of each slot at EL2 against the copy -> one more take, which must be
-//! empty -> resume.
+//! last round -> resume -> verify.
+//!
+//! Verified while the guest runs ([`Verify::Running`]): EL2 sums each page (CRC-32C), then an
+//! epoch is taken and given back. A page that is not in that epoch was not written since the
+//! last round, so what EL2 summed is what was copied, and the sums must be equal. Pages that
+//! are in it are not judged, and counted. What this finds is a write that was not tracked and
+//! a page that was copied wrongly; that a page is judged falsely has a chance of 1 in 2^32.
+//!
+//! Verified while it is paused ([`Verify::Paused`]): SHA-256 of each slot at both ends before
+//! the resume, and one more take, which must be empty.
+//!
+//! A guest that has ended writes nothing: it is copied once, without a log, and every page
+//! verified.
 //!
 //! Invariants: the log is on before the first byte is read, so whatever changes behind the
 //! copy's back is in the next bitmap. An epoch is committed only once its pages are written.
@@ -11,7 +22,7 @@
 //! the session's. The image's files are synced once, before success is reported; a copy that did not
 //! finish is worth nothing, so its rounds are not synced one by one.
 
-use crate::bitmaps::{Bitmaps, Run};
+use crate::bitmaps::{Bitmaps, Run, SlotBitmap};
 use crate::client::{Client, Ending};
 use crate::image::{Before, Contents, Image, SlotImage, hex};
 use crate::{Error, Result};
@@ -19,8 +30,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tidemark_wire::PAGE_SIZE;
+use tidemark_wire::checksum::crc32c;
 use tidemark_wire::message::{
-    EngineChoice, Granularity, Hold, SlotAccess, SlotId, TakeReport, VmId,
+    EngineChoice, Granularity, Hold, SlotAccess, SlotId, TakeReport, VmId, VmInfo, VmState,
 };
 
 /// Differing pages named when verification fails.
@@ -42,11 +54,22 @@ pub struct Plan {
     pub engine: EngineChoice,
     /// How finely.
     pub granularity: Granularity,
+    /// When the copy is verified.
+    pub verify: Verify,
     /// What becomes of the guest.
     pub after: After,
 }
 
-/// What becomes of the guest after the copy has been verified.
+/// When a copy is verified.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verify {
+    /// After the guest was let go: what it writes meanwhile is not judged.
+    Running,
+    /// Before that, all of it, however long that takes.
+    Paused,
+}
+
+/// What becomes of the guest after the last round.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum After {
     /// It goes on, if it ran before.
@@ -72,8 +95,17 @@ pub enum Step<'a> {
     Round(&'a Round),
     /// The guest has been paused.
     Paused,
-    /// The copy is exact.
-    Verified,
+    /// No page differs.
+    Verified(Verified),
+}
+
+/// What was verified.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verified {
+    /// Pages that are the same at both ends.
+    pub pages: u64,
+    /// Pages written since the last round, which say nothing.
+    pub written: u64,
 }
 
 /// When a round was.
@@ -106,14 +138,16 @@ pub struct Round {
 pub struct Report {
     /// All rounds, the whole copy first.
     pub rounds: Vec<Round>,
-    /// Each slot's hash, the same at both ends.
+    /// Each slot, its copy, and the copy's SHA-256.
     pub slots: Vec<(SlotId, PathBuf, [u8; 32])>,
     /// From the beginning to the end of verification.
     pub total_time: Duration,
-    /// From the pause to the last page.
+    /// From the pause to the resume, or until all that was to be done while it was paused was done.
     pub downtime: Duration,
-    /// Spent hashing at EL2 while paused, which a migration would not.
+    /// Spent verifying, in the downtime or after it.
     pub verify_time: Duration,
+    /// What was verified.
+    pub verified: Verified,
 }
 
 /// Copies a guest.
@@ -127,6 +161,17 @@ pub fn run(
     watch: &mut dyn FnMut(Step<'_>),
 ) -> Result<Report> {
     let before = client.info(vm)?;
+    if matches!(before.summary.state, VmState::Stopped | VmState::Failed) {
+        let image = Image::create(&plan.image_dir, &before.slots)?;
+        return Copy {
+            client,
+            vm,
+            plan,
+            image,
+            watch,
+        }
+        .run_ended(&before);
+    }
     let logging = client.log_status(vm)?.logging;
     if logging.is_none() {
         let mut tell = working(watch, "starting the dirty log");
@@ -191,25 +236,71 @@ impl Copy<'_> {
         (self.watch)(Step::Paused);
         let number = rounds.len() as u32;
         rounds.push(self.round(number, Phase::Last)?);
+        let hashed = Instant::now();
+        let hashes = match self.plan.verify {
+            Verify::Paused => Some(self.verify_paused()?),
+            Verify::Running => None,
+        };
+        let hashed = hashed.elapsed();
+        if self.plan.after == After::AsBefore {
+            let vm = self.vm;
+            self.client.undisturbed(|client| client.let_go(vm))?;
+        }
         let downtime = paused.elapsed();
+        let (verified, verify_time) = match hashes {
+            Some(verified) => (verified, hashed),
+            None => {
+                let verifying = Instant::now();
+                (self.verify_running()?, verifying.elapsed())
+            }
+        };
+        self.report(begun, rounds, downtime, verified, verify_time)
+    }
+
+    /// Copies a guest that has ended.
+    fn run_ended(mut self, before: &VmInfo) -> Result<Report> {
+        let begun = Instant::now();
+        let rounds = vec![self.whole()?];
         let verifying = Instant::now();
-        let slots = self.verify()?;
+        let differing = self.differing()?;
         let verify_time = verifying.elapsed();
+        let now = self.client.info(self.vm)?;
+        if (now.summary.state, now.restarts) != (before.summary.state, before.restarts) {
+            let what = "the VM was started while it was copied; copy it once more".into();
+            return Err(Error::Cancelled(what));
+        }
+        let verified = self.judge(&differing, &[])?;
+        self.report(begun, rounds, Duration::ZERO, verified, verify_time)
+    }
+
+    fn report(
+        mut self,
+        begun: Instant,
+        rounds: Vec<Round>,
+        downtime: Duration,
+        verified: Verified,
+        verify_time: Duration,
+    ) -> Result<Report> {
+        (self.watch)(Step::Verified(verified));
+        let slots = self.image.slots().iter();
+        let slots = slots
+            .map(|slot| Ok((slot.info.id, slot.path.clone(), slot.sha256()?)))
+            .collect::<Result<_>>()?;
         self.image.finish()?;
-        (self.watch)(Step::Verified);
         Ok(Report {
             rounds,
             slots,
             total_time: begun.elapsed(),
             downtime,
             verify_time,
+            verified,
         })
     }
 
     /// Copies all memory once.
     fn whole(&mut self) -> Result<Round> {
         let begun = Instant::now();
-        let total: u64 = self.image.slots().iter().map(|slot| slot.info.pages).sum();
+        let total = self.pages();
         let mut done = 0;
         for slot in self.image.slots() {
             let all = [Run {
@@ -289,8 +380,7 @@ impl Copy<'_> {
     }
 
     /// Compares the hashes of both ends, and sees that nothing is dirty any more.
-    fn verify(&mut self) -> Result<Vec<(SlotId, PathBuf, [u8; 32])>> {
-        let mut slots = Vec::new();
+    fn verify_paused(&mut self) -> Result<Verified> {
         for slot in self.image.slots() {
             let id = slot.info.id;
             let mut tell = working(self.watch, "hashing at both ends");
@@ -304,18 +394,94 @@ impl Copy<'_> {
                     hex(&ours)
                 )));
             }
-            slots.push((id, slot.path.clone(), ours));
         }
         let empty = |_: &mut Client, report: &TakeReport| match report.dirty_pages {
             0 => Ok(()),
-            pages => Err(Error::Mismatch(format!(
-                "{pages} pages dirty after the last round, though the guest is paused"
-            ))),
+            pages => Err(still_dirty(pages)),
         };
         self.client
             .harvest(self.vm, Ending::Commit, &mut |_, _| {}, empty)?;
-        Ok(slots)
+        self.judge(&[], &[])
     }
+
+    /// Compares sums of pages, and then learns which of them the guest has written meanwhile.
+    fn verify_running(&mut self) -> Result<Verified> {
+        let differing = self.differing()?;
+        let read = |client: &mut Client, report: &TakeReport| {
+            client.read_bitmaps(self.vm, report, &mut |_, _| {})
+        };
+        // It is not this copy's: whoever goes on with the log gets it.
+        let since = self
+            .client
+            .harvest(self.vm, Ending::GiveBack, &mut |_, _| {}, read)?;
+        if self.plan.after == After::Paused && since.dirty_pages() > 0 {
+            return Err(still_dirty(since.dirty_pages()));
+        }
+        self.judge(&differing, &since.slots)
+    }
+
+    /// The pages whose sum at EL2 is not the copy's.
+    fn differing(&mut self) -> Result<Vec<(SlotId, u64)>> {
+        let total = self.pages();
+        let mut done = 0;
+        let mut found = Vec::new();
+        let mut ours = Vec::new();
+        for slot in self.image.slots() {
+            let (id, base) = (slot.info.id, slot.info.base_ipa);
+            let watch = &mut *self.watch;
+            self.client
+                .page_sums(self.vm, id, slot.info.pages, |first, sums| {
+                    ours.resize(sums.len() * PAGE_SIZE as usize, 0);
+                    slot.read(base + first * PAGE_SIZE, &mut ours)?;
+                    let pages = ours.chunks(PAGE_SIZE as usize).zip(sums).zip(first..);
+                    let differ = pages.filter(|((page, sum), _)| crc32c(page) != **sum);
+                    found.extend(differ.map(|(_, page)| (id, page)));
+                    done += sums.len() as u64;
+                    let what = "comparing checksums";
+                    watch(Step::Working { what, done, total });
+                    Ok(())
+                })?;
+        }
+        Ok(found)
+    }
+
+    /// Judges the pages that differ by what was written since the last round.
+    fn judge(&self, differing: &[(SlotId, u64)], written: &[SlotBitmap]) -> Result<Verified> {
+        let is_written = |id: SlotId, page: u64| {
+            let bits = written.iter().find(|bits| bits.slot == id);
+            bits.is_some_and(|bits| bits.get(page))
+        };
+        let wrong: Vec<String> = differing
+            .iter()
+            .filter(|(id, page)| !is_written(*id, *page))
+            .filter_map(|(id, page)| {
+                let slot = self.image.slot(*id)?;
+                Some(format!("{:#x}", slot.info.base_ipa + page * PAGE_SIZE))
+            })
+            .collect();
+        if !wrong.is_empty() {
+            let first = wrong.get(..DIFFERENCES_NAMED).unwrap_or(&wrong).join(" ");
+            return Err(Error::Mismatch(format!(
+                "{} pages are not what the guest has, which has not written them since; first {first}",
+                wrong.len()
+            )));
+        }
+        let written = written.iter().map(SlotBitmap::dirty_pages).sum();
+        Ok(Verified {
+            pages: self.pages().saturating_sub(written),
+            written,
+        })
+    }
+
+    fn pages(&self) -> u64 {
+        self.image.slots().iter().map(|slot| slot.info.pages).sum()
+    }
+}
+
+fn still_dirty(pages: u64) -> Error {
+    Error::Mismatch(format!(
+        "{pages} pages dirty after the last round, though the guest is paused"
+    ))
 }
 
 fn changed(slot: SlotId) -> Error {

@@ -600,6 +600,12 @@ fn dirty_copy_is_exact_and_says_so() {
     ];
     let report = stage.json(&args);
     assert_eq!(report["verified"], true);
+    let pages = |name: &str| report[name].as_u64().expect("a number");
+    assert!(pages("verified_pages") > 0);
+    assert_eq!(
+        pages("verified_pages") + pages("written_meanwhile_pages"),
+        200
+    );
     assert_eq!(report["rounds"][0]["phase"], "whole");
     assert_eq!(report["rounds"][0]["pages"], 200);
     let last = report["rounds"]
@@ -623,8 +629,14 @@ fn dirty_copy_is_exact_and_says_so() {
         "c",
         "--rounds",
         "1",
+        "--verify",
+        "paused",
     ]);
     assert!(said.contains("exact after 3 rounds"), "{said}");
+    assert!(said.contains("200 of 200 pages verified"), "{said}");
+    // It has not been compared everywhere, and is not called exact.
+    let said = stage.ok(&["dirty", "copy", "debian", "--image-dir", "c"]);
+    assert!(said.contains("copied in"), "{said}");
 }
 
 #[test]
@@ -637,7 +649,10 @@ fn dirty_copy_that_is_wrong_exits_with_seven() {
     }
     let (code, name, words) = stage.fails(&["dirty", "copy", "debian", "--image-dir", "c"]);
     assert_eq!((code, name.as_str()), (7, "mismatch"));
-    assert!(words.contains("pages that differ"), "{words}");
+    assert!(
+        words.contains("pages are not what the guest has"),
+        "{words}"
+    );
     let there = |name: &str| stage.dir.join("c").join(name).exists();
     assert!(there("slot-3.bin.partial"), "what was copied is kept");
     assert!(!there("slot-3.bin"), "under a name that says what it is");

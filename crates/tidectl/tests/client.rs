@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tidectl::Error;
 use tidectl::client::{Client, Ending, Options, Output};
-use tidectl::copy::{self, After, Plan, Step};
+use tidectl::copy::{self, After, Phase, Plan, Round, Step, Verify};
 use tidectl::image::{Contents, MemoryFile};
 use tidectl::link::{Link, Pace};
 use tidemark_wire::frame::Session;
@@ -79,6 +79,7 @@ fn plan(name: &str) -> Plan {
         contents: Contents::Channel,
         engine: EngineChoice::Auto,
         granularity: Granularity::Page,
+        verify: Verify::Running,
         after: After::AsBefore,
     }
 }
@@ -146,7 +147,7 @@ fn copy_is_exact_on_a_good_line() {
     let mut verified = 0;
     let plan = plan("good");
     let report = copy::run(&mut client, VM, &plan, &mut |step| {
-        if let Step::Verified = step {
+        if let Step::Verified(_) = step {
             verified += 1;
         }
     });
@@ -249,6 +250,122 @@ fn copy_leaves_a_paused_guest_paused_and_a_log_running() {
     let state = lock(&target);
     assert_eq!(state.vms[0].state, VmState::Paused);
     assert!(state.vms[0].logging.is_some());
+}
+
+/// Requests from the one that pauses to the one that resumes.
+fn while_paused(target: &Target) -> Vec<String> {
+    let requests = target.requests.iter();
+    let paused = requests.skip_while(|name| !name.starts_with("Ok Pause"));
+    paused
+        .take_while(|name| !name.starts_with("Ok Resume"))
+        .cloned()
+        .collect()
+}
+
+#[test]
+fn a_copy_is_verified_after_the_guest_was_let_go() {
+    let target = Target::new(vec![small()]);
+    let mut client = open(&target, Faults::default());
+    let report = copy::run(&mut client, VM, &plan("running"), &mut |_| {}).expect("a copy");
+    assert_eq!(report.verified.pages + report.verified.written, 1070);
+    assert!(report.verified.pages > 0 && report.verified.written > 0);
+    let state = lock(&target);
+    let paused = while_paused(&state);
+    assert!(!paused.is_empty());
+    let slow = |name: &String| name.contains("Hash") || name.contains("PageSums");
+    assert!(!paused.iter().any(slow), "{paused:?}");
+    assert!(state.requests.iter().any(slow), "it was verified");
+    assert_eq!(state.vms[0].logging, None);
+    assert_eq!(state.vms[0].outstanding, None);
+}
+
+#[test]
+fn a_copy_verified_while_paused_counts_that_as_downtime() {
+    let target = Target::new(vec![small()]);
+    let mut client = open(&target, Faults::default());
+    let plan = Plan {
+        verify: Verify::Paused,
+        ..plan("hashed")
+    };
+    let report = copy::run(&mut client, VM, &plan, &mut |_| {}).expect("an exact copy");
+    assert_eq!((report.verified.pages, report.verified.written), (1070, 0));
+    assert!(report.downtime >= report.verify_time);
+    let paused = while_paused(&lock(&target));
+    assert!(
+        paused.iter().any(|name| name.contains("Hash")),
+        "{paused:?}"
+    );
+}
+
+#[test]
+fn a_page_copied_wrongly_is_found_out_however_it_is_verified() {
+    for (verify, after) in [
+        (Verify::Running, After::AsBefore),
+        (Verify::Running, After::Paused),
+        (Verify::Paused, After::AsBefore),
+    ] {
+        let mut vm = small();
+        vm.writes = 0;
+        let target = Target::new(vec![vm]);
+        let mut client = open(&target, Faults::default());
+        let plan = Plan {
+            verify,
+            after,
+            ..plan("spoilt")
+        };
+        let file = plan.image_dir.join("slot-1.bin.partial");
+        let copied = copy::run(&mut client, VM, &plan, &mut |step| {
+            if let Step::Round(Round {
+                phase: Phase::Last, ..
+            }) = step
+            {
+                let file = std::fs::File::options().write(true).open(&file);
+                let at = 999 * 4096 + 4095;
+                std::os::unix::fs::FileExt::write_all_at(&file.expect("a copy"), b"x", at)
+                    .expect("it is written");
+            }
+        });
+        let text = copied.as_ref().err().map(ToString::to_string);
+        assert!(
+            text.as_ref()
+                .is_some_and(|text| text.contains("0x403e7000")),
+            "{verify:?}: {text:?}"
+        );
+        assert_eq!(code(copied), (7, "mismatch"));
+        assert_eq!(lock(&target).vms[0].state, VmState::Running);
+    }
+}
+
+#[test]
+fn a_guest_that_has_ended_is_copied_without_a_log() {
+    let mut vm = small();
+    vm.state = VmState::Stopped;
+    let target = Target::new(vec![vm]);
+    let mut client = open(&target, Faults::default());
+    let ended = plan("ended");
+    let report = copy::run(&mut client, VM, &ended, &mut |_| {}).expect("an exact copy");
+    assert_eq!((report.verified.pages, report.verified.written), (1070, 0));
+    assert_eq!(report.downtime, Duration::ZERO);
+    {
+        let state = lock(&target);
+        let asked = |what: &str| state.requests.iter().any(|name| name.contains(what));
+        assert!(
+            !asked("DirtyStart") && !asked("Pause"),
+            "{:?}",
+            state.requests
+        );
+        for slot in &state.vms[0].slots {
+            let file = ended.image_dir.join(format!("slot-{}.bin", slot.id));
+            assert!(std::fs::read(file).expect("an image") == slot.memory);
+        }
+    }
+    // And if it is started behind the copy's back, that is said.
+    let started = copy::run(&mut client, VM, &plan("started"), &mut |step| {
+        if let Step::Round(_) = step {
+            lock(&target).vms[0].state = VmState::Running;
+        }
+    });
+    assert_eq!(code(started), (8, "cancelled"));
 }
 
 #[test]

@@ -77,5 +77,8 @@ pub const HOT_SLOT_UNIT: u64 = 2 << 20;
 /// The largest such slot. Its bitmaps, 2 bits a page, are made in one step, and steps at EL2 are short.
 pub const HOT_SLOT_BYTES_MAX: u64 = 512 << 20;
 
+/// Most pages one `PageSums` may ask for.
+pub const PAGE_SUMS_MAX: u32 = 2048;
+
 /// Most bytes one `ReadMemory` may ask for, which bounds EL2's work for it.
 pub const MEMORY_READ_MAX: u32 = 65536;

@@ -238,6 +238,18 @@ pub enum Request<'a> {
         /// [`crate::PATIENCE_MS_MIN`] to [`crate::PATIENCE_MS_MAX`].
         patience_ms: u32,
     },
+    /// The CRC-32C of each page, whether the VM runs or not: [`Response::PageSums`], which covers a prefix. That of a
+    /// page which the guest writes meanwhile is of no use, and the next harvest has it.
+    PageSums {
+        /// Which VM.
+        vm: VmId,
+        /// Which slot.
+        slot: SlotId,
+        /// First page.
+        first_page: u64,
+        /// 1 to [`crate::PAGE_SUMS_MAX`], within the slot.
+        pages: u32,
+    },
 }
 
 /// What the target answers.
@@ -322,6 +334,14 @@ pub enum Response<'a> {
         /// Every [`Task`], in its order.
         costs: Vec<Cost>,
     },
+    /// Checksums of pages.
+    PageSums {
+        /// As asked.
+        first_page: u64,
+        /// CRC-32C, four bytes each, little-endian: as many pages as it covers.
+        #[serde(serialize_with = "in_one_piece")]
+        sums: &'a [u8],
+    },
 }
 
 /// What the target says unasked, while a session is open. A lost event is recovered by
@@ -352,7 +372,7 @@ pub enum Event<'a> {
     },
 }
 
-/// Bytes of [`Response::Bitmap`] and [`Response::Memory`] beside their encoding, at most:
+/// Bytes of [`Response::Bitmap`], [`Response::Memory`] and [`Response::PageSums`] beside their encoding, at most:
 /// variant, `u64`, `u32` and the length, as varints.
 pub const PIECE_OVERHEAD: usize = 1 + 10 + 5 + 3;
 
@@ -436,7 +456,9 @@ impl Response<'_> {
         buffer: &'b mut [u8; PIECE_OVERHEAD],
     ) -> Result<&'b [u8], DoesNotFit> {
         match self {
-            Self::Bitmap { encoding: [], .. } | Self::Memory { encoding: [], .. } => {}
+            Self::Bitmap { encoding: [], .. }
+            | Self::Memory { encoding: [], .. }
+            | Self::PageSums { sums: [], .. } => {}
             _ => return Err(DoesNotFit),
         }
         // The last byte is the length of no bytes.

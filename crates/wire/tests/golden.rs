@@ -202,6 +202,15 @@ fn requests() -> Vec<(Request<'static>, &'static str)> {
             },
             "1b904e",
         ),
+        (
+            Request::PageSums {
+                vm: VM,
+                slot: SLOT,
+                first_page: 300,
+                pages: 2048,
+            },
+            "1c0201ac028010",
+        ),
     ]
 }
 
@@ -384,6 +393,13 @@ fn responses() -> Vec<(Response<'static>, &'static str)> {
                 encoding: &[6, 0],
             },
             "0b808080800408020600",
+        ),
+        (
+            Response::PageSums {
+                first_page: 64,
+                sums: &[1, 2, 3, 4],
+            },
+            "0f400401020304",
         ),
         (
             Response::ConsoleData {

@@ -470,5 +470,6 @@ pub(super) fn kind(response: &Response<'_>) -> &'static str {
         Response::ConsoleData { .. } => "console data",
         Response::ConsoleAccepted { .. } => "console input",
         Response::Costs { .. } => "costs",
+        Response::PageSums { .. } => "page sums",
     }
 }

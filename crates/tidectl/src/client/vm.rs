@@ -11,7 +11,7 @@ use tidemark_wire::message::{
     Cost, DirtyStatus, EngineChoice, Epoch, ErrorReply, Granularity, Hold, Quota, Request,
     Response, SlotId, TakeReport, VmId, VmInfo, VmState, VmSummary,
 };
-use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, pages};
+use tidemark_wire::{BITMAP_READ_PAGES_MAX, MEMORY_READ_MAX, PAGE_SUMS_MAX, pages};
 
 /// How a harvest ends when all went well. When not, it is always given back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,6 +71,23 @@ const MEMORY: Pieces = Pieces {
             covered: len,
             encoding,
         } => Some(Piece { at, len, encoding }),
+        _ => None,
+    },
+};
+
+const SUMS: Pieces = Pieces {
+    during: "reading checksums of pages",
+    most: PAGE_SUMS_MAX,
+    grain: 1,
+    find: |response| match response {
+        Response::PageSums {
+            first_page: at,
+            sums,
+        } if sums.len().is_multiple_of(4) => Some(Piece {
+            at,
+            len: u32::try_from(sums.len() / 4).ok()?,
+            encoding: sums,
+        }),
         _ => None,
     },
 };
@@ -588,6 +605,37 @@ impl Client {
             pages::decode(piece.encoding, part)
                 .map_err(|error| MEMORY.nonsense(error.to_string()))?;
             keep(piece.at, part)
+        })
+    }
+
+    /// Reads the CRC-32C of each page of a slot, handing each part on as it comes, in no particular order: its first
+    /// page, and the sums.
+    ///
+    /// # Errors
+    /// As [`Client::call`], and whatever `keep` says.
+    pub fn page_sums(
+        &mut self,
+        vm: VmId,
+        slot: SlotId,
+        pages: u64,
+        mut keep: impl FnMut(u64, &[u32]) -> Result<()>,
+    ) -> Result<()> {
+        let all = Span { at: 0, len: pages };
+        let ask = |first_page, pages| Request::PageSums {
+            vm,
+            slot,
+            first_page,
+            pages,
+        };
+        self.pull(&SUMS, [all], ask, |piece| {
+            let sums: Vec<u32> = piece
+                .encoding
+                .as_chunks()
+                .0
+                .iter()
+                .map(|sum| u32::from_le_bytes(*sum))
+                .collect();
+            keep(piece.at, &sums)
         })
     }
 

@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use sha2::{Digest, Sha256};
+use tidemark_wire::checksum::crc32c;
 use tidemark_wire::frame::{Frame, Header, Kind, Seq, Session};
 use tidemark_wire::message::{
     ConsoleFrom, Cost, ErrorReply, Event, PIECE_OVERHEAD, Request, Response, Task, VmId, VmState,
 };
-use tidemark_wire::{MEMORY_READ_MAX, pages};
+use tidemark_wire::{MEMORY_READ_MAX, PAGE_SIZE, PAGE_SUMS_MAX, pages};
 
 use vm::Vm;
 
@@ -271,7 +272,7 @@ impl Target {
             }
             Request::Hash { vm, slot } => {
                 let vm = self.vm(vm)?;
-                if vm.state != VmState::Paused {
+                if !matches!(vm.state, VmState::Paused | VmState::Stopped) {
                     return Err(ErrorReply::NotPaused);
                 }
                 if vm.not_yet() {
@@ -373,6 +374,36 @@ impl Target {
                     ipa,
                     covered,
                     encoding: &piece[..done.len],
+                })
+            }
+            Request::PageSums {
+                vm,
+                slot,
+                first_page,
+                pages,
+            } => {
+                let vm = self.vm(vm)?;
+                let slot = vm
+                    .slots
+                    .iter()
+                    .find(|s| s.id == slot)
+                    .ok_or(ErrorReply::NoSuchSlot)?;
+                let end = first_page + u64::from(pages);
+                if pages == 0 || pages > PAGE_SUMS_MAX || end > slot.pages() {
+                    return Err(ErrorReply::OutOfRange);
+                }
+                let bytes = &slot.memory[(first_page * PAGE_SIZE) as usize..];
+                let fits = (pages as usize).min(piece.len() / 4);
+                for (page, sum) in bytes
+                    .chunks(PAGE_SIZE as usize)
+                    .zip(piece.chunks_exact_mut(4))
+                    .take(fits)
+                {
+                    sum.copy_from_slice(&crc32c(page).to_le_bytes());
+                }
+                Ok(Response::PageSums {
+                    first_page,
+                    sums: &piece[..fits * 4],
                 })
             }
             ref slot @ (Request::SlotAdd { .. } | Request::SlotDelete { .. }) => {
