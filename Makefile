@@ -140,5 +140,5 @@ qemu:
 
 # By name: TIDEMARK_TARGET may be a directory that holds other things too.
 clean: ## remove what was built (downloads stay in the cache)
-	@rm -rf $(addprefix $(TARGET)/,debug release doc tmp el2 image guests tests demo bench \
+	@rm -rf $(addprefix $(TARGET)/,debug release doc tmp el2 image guests tests demo bench shell \
 		toolchain.env toolchain.toml setup.log .rustc_info.json .rustdoc_fingerprint.json)

@@ -16,7 +16,7 @@ use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Header, Kind, Session};
 use tidemark_wire::message::*;
-use tidemark_wire::{PROTOCOL, RESPONSE_PAYLOAD_MIN};
+use tidemark_wire::{CONSOLE_WRITE_MAX, PROTOCOL, RESPONSE_PAYLOAD_MIN};
 
 /// The version that HELLO is answered with.
 const IMAGE: &str = concat!("tidemark ", env!("CARGO_PKG_VERSION"));
@@ -289,6 +289,9 @@ fn carry_out<'a>(
         }
         Request::ConsoleWrite { vm, offset, data } => {
             let vm = find(vm)?;
+            if data.len() > CONSOLE_WRITE_MAX {
+                return Err(ErrorReply::OutOfRange);
+            }
             let next_offset = vm.console.type_at(offset, data);
             vm::exits::device::input_arrived(vm);
             Response::ConsoleAccepted { next_offset }
@@ -303,12 +306,21 @@ fn carry_out<'a>(
 /// Restarts a guest that runs, or starts one that does not.
 pub fn restart(vm: &'static Vm) -> Result<(), VmState> {
     let state = vm.status.lock().state;
-    if matches!(state, VmState::Stopped | VmState::Failed) {
-        vm.status.lock().restarts += 1;
-        lifecycle::start(vm);
-        return Ok(());
+    match state {
+        VmState::Stopped | VmState::Failed => {
+            if !vm.memory.is_there() {
+                return Err(state);
+            }
+            vm.status.lock().restarts += 1;
+            lifecycle::start(vm);
+            Ok(())
+        }
+        // It begins anew as it is, and no vCPU of it has run yet.
+        VmState::Starting => Ok(()),
+        VmState::Running | VmState::Paused => {
+            lifecycle::wish(vm, Wish::Reset, "the host restarted it")
+        }
     }
-    lifecycle::wish(vm, Wish::Reset, "the host restarted it")
 }
 
 fn progress(work: Work<()>) -> Response<'static> {

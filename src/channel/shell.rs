@@ -218,12 +218,20 @@ fn change(verb: &str, vm: &'static Vm) {
         }
         "start" => {
             lifecycle::start(vm);
+            if !vm.memory.is_there() {
+                print(format_args!("{}: {}\n", vm.name(), vm.status.lock().reason));
+            }
             Ok(())
         }
         "stop" => lifecycle::wish(vm, Wish::Stop, "stopped from the shell"),
         "pause" => lifecycle::pause(vm, Hold::Lasting),
         "resume" => resume(vm),
-        _ => commands::restart(vm),
+        _ => {
+            if vm.status.lock().state == VmState::Starting {
+                print(format_args!("{}: it is starting already\n", vm.name()));
+            }
+            commands::restart(vm)
+        }
     };
     if let Err(state) = result {
         print(format_args!(

@@ -2,9 +2,10 @@
 //! restart of a guest.
 
 use super::memory::GuestMemory;
-use super::{Vm, loader, publish};
+use super::{Vm, lifecycle, loader, publish};
 use crate::board::map::MemoryMap;
 use crate::memory;
+use alloc::string::ToString;
 use alloc::vec::Vec;
 use log::{error, info};
 use spin::Once;
@@ -53,20 +54,29 @@ pub fn read(map: &MemoryMap) -> WhenAllStopped {
             Boot::Firmware { image } => image.len,
             Boot::Kernel(_) => 0,
         };
-        match GuestMemory::new(id, spec.memory_bytes, flash) {
-            Ok(memory) => {
-                info!(
-                    "{}: {} vCPUs, {} MiB",
-                    spec.name,
-                    spec.vcpus,
-                    spec.memory_bytes >> 20
-                );
-                vms.push(Vm::new(VmId(id), spec.clone(), memory));
-            }
+        let (memory, lack) = match GuestMemory::new(id, spec.memory_bytes, flash) {
+            Ok(memory) => (Ok(memory), None),
+            // In the table all the same, so that whoever looks for it learns why it does not run.
+            Err(error) => (GuestMemory::none(id), Some(error)),
+        };
+        let memory = match memory {
+            Ok(memory) => memory,
             Err(error) => {
                 error!("{}: {error}; it is left out", spec.name);
+                continue;
             }
+        };
+        let vm = Vm::new(VmId(id), spec.clone(), memory);
+        match lack {
+            None => info!(
+                "{}: {} vCPUs, {} MiB",
+                spec.name,
+                spec.vcpus,
+                spec.memory_bytes >> 20
+            ),
+            Some(error) => lifecycle::failed(vm, error.to_string()),
         }
+        vms.push(vm);
     }
     for vm in &vms {
         for vcpu in vm.vcpus() {

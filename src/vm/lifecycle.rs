@@ -36,11 +36,14 @@ pub fn is_held(vm: &Vm) -> bool {
     vm.held.load(SeqCst)
 }
 
-/// Starts a VM that does not run.
+/// Starts a VM that does not run. One without memory stays as it is: it failed when it was made.
 pub fn start(vm: &'static Vm) {
     {
         let mut status = vm.status.lock();
         if !matches!(status.state, VmState::Stopped | VmState::Failed) {
+            return;
+        }
+        if !vm.memory.is_there() {
             return;
         }
         status.state = VmState::Starting;

@@ -77,7 +77,7 @@ impl fmt::Display for MemoryError {
         match self {
             Self::NotEnough(bytes) => write!(
                 f,
-                "{} MiB of memory are not free in blocks of 2 MiB ({} MiB are free in all); give the machine more memory or the guests less",
+                "{} MiB are not free in blocks of 2 MiB, {} MiB are in all; give the machine more memory or the guests less",
                 bytes >> 20,
                 frames::free_pages() >> 8
             ),
@@ -102,15 +102,7 @@ impl GuestMemory {
         if (ram.saturating_add(flash)) >> 12 > frames::free_pages() {
             return Err(MemoryError::NotEnough(ram));
         }
-        let (features, ipa_bits) = features();
-        let stage2 = vmids()
-            .and_then(|vmids| Stage2::with_vmids(Hw { vm }, ipa_bits, vmids, features))
-            .map_err(MemoryError::Stage2)?;
-        let mut memory = Self {
-            vm,
-            stage2,
-            slots: RwLock::new(Slots(Vec::new())),
-        };
+        let mut memory = Self::none(vm)?;
         memory.add(RAM, RAM_BASE, ram, Access::ReadWrite)?;
         if flash > 0 {
             memory.add(FLASH, FLASH_BASE, flash, Access::ReadOnly)?;
@@ -118,6 +110,28 @@ impl GuestMemory {
             memory.add(VARIABLES, base, VARIABLES_SIZE, Access::ReadOnly)?;
         }
         Ok(memory)
+    }
+
+    /// No memory, for a VM that cannot start: it is in the table all the same, with the reason.
+    ///
+    /// # Errors
+    ///
+    /// What stage 2 says.
+    pub fn none(vm: u16) -> Result<Self, MemoryError> {
+        let (features, ipa_bits) = features();
+        let stage2 = vmids()
+            .and_then(|vmids| Stage2::with_vmids(Hw { vm }, ipa_bits, vmids, features))
+            .map_err(MemoryError::Stage2)?;
+        Ok(Self {
+            vm,
+            stage2,
+            slots: RwLock::new(Slots(Vec::new())),
+        })
+    }
+
+    /// Whether there is memory to start with.
+    pub fn is_there(&self) -> bool {
+        self.slots().by_id(RAM.0).is_some()
     }
 
     fn add(

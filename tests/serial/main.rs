@@ -37,6 +37,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tidectl::link::Port;
+use tidemark_tests::filter::{self, Exact};
 use tidemark_tests::guests::{self, Mib};
 
 use crate::case::{Case, Place};
@@ -132,6 +133,13 @@ fn run() -> Result<ExitCode> {
             cases.map(|case| trial(case, Some(port.clone()))).collect()
         }
     };
+    let trials: Vec<Trial> = trials;
+    let exact = match arguments.exact {
+        true => Exact::Whole,
+        false => Exact::Part,
+    };
+    let names = trials.iter().map(Trial::name);
+    filter::check(arguments.filter.as_deref(), exact, names).map_err(anyhow::Error::msg)?;
     Ok(libtest_mimic::run(&arguments, trials).exit_code())
 }
 

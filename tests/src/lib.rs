@@ -13,6 +13,7 @@
 pub mod artifacts;
 pub mod clocks;
 pub mod devicetree;
+pub mod filter;
 pub mod guests;
 pub mod host;
 pub mod kernels;

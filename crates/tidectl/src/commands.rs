@@ -35,7 +35,7 @@ use tidemark_wire::message::{EngineChoice, Granularity};
     max_term_width = 100,
     after_help = "\
 Examples:
-  export TIDECTL_PORT=unix:target/demo/serial.sock
+  export TIDECTL_PORT=unix:PATH     # `make shell` prints its own; on a board it is /dev/ttyUSB0
   tidectl list
   tidectl monitor debian
   tidectl dirty start debian && tidectl dirty get debian -o round1.bin"
@@ -58,7 +58,7 @@ pub struct Global {
     /// Print data, and failures, as JSON ("schema": 1); not in `monitor` and `shell`.
     #[arg(long, global = true)]
     pub json: bool,
-    /// Say nothing but errors.
+    /// Print nothing but errors, and data that was asked for.
     #[arg(short, long, global = true)]
     pub quiet: bool,
     /// Silence after which the target counts as gone, and this tool for the target: what it

@@ -23,7 +23,7 @@ pub enum Format {
 pub enum Chatter {
     /// What is being done, and progress.
     Normal,
-    /// Errors only.
+    /// Errors, and data that was asked for.
     Quiet,
 }
 
@@ -73,6 +73,17 @@ impl Ui {
         match self.format {
             Format::Json => self.line(&json.to_string()),
             Format::Human => self.line(human().trim_end_matches('\n')),
+        }
+    }
+
+    /// Tells that something was done: as [`Ui::data`], but nothing at all for people who asked for quiet.
+    ///
+    /// # Errors
+    /// [`Error::Local`].
+    pub fn done(&mut self, json: &Value, human: impl FnOnce() -> String) -> Result<()> {
+        match (self.format, self.chatter) {
+            (Format::Human, Chatter::Quiet) => Ok(()),
+            _ => self.data(json, human),
         }
     }
 

@@ -972,6 +972,124 @@ fn a_reader_that_leaves_is_not_an_accident() {
 }
 
 #[test]
+fn what_was_done_is_not_told_to_who_asked_for_quiet() {
+    let stage = Stage::new("hush").logging();
+    write(&stage.dir, "u-boot.bin", [0x14; 4096]);
+    write(
+        &stage.dir,
+        "vms.toml",
+        "[[vm]]\nname = \"u\"\nmemory = \"64MiB\"\nfirmware = \"u-boot.bin\"\n",
+    );
+    for args in [
+        &["bundle", "vms.toml", "-o", "b"][..],
+        &["pause", "debian"],
+        &["resume", "debian"],
+        &["reset", "debian"],
+        &["dirty", "get", "debian", "-o", "bits"],
+        &["dirty", "engine", "debian", "wp"],
+        &["dirty", "stop", "debian"],
+    ] {
+        let mut quiet = vec!["-q"];
+        quiet.extend(args);
+        let output = stage.run(&quiet);
+        let said = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {said:?}");
+        assert_eq!(said, (String::new(), String::new()), "{args:?}");
+    }
+    // What was asked for is data.
+    assert!(stage.ok(&["-q", "list"]).contains("debian"));
+    assert!(
+        stage
+            .ok(&["-q", "dirty", "status", "debian"])
+            .contains("debian")
+    );
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_is_told_in_json_too() {
+    for args in [
+        &["--json", "nosuch"][..],
+        &["dirty", "get", "--json"],
+        &["--json", "list", "--bogus"],
+        &["--json", "dirty", "copy", "debian", "--rounds", "many"],
+    ] {
+        let (code, name, words) = failed(bare(args).output().expect("it runs"));
+        assert_eq!((code, name.as_str()), (2, "usage"), "{args:?}: {words}");
+    }
+    let plain = bare(&["dirty", "get"]).output().expect("it runs");
+    assert_eq!(
+        (plain.status.code(), text(&plain.stdout)),
+        (Some(2), String::new())
+    );
+    assert!(text(&plain.stderr).contains("Usage"), "{plain:?}");
+    let help = bare(&["--json", "--help"]).output().expect("it runs");
+    assert_eq!(help.status.code(), Some(0));
+    assert!(text(&help.stdout).contains("make shell"), "{help:?}");
+}
+
+#[test]
+fn a_full_disk_leaves_no_part_of_a_bitmap() {
+    let stage = Stage::new("full").logging().paused();
+    (0..7).for_each(|page| lock(&stage.target).vms[0].write(0, page, 1));
+    std::os::unix::fs::symlink("/dev/full", stage.dir.join("full")).expect("a link");
+    let full = ["dirty", "get", "debian", "-o", "full", "--heatmap", "h.png"];
+    let (code, name, _) = stage.fails(&full);
+    assert_eq!((code, name.as_str()), (1, "file"));
+    // Nor does a name that cannot be had.
+    fs::create_dir(stage.dir.join("b.json")).expect("a directory");
+    let (code, name, _) = stage.fails(&["dirty", "get", "debian", "-o", "b"]);
+    assert_eq!((code, name.as_str()), (1, "file"));
+    let mut left: Vec<String> = fs::read_dir(&stage.dir)
+        .expect("a directory")
+        .map(|entry| {
+            entry
+                .expect("an entry")
+                .file_name()
+                .to_string_lossy()
+                .into()
+        })
+        .collect();
+    left.sort();
+    assert_eq!(left, ["b.json", "full"]);
+    assert_eq!(lock(&stage.target).vms[0].dirty(), 7, "they are told again");
+}
+
+#[test]
+fn list_says_why_a_vm_failed() {
+    let stage = Stage::new("failed");
+    assert!(!stage.ok(&["list"]).contains("REASON"));
+    {
+        let vm = &mut lock(&stage.target).vms[0];
+        vm.state = VmState::Failed;
+        vm.reason = "65536 MiB are not free".into();
+    }
+    let said = stage.ok(&["list"]);
+    assert!(
+        said.contains("REASON") && said.contains("65536 MiB"),
+        "{said}"
+    );
+    let list = stage.json(&["--json", "list"]);
+    assert_eq!(list["vms"][0]["reason"], "65536 MiB are not free");
+}
+
+#[test]
+fn a_reset_of_a_vm_that_is_starting_says_that_it_adds_nothing() {
+    let stage = Stage::new("starting");
+    lock(&stage.target).vms[0].state = VmState::Starting;
+    let said = stage.ok(&["reset", "debian"]);
+    assert!(said.contains("starting already"), "{said}");
+    assert_eq!(
+        stage.json(&["--json", "reset", "debian"])["was_starting"],
+        true
+    );
+    lock(&stage.target).vms[0].state = VmState::Running;
+    assert_eq!(
+        stage.json(&["--json", "reset", "debian"])["was_starting"],
+        false
+    );
+}
+
+#[test]
 fn quiet_is_quiet() {
     let stage = Stage::new("quiet");
     let output = stage.run(&["-q", "dirty", "copy", "debian", "--image-dir", "c"]);

@@ -131,7 +131,7 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
             },
         })).collect::<Vec<_>>(),
     });
-    context.ui.data(&json, || {
+    context.ui.done(&json, || {
         let name = |(vm, kind): (&VmSpec, &Option<Kind>)| match kind {
             // What is not known is started all the same: better to say so.
             Some(Kind::Flat) => format!("{} (a flat binary)", vm.name),

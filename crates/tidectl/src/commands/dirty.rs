@@ -51,7 +51,7 @@ pub(super) fn start(context: &mut Context, args: &StartArgs) -> Result<()> {
         &mut |done, total| bar.set(done, total),
     )?;
     drop(bar);
-    print_status(context, client, &vm)
+    tell_status(context, client, &vm)
 }
 
 pub(super) fn engine(context: &mut Context, args: &EngineArgs) -> Result<()> {
@@ -62,7 +62,7 @@ pub(super) fn engine(context: &mut Context, args: &EngineArgs) -> Result<()> {
         bar.set(done, total)
     })?;
     drop(bar);
-    print_status(context, client, &vm)
+    tell_status(context, client, &vm)
 }
 
 /// What each vCPU may dirty.
@@ -115,21 +115,26 @@ pub(super) fn quota(context: &mut Context, args: &QuotaArgs) -> Result<()> {
     let mut client = context.connect()?;
     let vm = client.find(&args.vm.vm)?;
     client.set_quota(vm.id, quota)?;
-    print_status(context, client, &vm)
+    tell_status(context, client, &vm)
 }
 
 pub(super) fn status(context: &mut Context, arg: &VmArg) -> Result<()> {
     let mut client = context.connect()?;
     let vm = client.find(&arg.vm)?;
-    print_status(context, client, &vm)
-}
-
-fn print_status(context: &mut Context, mut client: Client, vm: &VmSummary) -> Result<()> {
     let status = client.log_status(vm.id)?;
     client.close();
     context
         .ui
-        .data(&status_json(vm, &status), || status_text(vm, &status))
+        .data(&status_json(&vm, &status), || status_text(&vm, &status))
+}
+
+/// What was changed is told by how it is now.
+fn tell_status(context: &mut Context, mut client: Client, vm: &VmSummary) -> Result<()> {
+    let status = client.log_status(vm.id)?;
+    client.close();
+    context
+        .ui
+        .done(&status_json(vm, &status), || status_text(vm, &status))
 }
 
 fn status_json(vm: &VmSummary, status: &DirtyStatus) -> Value {
@@ -218,7 +223,7 @@ pub(super) fn stop(context: &mut Context, arg: &VmArg) -> Result<()> {
         "mappings_before": mappings_json(&before),
         "mappings_after": mappings_json(&after),
     });
-    context.ui.data(&json, || {
+    context.ui.done(&json, || {
         let text = |m: &Mappings| {
             format!(
                 "{} x 1 GiB, {} x 2 MiB, {} x 4 KiB",

@@ -9,6 +9,7 @@ use crate::units::size;
 use crate::{Error, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -79,24 +80,32 @@ pub(super) fn run(context: &mut Context, args: &GetArgs) -> Result<()> {
             "peek": args.peek,
             "taken_unix_seconds": unix_seconds(),
         });
+        // All or none: a description of a bitmap that is not there helps nobody.
+        let mut files: Vec<(PathBuf, Vec<u8>)> = Vec::new();
+        match (args.format, &args.output) {
+            (GetFormat::Raw, Some(path)) => {
+                let description = pretty(&merged(bitmaps.describe(), &about));
+                files.push((path.clone(), bitmaps.to_bytes()));
+                files.push((sidecar(path), description.into_bytes()));
+            }
+            (GetFormat::Json, Some(path)) => {
+                let ranges = pretty(&merged(bitmaps.ranges(), &about));
+                files.push((path.clone(), ranges.into_bytes()));
+            }
+            (_, None) => {}
+        }
         if let Some(path) = &args.heatmap {
             let mut picture = Heatmap::for_slots(&vm.name, &bitmaps.slots);
             picture.add(&bitmaps);
-            write_safely(path, &picture.to_png()?)?;
+            files.push((path.clone(), picture.to_png()?));
         }
-        match (args.format, &args.output) {
-            (GetFormat::Raw, Some(path)) => {
-                let sidecar = sidecar(path);
-                write_safely(
-                    &sidecar,
-                    pretty(&merged(bitmaps.describe(), &about)).as_bytes(),
-                )?;
-                write_safely(path, &bitmaps.to_bytes())?;
-            }
-            (GetFormat::Json, Some(path)) => {
-                write_safely(path, pretty(&merged(bitmaps.ranges(), &about)).as_bytes())?;
-            }
-            (_, None) => ui.line(&merged(bitmaps.ranges(), &about).to_string())?,
+        let files: Vec<(&Path, &[u8])> = files
+            .iter()
+            .map(|(path, bytes)| (path.as_path(), bytes.as_slice()))
+            .collect();
+        write_together(&files)?;
+        if args.output.is_none() {
+            ui.line(&merged(bitmaps.ranges(), &about).to_string())?;
         }
         Ok(bitmaps)
     };
@@ -128,7 +137,7 @@ fn summarize(
         "heatmap": args.heatmap,
         "elapsed_seconds": seconds(begun.elapsed()),
     });
-    context.ui.data(&json, || {
+    context.ui.done(&json, || {
         format!(
             "{name}: epoch {}, {} dirty pages ({}) in {}",
             bitmaps.epoch,
@@ -165,29 +174,67 @@ fn unix_seconds() -> u64 {
 /// Writes a file so that it is either the old one or the new one, and on the disk. What is
 /// there and is no regular file (a device, a pipe) is written to and stays what it is.
 pub(super) fn write_safely(path: &Path, bytes: &[u8]) -> Result<()> {
-    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-        let written = File::options().write(true).open(path);
-        return written
+    write_together(&[(path, bytes)])
+}
+
+/// The same for files that belong together: none has its name before the content of all is on the disk.
+pub(super) fn write_together(files: &[(&Path, &[u8])]) -> Result<()> {
+    let is_other = |path: &Path| fs::metadata(path).is_ok_and(|there| !there.is_file());
+    let (others, regular): (Vec<_>, Vec<_>) = files.iter().partition(|(path, _)| is_other(path));
+    let mut parts = Parts(Vec::new());
+    for (path, bytes) in regular {
+        parts.write(path, bytes)?;
+    }
+    for (path, bytes) in others {
+        File::options()
+            .write(true)
+            .open(path)
             .and_then(|mut file| file.write_all(bytes).and_then(|()| file.flush()))
-            .map_err(Error::file(path));
+            .map_err(Error::file(path))?;
     }
-    let mut name = path.as_os_str().to_owned();
-    name.push(".part");
-    let part = PathBuf::from(name);
-    let written = File::create(&part)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&part, path));
-    if written.is_err() {
-        // The failure to report is the first one.
-        let _ = fs::remove_file(&part);
+    parts.publish()
+}
+
+/// Files under the names that they have until all are written, and the names they get. What is left when this is
+/// dropped was in vain.
+struct Parts(Vec<(PathBuf, PathBuf)>);
+
+impl Parts {
+    fn write(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".part");
+        let part = PathBuf::from(name);
+        self.0.push((part.clone(), path.into()));
+        File::create(&part)
+            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+            .map_err(Error::file(path))
     }
-    written.map_err(Error::file(path))?;
-    let dir = match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    };
-    // The rename itself must be on the disk too.
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(Error::file(dir))
+
+    fn publish(mut self) -> Result<()> {
+        let mut dirs = BTreeSet::new();
+        while let Some((part, path)) = self.0.first() {
+            fs::rename(part, path).map_err(Error::file(path))?;
+            dirs.insert(match path.parent() {
+                Some(dir) if !dir.as_os_str().is_empty() => dir.to_path_buf(),
+                _ => PathBuf::from("."),
+            });
+            self.0.remove(0);
+        }
+        // The names must be on the disk too.
+        for dir in dirs {
+            File::open(&dir)
+                .and_then(|file| file.sync_all())
+                .map_err(Error::file(&dir))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        for (part, _) in &self.0 {
+            // The failure to report is the first one.
+            let _ = fs::remove_file(part);
+        }
+    }
 }

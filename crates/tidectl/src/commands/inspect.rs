@@ -12,28 +12,46 @@ use tidemark_wire::message::{Hold, SlotAccess, SlotInfo, VmId, VmInfo, VmState};
 pub(super) fn list(context: &mut Context) -> Result<()> {
     let mut client = context.connect()?;
     let vms = client.list()?;
+    // Why it failed is what one looks here for.
+    let reasons = vms
+        .iter()
+        .map(|vm| match vm.state {
+            VmState::Failed => Ok(client.info(vm.id)?.reason),
+            _ => Ok(String::new()),
+        })
+        .collect::<Result<Vec<String>>>()?;
     let image = client.image().to_string();
     client.close();
     let json = json!({
         "schema": 1,
         "image": image,
-        "vms": vms.iter().map(vm_json).collect::<Vec<_>>(),
+        "vms": vms.iter().zip(&reasons).map(|(vm, reason)| {
+            let mut json = vm_json(vm);
+            if let Some(object) = json.as_object_mut() {
+                object.insert("reason".into(), json!(reason));
+            }
+            json
+        }).collect::<Vec<_>>(),
     });
     context.ui.data(&json, || {
         let mut rows = vec![
-            ["ID", "NAME", "STATE", "VCPUS", "MEMORY"]
+            ["ID", "NAME", "STATE", "VCPUS", "MEMORY", "REASON"]
                 .map(String::from)
                 .to_vec(),
         ];
-        rows.extend(vms.iter().map(|vm| {
+        rows.extend(vms.iter().zip(&reasons).map(|(vm, reason)| {
             vec![
                 vm.id.to_string(),
                 vm.name.clone(),
                 vm.state.to_string(),
                 vm.vcpus.to_string(),
                 size(vm.memory_bytes),
+                reason.clone(),
             ]
         }));
+        if reasons.iter().all(String::is_empty) {
+            rows.iter_mut().for_each(|row| row.truncate(5));
+        }
         table(&rows)
     })
 }
@@ -200,7 +218,23 @@ pub(super) fn resume(context: &mut Context, arg: &VmArg) -> Result<()> {
 }
 
 pub(super) fn reset(context: &mut Context, arg: &VmArg) -> Result<()> {
-    change(context, arg, Client::reset)
+    let mut client = context.connect()?;
+    let vm = client.find(&arg.vm)?;
+    let starting = vm.state == VmState::Starting;
+    let state = client.reset(vm.id)?;
+    client.close();
+    let json = json!({
+        "schema": 1,
+        "vm": { "id": vm.id.0, "name": vm.name, "state": state.to_string() },
+        "was_starting": starting,
+    });
+    context.ui.done(&json, || {
+        let why = match starting {
+            true => " already, and anew: this reset adds no other start",
+            false => "",
+        };
+        format!("{}: {state}{why}", vm.name)
+    })
 }
 
 pub(super) fn stop(context: &mut Context, arg: &VmArg) -> Result<()> {
@@ -220,7 +254,7 @@ fn change(
         "schema": 1,
         "vm": { "id": vm.id.0, "name": vm.name, "state": state.to_string() },
     });
-    context.ui.data(&json, || format!("{}: {state}", vm.name))
+    context.ui.done(&json, || format!("{}: {state}", vm.name))
 }
 
 pub(super) fn power_off(context: &mut Context) -> Result<()> {
@@ -228,7 +262,7 @@ pub(super) fn power_off(context: &mut Context) -> Result<()> {
     client.power_off()?;
     context
         .ui
-        .data(&json!({ "schema": 1, "powered_off": true }), || {
+        .done(&json!({ "schema": 1, "powered_off": true }), || {
             "powered off".into()
         })
 }

@@ -123,5 +123,5 @@ fn show(
     });
     context
         .ui
-        .data(&json, || format!("{}: slot {id} {what}{more}\n", vm.name))
+        .done(&json, || format!("{}: slot {id} {what}{more}\n", vm.name))
 }

@@ -259,7 +259,7 @@ impl Target {
             }
             Request::Reset { vm, restarts } => {
                 let vm = self.vm(vm)?;
-                if vm.restarts == restarts {
+                if vm.restarts == restarts && vm.state != VmState::Starting {
                     vm.restarts += 1;
                     vm.state = VmState::Running;
                 }

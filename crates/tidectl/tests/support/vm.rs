@@ -51,6 +51,7 @@ impl Slot {
 pub struct Vm {
     pub name: String,
     pub state: VmState,
+    pub reason: String,
     pub slots: Vec<Slot>,
     pub logging: Option<Logging>,
     /// Whose the log is.
@@ -100,6 +101,7 @@ impl Vm {
         Self {
             name: name.into(),
             state: VmState::Running,
+            reason: String::new(),
             slots,
             logging: None,
             log_is: None,
@@ -301,7 +303,7 @@ pub fn info(vm: &Vm, id: VmId) -> VmInfo {
         .collect();
     VmInfo {
         summary: vm.summary(id),
-        reason: String::new(),
+        reason: vm.reason.clone(),
         restarts: vm.restarts,
         slots,
         features: Features {
