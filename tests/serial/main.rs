@@ -24,6 +24,7 @@ mod handover;
 mod hostile;
 mod kernels;
 mod linux;
+mod monitor;
 mod oracle;
 mod quota;
 mod raw;
@@ -107,6 +108,7 @@ fn run() -> Result<ExitCode> {
         slots::cases(),
         copy::cases(),
         sessions::cases(),
+        monitor::cases(),
         quota::cases(),
         bad_input::cases(),
         clocks::cases(),

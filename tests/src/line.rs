@@ -20,7 +20,7 @@ use tidemark_wire::RESPONSE_PAYLOAD_MAX;
 use tidemark_wire::frame::{Decoder, Item, buffer_len};
 
 use crate::clocks::Running;
-use crate::relay::{Relay, ToMachine};
+use crate::relay::{Damage, Relay, ToMachine};
 use crate::transcript::Transcript;
 
 /// Text that means the machine or its guest is beyond hope, whatever is awaited.
@@ -126,6 +126,11 @@ impl Line {
     /// it is doing.
     pub fn cut_client(&self) {
         self.relay.cut();
+    }
+
+    /// From now on the line between the machine and clients damages what it carries.
+    pub fn damage(&self, damage: Option<Damage>) {
+        self.relay.damage(damage);
     }
 
     /// Writes a remark into the transcript.

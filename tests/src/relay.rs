@@ -22,6 +22,45 @@ use anyhow::{Context, Result};
 /// time.
 pub type ToMachine = Arc<Mutex<Box<dyn Write + Send>>>;
 
+/// Damages one byte in so many, by a seed.
+#[derive(Clone, Debug)]
+pub struct Damage {
+    random: u64,
+    one_in: u64,
+}
+
+impl Damage {
+    /// The damage of `seed`; one byte in `one_in` is another one afterwards.
+    #[must_use]
+    pub fn new(seed: u64, one_in: u64) -> Self {
+        // Zero would stay zero.
+        let random = seed | 1;
+        Self {
+            random,
+            one_in: one_in.max(1),
+        }
+    }
+
+    fn next(&mut self) -> u64 {
+        // Marsaglia's xorshift64.
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    fn spoil(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let spoilt =
+            bytes.iter().map(
+                |&byte| match (self.next() >> 11).is_multiple_of(self.one_in) {
+                    true => byte ^ (1 << (self.next() >> 13 & 7)),
+                    false => byte,
+                },
+            );
+        spoilt.collect()
+    }
+}
+
 /// The client that is connected now.
 type Tap = Arc<Mutex<Option<Connected>>>;
 
@@ -32,10 +71,14 @@ struct Connected {
     socket: UnixStream,
 }
 
+/// What is wrong with the line between the machine and clients, each way.
+type SharedDamage = Arc<Mutex<Option<[Damage; 2]>>>;
+
 /// The listening end.
 #[derive(Clone)]
 pub struct Relay {
     tap: Tap,
+    damage: SharedDamage,
     ears: Arc<Mutex<Vec<Sender<Vec<u8>>>>>,
 }
 
@@ -46,18 +89,30 @@ impl Relay {
             .with_context(|| format!("cannot listen at {}", path.display()))?;
         let tap: Tap = Arc::default();
         let for_thread = Arc::clone(&tap);
+        let damage = SharedDamage::default();
+        let on_the_way = Arc::clone(&damage);
         std::thread::Builder::new()
             .name("relay".into())
             .spawn(move || {
                 // Ends with the process; a harness has a handful of these at most.
                 for client in listener.incoming().flatten() {
-                    serve(client, &for_thread, &machine);
+                    serve(client, &for_thread, &machine, &on_the_way);
                 }
             })?;
         Ok(Self {
             tap,
+            damage,
             ears: Arc::default(),
         })
+    }
+
+    /// From now on the line to clients damages what it carries, each way; `None` mends it. Who listens in this process
+    /// is not concerned.
+    pub fn damage(&self, damage: Option<Damage>) {
+        *lock(&self.damage) = damage.map(|damage| {
+            let back = Damage::new(!damage.random, damage.one_in);
+            [damage, back]
+        });
     }
 
     /// Gives every byte of the machine from now on to a receiver in this process.
@@ -71,9 +126,13 @@ impl Relay {
     /// Hands bytes of the machine to whoever listens.
     pub fn forward(&self, bytes: &[u8]) {
         lock(&self.ears).retain(|ear| ear.send(bytes.to_vec()).is_ok());
+        let bytes = match &mut *lock(&self.damage) {
+            Some([to_client, _]) => to_client.spoil(bytes),
+            None => bytes.to_vec(),
+        };
         let mut tap = lock(&self.tap);
         if let Some(client) = tap.as_ref()
-            && client.queue.send(bytes.to_vec()).is_err()
+            && client.queue.send(bytes).is_err()
         {
             *tap = None;
         }
@@ -88,14 +147,14 @@ impl Relay {
 }
 
 /// Serves one client until it hangs up.
-fn serve(client: UnixStream, tap: &Tap, machine: &ToMachine) {
+fn serve(client: UnixStream, tap: &Tap, machine: &ToMachine, damage: &SharedDamage) {
     let (Ok(writer), Ok(socket)) = (client.try_clone(), client.try_clone()) else {
         return;
     };
     let (queue, bytes) = channel();
     *lock(tap) = Some(Connected { queue, socket });
     let thread = std::thread::spawn(move || drain(bytes, writer));
-    copy_frames(client, machine);
+    copy_frames(client, machine, damage);
     *lock(tap) = None;
     let _ = thread.join();
 }
@@ -112,7 +171,7 @@ fn drain(bytes: Receiver<Vec<u8>>, mut writer: UnixStream) {
 
 /// Copies from the client to the machine, never splitting a frame: text typed at the
 /// same time must not land inside one.
-fn copy_frames(mut client: UnixStream, machine: &ToMachine) {
+fn copy_frames(mut client: UnixStream, machine: &ToMachine, damage: &SharedDamage) {
     let mut splitter = Splitter::default();
     let mut buffer = [0; 4096];
     while let Ok(count) = client.read(&mut buffer) {
@@ -120,6 +179,10 @@ fn copy_frames(mut client: UnixStream, machine: &ToMachine) {
             break;
         };
         for piece in splitter.push(bytes) {
+            let piece = match &mut *lock(damage) {
+                Some([_, to_machine]) => to_machine.spoil(&piece),
+                None => piece,
+            };
             let mut machine = lock(machine);
             if machine
                 .write_all(&piece)

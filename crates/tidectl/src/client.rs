@@ -76,8 +76,10 @@ impl Options {
 /// What the target says beside answers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Output<'a> {
-    /// Text outside frames, or written into the middle of one.
+    /// Text outside frames.
     Text(&'a [u8]),
+    /// What is readable of a broken frame: a crash that was written into the middle of one, or what the frame carried.
+    Wreck(&'a [u8]),
     /// Console output of an attached VM, in order and without gaps.
     Console {
         /// Whose.

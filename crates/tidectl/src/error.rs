@@ -69,10 +69,12 @@ pub enum Error {
         during: String,
     },
     /// The line is open, but nobody answers.
-    #[error("no answer within {} while {during}", crate::units::duration(*after))]
+    #[error("no answer within {} while {during}{}", crate::units::duration(*after), damage(*.damaged))]
     NoAnswer {
         /// How long it was waited for.
         after: Duration,
+        /// Frames that came damaged meanwhile.
+        damaged: u64,
         /// What was being done.
         during: String,
     },
@@ -232,6 +234,7 @@ impl Error {
             Self::Closed { .. } => {
                 "an epoch in flight is put back when the next session opens; nothing is lost".into()
             }
+            Self::NoAnswer { damaged: 1.., .. } => DAMAGED.into(),
             Self::NoAnswer { .. } => "is another program attached to the line, or is the image \
                                       not up yet? `tidectl shell` shows what it prints"
                 .into(),
@@ -255,6 +258,18 @@ impl Error {
         Some(hint)
     }
 }
+
+/// The way out of a line that damages what it carries.
+pub const DAMAGED: &str = "the line damages what it carries: a slower one (--port DEVICE@BAUD, and the same at the \
+    other end), a shorter or better cable, no software flow control on the way";
+
+fn damage(frames: u64) -> String {
+    match frames {
+        0 => String::new(),
+        frames => format!("; {frames} frames came damaged meanwhile"),
+    }
+}
+
 fn no_such_vm(asked: &str) -> String {
     match asked {
         "" => "there is more than one VM: name one".into(),

@@ -671,6 +671,45 @@ fn monitor_types_what_is_piped_and_prints_what_comes() {
 }
 
 #[test]
+fn monitor_prints_nothing_of_broken_frames_and_names_the_damage() {
+    for seed in 0..4 {
+        let faults = Faults {
+            seed,
+            flip: 40,
+            cut: 5,
+            ..Faults::default()
+        };
+        let stage = Stage::with_faults(&format!("damaged{seed}"), faults);
+        let lines: String = (0..300)
+            .map(|n| format!("the guest's line {n}\n"))
+            .collect();
+        lock(&stage.target).vms[0].print(lines.as_bytes());
+        let args = ["monitor", "--history", "--until", "line 299\n"];
+        let output = type_into(stage.command(&args), "");
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "seed {seed}: {said}");
+        assert_eq!(text(&output.stdout), lines, "seed {seed}");
+        assert!(!said.contains("the guest's"), "seed {seed}: {said}");
+        assert!(said.contains("frames came damaged"), "seed {seed}: {said}");
+        assert!(said.contains("@BAUD"), "seed {seed}: {said}");
+    }
+}
+
+#[test]
+fn a_line_with_nothing_whole_on_it_is_called_damaged() {
+    let faults = Faults {
+        seed: 1,
+        cut: 100,
+        ..Faults::default()
+    };
+    let stage = Stage::with_faults("nothing-whole", faults);
+    let (code, name, words) = stage.fails(&["--timeout", "1s", "list"]);
+    assert_eq!((code, name.as_str()), (3, "no-answer"));
+    assert!(words.contains("frames came damaged"), "{words}");
+    assert!(words.contains("@BAUD"), "{words}");
+}
+
+#[test]
 fn monitor_waits_for_a_text_or_a_deadline() {
     let stage = Stage::new("until");
     let begun = Instant::now();

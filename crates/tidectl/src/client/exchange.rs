@@ -18,6 +18,10 @@ const GLANCE: Duration = Duration::from_millis(100);
 /// Pause before asking a busy target again.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
+/// Pause before asking again for what came damaged, so that a line with nothing whole on it is not filled with
+/// requests.
+const DAMAGE_PAUSE: Duration = Duration::from_millis(5);
+
 /// Most that the silence before sending again grows.
 const RETRY_GROWTH: u32 = 4;
 
@@ -29,6 +33,15 @@ struct Flight<T> {
     sent: Instant,
 }
 
+/// What a wait for an answer came to.
+enum Awaited {
+    Answer(Header, Vec<u8>),
+    /// A frame came damaged, which may have been it.
+    Damage,
+    /// Nothing of the kind came for a while.
+    Silence,
+}
+
 /// When an exchange last heard something.
 struct Clock {
     /// An answer to one of its requests, or its start.
@@ -37,6 +50,8 @@ struct Clock {
     anything: Instant,
     /// An answer, or requests sent again.
     moved: Instant,
+    /// Frames that had come damaged when it started.
+    damaged: u64,
     /// Silence after which requests are sent again; grows while nothing answers, so that a
     /// slow target is not buried.
     retry: Duration,
@@ -96,6 +111,7 @@ impl Client {
             answer: now,
             anything: now,
             moved: now,
+            damaged: self.stats.bad_frames,
             retry,
         };
         loop {
@@ -109,9 +125,18 @@ impl Client {
             if flights.is_empty() {
                 return Ok(());
             }
-            let Some((header, payload)) = self.await_answer(during, &mut clock)? else {
-                self.resend_after_silence(during, &mut flights, &mut clock)?;
-                continue;
+            let (header, payload) = match self.await_answer(during, &mut clock)? {
+                Awaited::Answer(header, payload) => (header, payload),
+                // It can only have been this one's answer, or something that is sent but once.
+                Awaited::Damage if flights.len() == 1 => {
+                    thread::sleep(DAMAGE_PAUSE);
+                    self.resend_first(during, &mut flights, 1)?;
+                    continue;
+                }
+                Awaited::Damage | Awaited::Silence => {
+                    self.resend_after_silence(during, &mut flights, &mut clock)?;
+                    continue;
+                }
             };
             let Some(place) = flights.iter().position(|flight| flight.seq == header.seq) else {
                 // The second answer to a request that was sent twice.
@@ -298,12 +323,8 @@ impl Client {
         flight.sent.elapsed() < self.options.timeout
     }
 
-    /// Waits for an answer of this session; `None` after a while without one.
-    fn await_answer(
-        &mut self,
-        during: &str,
-        clock: &mut Clock,
-    ) -> Result<Option<(Header, Vec<u8>)>> {
+    /// Waits for an answer of this session, for a while.
+    fn await_answer(&mut self, during: &str, clock: &mut Clock) -> Result<Awaited> {
         let until = Instant::now() + clock.retry;
         loop {
             self.check_interrupt()?;
@@ -314,12 +335,13 @@ impl Client {
                 }
                 return Err(Error::NoAnswer {
                     after,
+                    damaged: self.stats.bad_frames.saturating_sub(clock.damaged),
                     during: during.into(),
                 });
             }
             let left = until.saturating_duration_since(Instant::now()).min(GLANCE);
             if left.is_zero() {
-                return Ok(None);
+                return Ok(Awaited::Silence);
             }
             match self.incoming.recv_timeout(left) {
                 Ok(Incoming::Frame(header, payload)) if header.kind == Kind::Response => {
@@ -329,12 +351,16 @@ impl Client {
                         if self.line == Line::Silent {
                             self.line = Line::Open;
                         }
-                        return Ok(Some((header, payload)));
+                        return Ok(Awaited::Answer(header, payload));
                     }
                 }
                 Ok(other) => {
                     clock.anything = Instant::now();
+                    let damage = matches!(other, Incoming::Bad(..));
                     self.take_in(during, other)?;
+                    if damage {
+                        return Ok(Awaited::Damage);
+                    }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(self.closed(during)),
@@ -359,7 +385,7 @@ impl Client {
                 self.stats.bad_frames += 1;
                 (self.sink)(Output::BadFrame(reason));
                 if !text.is_empty() {
-                    (self.sink)(Output::Text(&text));
+                    (self.sink)(Output::Wreck(&text));
                 }
             }
             Incoming::Injected(bytes) => (self.sink)(Output::Injected(&bytes)),

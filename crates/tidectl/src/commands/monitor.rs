@@ -2,6 +2,7 @@
 
 use super::Context;
 use crate::client::{Client, Output};
+use crate::error::DAMAGED;
 use crate::terminal::{Keyboard, LEAVE, RawMode, inject_stdin, with_returns};
 use crate::units::parse_duration;
 use crate::{Error, Result};
@@ -19,6 +20,9 @@ const INPUT_PAUSE: Duration = Duration::from_millis(10);
 
 /// Quiet after the end of piped input that ends the command.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// Bytes kept of broken frames: a crash report.
+const WRECK_KEPT: usize = 8192;
 
 /// Which console, and for how long.
 #[derive(Debug, Args)]
@@ -49,6 +53,8 @@ pub struct MonitorArgs {
 enum Seen {
     Console(Vec<u8>),
     Words(Vec<u8>),
+    Wreck(Vec<u8>),
+    Damage,
     State(VmId, VmState),
     Typed(Vec<u8>),
     TypedEnd,
@@ -67,14 +73,18 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
     let sink = Box::new(move |output: Output<'_>| {
         let seen = match output {
             Output::Console { data, .. } => Seen::Console(data.to_vec()),
-            Output::Text(text) | Output::Log(text) => Seen::Words(text.to_vec()),
+            Output::Text(text) | Output::Log(text) if is_words(text) => Seen::Words(text.to_vec()),
+            // A frame that lost its beginning is text to the decoder.
+            Output::Text(text) | Output::Log(text) | Output::Wreck(text) => {
+                Seen::Wreck(text.to_vec())
+            }
             Output::Missed { bytes, .. } => {
                 Seen::Words(format!("\n[{bytes} bytes of output were missed]\n").into_bytes())
             }
             Output::VmState { vm, state } => Seen::State(vm, state),
             Output::Injected(bytes) => Seen::Typed(bytes.to_vec()),
             Output::InjectedEnd => Seen::TypedEnd,
-            Output::BadFrame(_) => return,
+            Output::BadFrame(_) => Seen::Damage,
         };
         // The receiver lives as long as the client.
         let _ = sender.send(seen);
@@ -99,6 +109,8 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         keyboard,
         seen,
         pending: Vec::new(),
+        wreck: Vec::new(),
+        line: LineIs::Whole,
         input: Input::Open,
         heard: Instant::now(),
         matcher: args
@@ -107,6 +119,10 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
             .map(|text| Matcher::new(text.as_bytes())),
     };
     let over = monitor.run(args.deadline);
+    if over.is_err() {
+        // Nothing whole came after it: this may be how the machine crashed.
+        monitor.words(&monitor.wreck);
+    }
     drop(raw);
     let Monitor {
         client,
@@ -114,13 +130,27 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         context,
         ..
     } = monitor;
+    let damaged = client.stats().bad_frames;
     client.close();
+    if damaged > 0 {
+        context.ui.say(&format!(
+            "\n[{damaged} frames came damaged and were asked for again; {DAMAGED}]"
+        ));
+    }
     match over? {
         Over::Left => context.ui.say("\n[left]"),
         Over::Ended(state) => context.ui.say(&format!("\n[{} {state}]", vm.name)),
         Over::Said | Over::Quiet => {}
     }
     Ok(())
+}
+
+/// Whether text is what a person was meant to read: what the hypervisor says has none of the control characters that
+/// every frame has.
+fn is_words(text: &[u8]) -> bool {
+    let is_fine =
+        |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | 0x08 | 0x1b | b' '..=0x7e | 0x80..);
+    text.iter().all(is_fine) && std::str::from_utf8(text).is_ok()
 }
 
 /// The VM of that name, or the one that can be meant.
@@ -138,6 +168,14 @@ fn choose(client: &mut Client, name: Option<&str>) -> Result<VmSummary> {
     }
 }
 
+/// How the line was last.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LineIs {
+    Whole,
+    /// A frame came broken, and no output of the guest since.
+    Damaged,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Input {
     Open,
@@ -152,6 +190,9 @@ struct Monitor<'c> {
     seen: Receiver<Seen>,
     /// Typed, but not taken by the guest yet.
     pending: Vec<u8>,
+    /// What is readable of frames that came broken since the last whole one.
+    wreck: Vec<u8>,
+    line: LineIs,
     input: Input,
     /// When the guest last printed or took something.
     heard: Instant,
@@ -187,6 +228,8 @@ impl Monitor<'_> {
         while let Ok(seen) = self.seen.try_recv() {
             match seen {
                 Seen::Console(data) => {
+                    self.wreck.clear();
+                    self.line = LineIs::Whole;
                     self.heard = Instant::now();
                     self.context.ui.bytes(&data)?;
                     if self
@@ -197,7 +240,13 @@ impl Monitor<'_> {
                         return Ok(Some(Over::Said));
                     }
                 }
-                Seen::Words(text) => self.words(&text),
+                Seen::Damage => self.line = LineIs::Damaged,
+                Seen::Words(text) if self.line == LineIs::Whole => self.words(&text),
+                // The rest of a frame in which a delimiter arose looks like text.
+                Seen::Words(text) | Seen::Wreck(text) if self.wreck.len() < WRECK_KEPT => {
+                    self.wreck.extend_from_slice(&text);
+                }
+                Seen::Words(_) | Seen::Wreck(_) => {}
                 Seen::State(vm, state) if vm == self.vm.id => match state {
                     VmState::Stopped | VmState::Failed => return Ok(Some(Over::Ended(state))),
                     state => self.words(format!("[{} {state}]\n", self.vm.name).as_bytes()),
