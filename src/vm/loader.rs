@@ -9,7 +9,7 @@ mod clearing;
 
 use self::clearing::Clearing;
 use super::memory::{GuestMemory, Slot, Slots};
-use super::{Vm, lifecycle, random, tree, work};
+use super::{Vm, id_registers, lifecycle, random, tree, work};
 use crate::arch::crc::Crc32c;
 use crate::memory::PAGE;
 use crate::memory::frames::Run;
@@ -24,6 +24,7 @@ use log::{debug, info};
 use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
 use tidemark_stage2::Access;
 use tidemark_wire::bundle::{Blob, Boot};
+use tidemark_wire::granule::Granule;
 use tidemark_wire::message::Task;
 
 /// Bytes copied in one step.
@@ -121,6 +122,15 @@ impl Loader {
             }
             Boot::Kernel(kernel) => {
                 for segment in &kernel.segments {
+                    if let Some(file) = segment.file
+                        && let Some(granule) = Granule::of_image(blob(file)?)
+                        && !granule.is_in(id_registers::read(7, 0, 0))
+                    {
+                        // It would find out before it can print, and wait for ever.
+                        return Err(format!(
+                            "the kernel is built for pages of {granule}, which these CPUs do not have; use one for pages of 4 KiB"
+                        ));
+                    }
                     piece("kernel", segment.file, segment.address, segment.size)?;
                 }
                 if let Some(initrd) = &kernel.initrd {

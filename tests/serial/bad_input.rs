@@ -50,6 +50,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("bad_requests", 60, bad_requests).at(Place::Anywhere),
         Case::new("wrong_version", 60, wrong_version).at(Place::Anywhere),
         Case::new("stale_session", 60, stale_session).at(Place::Anywhere),
+        Case::new("kernel_of_pages_that_the_cpus_lack", 40, kernel_of_pages),
         Case::new("no_such_vm", 60, no_such_vm).at(Place::Anywhere),
         Case::new("vm_without_memory_is_named", 60, vm_without_memory),
         Case::new("console_input_too_long", 60, console_input_too_long),
@@ -217,6 +218,19 @@ fn with_manifest(bundle: &[u8], manifest: &Manifest) -> Result<Vec<u8>> {
     put(&mut bytes, 32, &body)?;
     put_u32(&mut bytes, 24, crc32c(&body))?;
     Ok(bytes)
+}
+
+/// A kernel built for pages of 16 KiB, on a Cortex-A72, which has none.
+fn kernel_of_pages(script: &mut Script) -> Result<()> {
+    let mut kernel = vec![0; 8192];
+    put(&mut kernel, 24, &[0b1100])?;
+    put(&mut kernel, 0x38, b"ARM\x64")?;
+    let kernel = guests::of_kernel("sixteen", 1, Mib(32), (kernel, None), "")?;
+    let target = script.start_tidemark("virt-a72", &guests::pack([kernel])?, "")?;
+    target.to_prompt()?;
+    let list = target.shell_until("list", "failed")?;
+    ensure!(list.contains("pages of 16 KiB"), "{list}");
+    no_guest_runs(target)
 }
 
 /// Random instructions: whatever a guest executes, EL2 goes on.

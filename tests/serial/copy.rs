@@ -128,6 +128,7 @@ fn copy_512m_linux(script: &mut Script) -> Result<()> {
     };
     copy_running(&mut host, vm, &plan)?;
     let plan = Plan {
+        verify: Verify::Paused,
         after: After::Paused,
         ..plan
     };
@@ -170,6 +171,10 @@ fn copy_and_check(host: &mut Host, vm: VmId, plan: &Plan) -> Result<()> {
     let report = copy::run(host.client(), vm, plan, &mut |step| {
         verified |= matches!(step, Step::Verified(_));
     })?;
+    println!(
+        "{:?}: down for {:?}, verified in {:?}",
+        plan.verify, report.downtime, report.verify_time
+    );
     ensure!(verified, "the copy was reported without being verified");
     let live = report
         .rounds

@@ -94,3 +94,20 @@ impl Drop for Scratch {
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::artifacts::root;
+
+    #[test]
+    fn make_clean_knows_every_directory_that_runs_leave() {
+        let makefile = std::fs::read_to_string(root().join("Makefile")).expect("it is there");
+        let (_, clean) = makefile
+            .split_once("\nclean:")
+            .expect("there is such a target");
+        for kind in ["tests", "bench", "demo", "shell"] {
+            let named = clean.split_whitespace().any(|word| word == kind);
+            assert!(named, "`make clean` leaves {kind}/");
+        }
+    }
+}

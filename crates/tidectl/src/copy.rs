@@ -274,7 +274,7 @@ impl Copy<'_> {
     }
 
     fn report(
-        mut self,
+        self,
         begun: Instant,
         rounds: Vec<Round>,
         downtime: Duration,

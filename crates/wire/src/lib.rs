@@ -9,6 +9,7 @@
 //! - [`bitmap`]: a piece of a dirty bitmap as `{empty, full, raw, rle}`.
 //! - [`pages`]: guest memory as runs of equal words and literal words.
 //! - [`bundle`]: the guests a boot loader hands over.
+//! - [`granule`]: which page size a kernel in one is built for.
 //!
 //! Invariants: nothing here panics, loops without bound or reads out of bounds on any
 //! input; frames, bitmaps and pages are encoded and decoded without allocation, since
@@ -25,6 +26,7 @@ pub mod bitmap;
 pub mod bundle;
 pub mod checksum;
 pub mod frame;
+pub mod granule;
 pub mod message;
 pub mod pages;
 

@@ -11,8 +11,10 @@ use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tidemark_wire::bundle::{
-    BootFiles, Builder, Bundle, BundleError, Clock, MachineOptions, VmDraft, VmSpec, WhenAllStopped,
+    Boot, BootFiles, Builder, Bundle, BundleError, Clock, MachineOptions, VmDraft, VmSpec,
+    WhenAllStopped,
 };
+use tidemark_wire::granule::Granule;
 
 /// What to pack.
 #[derive(Debug, Args)]
@@ -129,6 +131,7 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
                 Clock::Stop => "stop",
                 Clock::Run => "run",
             },
+            "kernel_pages": pages_of(&bundle, vm).map(|granule| granule.to_string()),
         })).collect::<Vec<_>>(),
     });
     context.ui.done(&json, || {
@@ -141,6 +144,15 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
         let (path, len) = (args.output.display(), size(bytes.len() as u64));
         format!("{path}: {len}, {} VMs: {}", vms.len(), names.join(", "))
     })
+}
+
+/// The page size that a VM's kernel is built for: not every CPU has each.
+fn pages_of(bundle: &Bundle<'_>, vm: &VmSpec) -> Option<Granule> {
+    let Boot::Kernel(kernel) = &vm.boot else {
+        return None;
+    };
+    let mut files = kernel.segments.iter().filter_map(|segment| segment.file);
+    files.find_map(|file| Granule::of_image(bundle.unchecked_blob(file)?))
 }
 
 /// Reads a description and everything it names, and packs it. `output` must not be one of
