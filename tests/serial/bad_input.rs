@@ -10,12 +10,12 @@ use tidemark_tests::host::{Host, OracleGuest};
 use tidemark_tests::oracle::{self, Pages};
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
-use tidemark_wire::bundle::{Boot, Bundle, Manifest, VmDraft};
+use tidemark_wire::PROTOCOL;
+use tidemark_wire::bundle::{Boot, Bundle, Manifest};
 use tidemark_wire::checksum::crc32c;
 use tidemark_wire::message::{
-    EngineChoice, ErrorReply, Granularity, Hold, Request, Response, SlotId, VmId, VmState,
+    EngineChoice, ErrorReply, Granularity, Hold, Request, Response, SlotId, VmId,
 };
-use tidemark_wire::{CONSOLE_WRITE_MAX, PROTOCOL};
 
 use crate::case::{Case, Place};
 use crate::raw::Raw;
@@ -50,15 +50,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("bad_requests", 60, bad_requests).at(Place::Anywhere),
         Case::new("wrong_version", 60, wrong_version).at(Place::Anywhere),
         Case::new("stale_session", 60, stale_session).at(Place::Anywhere),
-        Case::new("kernel_of_pages_that_the_cpus_lack", 40, kernel_of_pages),
         Case::new("no_such_vm", 60, no_such_vm).at(Place::Anywhere),
-        Case::new("vm_without_memory_is_named", 60, vm_without_memory),
-        Case::new("console_input_too_long", 60, console_input_too_long),
-        Case::new(
-            "resets_of_a_starting_guest_add_nothing",
-            120,
-            resets_while_starting,
-        ),
         Case::new("session_ends_amid_pieces", 60, session_ends_amid_pieces),
         Case::new("sessions_of_one_number", 60, sessions_of_one_number),
         Case::new("peer_vanishes_mid_transfer", 90, peer_vanishes).at(Place::Anywhere),
@@ -66,7 +58,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Starts a small guest, which every test of bad input wants to see alive afterwards.
-fn start_oracle(script: &mut Script) -> Result<&mut Target> {
+pub fn start_oracle(script: &mut Script) -> Result<&mut Target> {
     let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
     let target = script.start_tidemark("virt", &bundle, "")?;
     target.to_prompt()?;
@@ -76,7 +68,7 @@ fn start_oracle(script: &mut Script) -> Result<&mut Target> {
 }
 
 /// The shell answers, and the machine says nothing that looks like a crash.
-fn shell_answers(target: &mut Target) -> Result<()> {
+pub fn shell_answers(target: &mut Target) -> Result<()> {
     target.settle_shell()?;
     let help = target.shell("help")?;
     ensure!(
@@ -155,7 +147,7 @@ fn put_u32(bytes: &mut [u8], at: usize, value: u32) -> Result<()> {
     put(bytes, at, &value.to_le_bytes())
 }
 
-fn put(bytes: &mut [u8], at: usize, part: &[u8]) -> Result<()> {
+pub fn put(bytes: &mut [u8], at: usize, part: &[u8]) -> Result<()> {
     let place = bytes.get_mut(at..at + part.len()).context("a header")?;
     place.copy_from_slice(part);
     Ok(())
@@ -220,19 +212,6 @@ fn with_manifest(bundle: &[u8], manifest: &Manifest) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A kernel built for pages of 16 KiB, on a Cortex-A72, which has none.
-fn kernel_of_pages(script: &mut Script) -> Result<()> {
-    let mut kernel = vec![0; 8192];
-    put(&mut kernel, 24, &[0b1100])?;
-    put(&mut kernel, 0x38, b"ARM\x64")?;
-    let kernel = guests::of_kernel("sixteen", 1, Mib(32), (kernel, None), "")?;
-    let target = script.start_tidemark("virt-a72", &guests::pack([kernel])?, "")?;
-    target.to_prompt()?;
-    let list = target.shell_until("list", "failed")?;
-    ensure!(list.contains("pages of 16 KiB"), "{list}");
-    no_guest_runs(target)
-}
-
 /// Random instructions: whatever a guest executes, EL2 goes on.
 fn kernel_of_noise(script: &mut Script) -> Result<()> {
     let mut random = Random(script.seed());
@@ -262,13 +241,13 @@ fn kernel_of_noise(script: &mut Script) -> Result<()> {
 }
 
 /// How many errors of the log say `what`; what the shell says does not count.
-fn errors_about(target: &Target, what: &str) -> usize {
+pub fn errors_about(target: &Target, what: &str) -> usize {
     let text = target.line().text();
     let errors = text.lines().filter(|line| line.contains("ERROR"));
     errors.filter(|line| line.contains(what)).count()
 }
 
-fn no_guest_runs(target: &mut Target) -> Result<()> {
+pub fn no_guest_runs(target: &mut Target) -> Result<()> {
     let list = target.shell("list")?;
     ensure!(!list.contains("running"), "a guest was started: {list:?}");
     shell_answers(target)
@@ -498,99 +477,6 @@ fn no_such_vm(script: &mut Script) -> Result<()> {
         .context("after the one that is not there")?;
     host.until_running(vm)?;
     host.finish();
-    shell_answers(target)
-}
-
-/// What the machine has no memory for is in the list, with what it lacks, and keeps its number.
-fn vm_without_memory(script: &mut Script) -> Result<()> {
-    let large = VmDraft {
-        name: "large".into(),
-        ..guests::oracle(1, Mib(64 << 10))?
-    };
-    let bundle = guests::pack([large, guests::oracle(1, Mib(32))?])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
-    target.to_prompt()?;
-    let list = target.shell_until("list", "running")?;
-    ensure!(
-        list.contains("65536 MiB are not free"),
-        "the list does not say what it lacks: {list}"
-    );
-    ensure!(
-        errors_about(target, "large: 65536 MiB are not free") == 1,
-        "the log does not say it once"
-    );
-    let mut host = Host::connect(target)?;
-    let vm = host.vm("large")?;
-    ensure!(vm == VmId(0), "it is VM {vm}");
-    let info = host.info(vm)?;
-    ensure!(
-        info.summary.state == VmState::Failed && info.reason.contains("65536 MiB"),
-        "it is {}: {}",
-        info.summary.state,
-        info.reason
-    );
-    match host.client().reset(vm) {
-        Err(tidectl::Error::Target {
-            reply: ErrorReply::BadState(VmState::Failed),
-            ..
-        }) => {}
-        other => bail!("a VM without memory was reset: {other:?}"),
-    }
-    host.finish();
-    let said = target.shell("start large")?;
-    ensure!(
-        said.contains("65536 MiB are not free"),
-        "`start` does not say why: {said}"
-    );
-    shell_answers(target)
-}
-
-/// No more console input is taken at once than is documented.
-fn console_input_too_long(script: &mut Script) -> Result<()> {
-    let target = start_oracle(script)?;
-    let mut raw = Raw::connect(target, 0x2727);
-    raw.works(&["oracle"])?;
-    let data = [b' '; CONSOLE_WRITE_MAX + 1];
-    for len in [data.len(), CONSOLE_WRITE_MAX] {
-        let request = Request::ConsoleWrite {
-            vm: VmId(0),
-            offset: 0,
-            data: data.get(..len).unwrap_or_default(),
-        };
-        raw.ask(&request, |response| match response {
-            Response::Error(ErrorReply::OutOfRange) if len > CONSOLE_WRITE_MAX => Ok(()),
-            Response::ConsoleAccepted { next_offset } if next_offset == len as u64 => Ok(()),
-            other => bail!("{len} bytes of input were answered {other:?}"),
-        })?;
-    }
-    raw.close()?;
-    shell_answers(target)
-}
-
-/// A guest that is being started begins anew as it is.
-fn resets_while_starting(script: &mut Script) -> Result<()> {
-    // Large enough for the requests to come while it is cleared.
-    let bundle = guests::pack([guests::oracle(1, Mib(256))?])?;
-    let target = script.start_tidemark("virt", &bundle, "autostart=no")?;
-    target.to_prompt()?;
-    target.shell("start oracle")?;
-    let mut raw = Raw::connect(target, 0x2828);
-    raw.hello(PROTOCOL)?
-        .map_err(|error| anyhow::anyhow!("{error}"))?;
-    for _ in 0..3 {
-        let reset = Request::Reset {
-            vm: VmId(0),
-            restarts: 0,
-        };
-        raw.ask(&reset, |response| match response {
-            Response::State(VmState::Starting) => Ok(()),
-            other => bail!("the reset was answered {other:?}: it came too late"),
-        })?;
-    }
-    raw.close()?;
-    target.shell_until("list", "running")?;
-    let info = target.shell("info oracle")?;
-    ensure!(info.contains("restarted 0 times"), "{info}");
     shell_answers(target)
 }
 

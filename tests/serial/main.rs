@@ -28,6 +28,7 @@ mod monitor;
 mod oracle;
 mod quota;
 mod raw;
+mod refused;
 mod reserved;
 mod seeds;
 mod sessions;
@@ -111,6 +112,7 @@ fn run() -> Result<ExitCode> {
         monitor::cases(),
         quota::cases(),
         bad_input::cases(),
+        refused::cases(),
         clocks::cases(),
         baseline::cases(),
         hostile::cases(),
