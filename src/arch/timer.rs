@@ -1,6 +1,7 @@
 //! The generic timer (Arm ARM D12) as EL2 uses it: the physical count, and EL2's own
 //! physical timer (CNTHP), which wakes a CPU for time slices and sleeping vCPUs.
 
+use super::cpu::PerCpu;
 use super::{barrier, regs};
 use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0, CNTV_CTL_EL0};
 use tock_registers::interfaces::{Readable, Writeable};
@@ -48,8 +49,18 @@ pub fn microseconds() -> u64 {
     in_microseconds(now())
 }
 
+/// What this CPU's timer was set to last, and nothing before that: firmware may have left it running. Only
+/// [`set_deadline`] writes those registers.
+static DEADLINE: PerCpu<Option<Option<u64>>> = PerCpu::new(None);
+
 /// Fires EL2's timer interrupt when the count reaches `deadline`; `None` stops it.
+///
+/// What is set already is not written again: under an emulator, and in a virtual machine, each write is slow.
 pub fn set_deadline(deadline: Option<u64>) {
+    if DEADLINE.get() == Some(deadline) {
+        return;
+    }
+    DEADLINE.set(Some(deadline));
     match deadline {
         Some(deadline) => {
             regs::CNTHP_CVAL_EL2.set(deadline);
