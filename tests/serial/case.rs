@@ -29,6 +29,8 @@ pub struct Case {
     pub place: Place,
     /// Its total clock, in seconds.
     pub seconds: u64,
+    /// How long the machine may say nothing, in seconds, if longer than usual.
+    pub silence: Option<u64>,
     /// Why it needs [`qemu::WANTED`], if it does.
     pub newer_qemu: Option<&'static str>,
     /// What it does.
@@ -42,6 +44,7 @@ impl Case {
             name: name.to_owned(),
             place: Place::Qemu,
             seconds,
+            silence: None,
             newer_qemu: None,
             body,
         }
@@ -50,6 +53,12 @@ impl Case {
     /// The same test, which on a QEMU older than [`qemu::WANTED`] fails for a reason of QEMU's.
     pub fn needs_newer_qemu(mut self, why: &'static str) -> Self {
         self.newer_qemu = Some(why);
+        self
+    }
+
+    /// The same test of something that says nothing for longer: up to `seconds`.
+    pub fn silent(mut self, seconds: u64) -> Self {
+        self.silence = Some(seconds);
         self
     }
 
@@ -64,7 +73,10 @@ impl Case {
         if let (Some(why), None) = (self.newer_qemu, &port) {
             qemu::require_wanted(why)?;
         }
-        let clocks = Clocks::usual().with_total(self.seconds);
+        let mut clocks = Clocks::usual().with_total(self.seconds);
+        if let Some(seconds) = self.silence {
+            clocks = clocks.with_silence(seconds);
+        }
         let mut script = Script::new("tests", &self.name, clocks)?.on(port);
         let result = (self.body)(&mut script);
         script.conclude(result)
