@@ -288,12 +288,21 @@ pub fn set_stack_pointer(pstate: u64, value: u64) {
     }
 }
 
+const EE: u64 = 1 << 25;
+const E0E: u64 = 1 << 24;
+/// SCTLR_EL1's bits that say whether data is big-endian, at EL1 and at EL0.
+pub const ENDIANNESS: u64 = EE | E0E;
+
+/// The guest's SCTLR_EL1.
+#[inline]
+pub fn sctlr() -> u64 {
+    SCTLR_EL1.get()
+}
+
 /// Whether data is big-endian at `pstate`: SCTLR_EL1.EE at EL1, E0E at EL0.
 pub fn is_big_endian(pstate: u64) -> bool {
-    const EE: u64 = 1 << 25;
-    const E0E: u64 = 1 << 24;
     let bit = if pstate & 0xf == 0 { E0E } else { EE };
-    SCTLR_EL1.get() & bit != 0
+    sctlr() & bit != 0
 }
 
 /// The page of the IPA that the last stage-2 abort was about.

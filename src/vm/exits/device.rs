@@ -37,7 +37,9 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
 fn flash_wanted(vcpu: &Vcpu, syndrome: Syndrome, access: FaultAccess) -> Wanted {
     const WALK: u64 = 1 << 7;
     const VALID: u64 = 1 << 24;
-    if access == FaultAccess::Execute || syndrome.0 & (VALID | WALK) != VALID {
+    // The order of a big-endian guest's bytes is the instruction's affair.
+    let big_endian = el1::is_big_endian(vcpu.context.pstate());
+    if access == FaultAccess::Execute || big_endian || syndrome.0 & (VALID | WALK) != VALID {
         return Wanted::Other(access);
     }
     let size = AccessSize::from_sas(syndrome.0 >> 22);
@@ -123,7 +125,7 @@ pub fn bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) 
         None => read(vcpu, device, size),
     };
     match device {
-        Device::Gic(..) => one(device, size, value),
+        Device::Gic(..) | Device::FwCfg(_) => one(device, size, value),
         _ if size == AccessSize::Double => {
             let low = one(
                 device,

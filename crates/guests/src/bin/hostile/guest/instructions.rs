@@ -56,6 +56,8 @@ snippets! {
     // SCTLR_EL1.EE, which would turn the tables round too.
     pair_big_endian: "mrs x6, sctlr_el1", "bic x7, x6, #1", "orr x7, x7, #0x2000000", "msr sctlr_el1, x7", "isb",
         "ldp w0, w1, [x2]", "dsb sy", "msr sctlr_el1, x6", "isb";
+    word_big_endian: "mrs x6, sctlr_el1", "bic x7, x6, #1", "orr x7, x7, #0x2000000", "msr sctlr_el1, x7", "isb",
+        "ldr w0, [x2]", "dsb sy", "msr sctlr_el1, x6", "isb";
     quad_big_endian: "mrs x6, sctlr_el1", "bic x7, x6, #1", "orr x7, x7, #0x2000000", "msr sctlr_el1, x7", "isb",
         ".inst 0x3dc00040", "dsb sy", "msr sctlr_el1, x6", "isb", ".inst 0x4e083c00", ".inst 0x4e183c01";
 }
@@ -244,6 +246,8 @@ pub fn without_mmu(case: &mut Case, _world: &mut World) {
             pair_big_endian as Snippet,
             [swapped(IDS[0]), swapped(IDS[1])],
         ),
+        // With a syndrome.
+        ("ldr", word_big_endian, [swapped(IDS[0]), 0x2222]),
         (
             "ldr q",
             quad_big_endian,
@@ -284,6 +288,9 @@ pub fn from_el0(case: &mut Case, _world: &mut World) {
         // E0E
         set_sctlr(old | 1 << 24);
         let taken = at_el0_in(Code::Readable, pair, x);
+        // ldr w0, [x2]; ldrh w0, [x2]: with a syndrome.
+        let word = at_el0_in(Code::Readable, 0xb940_0040, x);
+        let half = at_el0_in(Code::Readable, 0x7940_0040, x);
         set_sctlr(old);
         let [first, second, ..] = IDS;
         judge(
@@ -291,6 +298,8 @@ pub fn from_el0(case: &mut Case, _world: &mut World) {
             taken,
             [swapped(first), swapped(second), uart],
         );
+        judge("big-endian ldr", word, [swapped(first), 0x2222, uart]);
+        judge("big-endian ldrh", half, [first << 8, 0x2222, uart]);
     }
 }
 
