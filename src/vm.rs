@@ -154,16 +154,23 @@ impl Vm {
     /// A VM with memory but without a run.
     pub fn new(id: VmId, spec: VmSpec, memory: GuestMemory) -> &'static Self {
         let vcpus = usize::from(spec.vcpus);
-        let firmware = matches!(spec.boot, Boot::Firmware { .. });
-        let fw_cfg = || Mutex::new(FwCfg::new(spec.vcpus.into(), None));
+        let flash = memory::FlashSize::of(&spec.boot);
+        let flash = flash.map(|size| Flash::new(size.variables));
+        let fw_cfg = match &spec.boot {
+            Boot::Firmware(firmware) => Some(Mutex::new(FwCfg::new(
+                spec.vcpus.into(),
+                firmware.kernel.as_ref().and_then(bundle::payload),
+            ))),
+            Boot::Kernel(_) => None,
+        };
         let vm = Box::leak(Box::new(Self {
             id,
             memory,
             vgic: Vgic::new(vcpus),
             uart: Mutex::new(Pl011::new()),
             clock: Mutex::new(Pl031::new()),
-            flash: firmware.then(|| Flash::new(memory::VARIABLES_SIZE)),
-            fw_cfg: firmware.then(fw_cfg),
+            flash,
+            fw_cfg,
             alarm: AtomicU64::new(vcpu::NEVER),
             console: console::GuestConsole::new(),
             quota: Quota::new(),

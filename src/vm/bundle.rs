@@ -1,7 +1,7 @@
 //! The bundle of guests, where the boot loader put it: read at boot, and again at every
 //! restart of a guest.
 
-use super::memory::GuestMemory;
+use super::memory::{FlashSize, GuestMemory};
 use super::{Vm, lifecycle, loader, publish};
 use crate::board::map::MemoryMap;
 use crate::memory;
@@ -9,7 +9,8 @@ use alloc::string::ToString;
 use alloc::vec::Vec;
 use log::{error, info};
 use spin::Once;
-use tidemark_wire::bundle::{Boot, Bundle, WhenAllStopped};
+use tidemark_devices::fw_cfg::Kernel;
+use tidemark_wire::bundle::{Blob, Bundle, Payload, WhenAllStopped};
 use tidemark_wire::message::VmId;
 
 static BUNDLE: Once<Bundle<'static>> = Once::new();
@@ -17,6 +18,16 @@ static BUNDLE: Once<Bundle<'static>> = Once::new();
 /// The bundle, once it was read.
 pub fn get() -> Option<&'static Bundle<'static>> {
     BUNDLE.get()
+}
+
+/// What firmware is given to start. The files stay in the bundle; whether they are intact the loader says.
+pub fn payload(payload: &Payload<Blob>) -> Option<Kernel<'_>> {
+    let file = |blob| get()?.unchecked_blob(blob);
+    Some(Kernel {
+        kernel: file(payload.kernel)?,
+        initrd: payload.initrd.and_then(file),
+        command_line: &payload.cmdline,
+    })
 }
 
 /// Reads the bundle and makes its VMs. What is wrong with it is said, and no guest is made.
@@ -50,10 +61,7 @@ pub fn read(map: &MemoryMap) -> WhenAllStopped {
     for spec in &bundle.manifest().vms {
         // The parser allows far fewer.
         let id = vms.len() as u16;
-        let flash = match &spec.boot {
-            Boot::Firmware { image } => image.len,
-            Boot::Kernel(_) => 0,
-        };
+        let flash = FlashSize::of(&spec.boot);
         let (memory, lack) = match GuestMemory::new(id, spec.memory_bytes, flash) {
             Ok(memory) => (Ok(memory), None),
             // In the table all the same, so that whoever looks for it learns why it does not run.

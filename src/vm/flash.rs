@@ -15,6 +15,7 @@
 
 use super::memory::{ERASED, FLASH, GuestMemory, OutOfMemoryRange, VARIABLES};
 use crate::memory::PAGE;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use spin::Mutex;
 use tidemark_devices::AccessSize;
 use tidemark_devices::pflash::{BUFFER, Effect, Pflash, Protection, View};
@@ -28,6 +29,8 @@ pub const FLASH_END: u64 = FLASH_BASE + FLASH_BANKS * FLASH_SIZE;
 pub struct Flash {
     code: Mutex<Pflash>,
     variables: Mutex<Pflash>,
+    /// The variables that came with the bundle are there: from then on they are the guest's.
+    laid: AtomicBool,
 }
 
 /// What a vCPU wants of an address.
@@ -58,7 +61,18 @@ impl Flash {
         Self {
             code: Mutex::new(Pflash::new(FLASH_SIZE, 0, Protection::ReadOnly)),
             variables: Mutex::new(Pflash::new(FLASH_SIZE, variables, Protection::Writable)),
+            laid: AtomicBool::new(false),
         }
+    }
+
+    /// Whether it holds nothing of the guest's own yet.
+    pub fn is_fresh(&self) -> bool {
+        !self.laid.load(Relaxed)
+    }
+
+    /// Its guest starts, and what it keeps there stays.
+    pub fn set_laid(&self) {
+        self.laid.store(true, Relaxed);
     }
 
     /// An access to a bank that stage 2 did not let through.

@@ -8,6 +8,7 @@
 mod clearing;
 
 use self::clearing::Clearing;
+use super::flash::Flash;
 use super::memory::{GuestMemory, Slot, Slots};
 use super::{Vm, id_registers, lifecycle, random, tree, work};
 use crate::arch::crc::Crc32c;
@@ -21,7 +22,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 use log::{debug, info};
-use tidemark_devices::virt::{FLASH_BASE, RAM_BASE};
+use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_stage2::Access;
 use tidemark_wire::bundle::{Blob, Boot};
 use tidemark_wire::granule::Granule;
@@ -40,7 +41,8 @@ const _: () = assert!(RAM_BASE == tidemark_wire::bundle::RAM_BASE);
 struct Piece {
     what: &'static str,
     from: &'static [u8],
-    to: u64,
+    /// `None`: it stays in the bundle, from where firmware asks for it. Only its CRC is computed.
+    to: Option<u64>,
     /// Bytes of memory that it takes: past the file they are zero.
     size: u64,
     crc32c: u32,
@@ -116,8 +118,20 @@ impl Loader {
             Ok::<(), String>(())
         };
         let (entry, tree) = match &vm.spec.boot {
-            Boot::Firmware { image } => {
-                piece("firmware", Some(*image), FLASH_BASE, image.len)?;
+            Boot::Firmware(firmware) => {
+                let image = firmware.image;
+                piece("firmware", Some(image), Some(FLASH_BASE), image.len)?;
+                let fresh = vm.flash.as_ref().is_some_and(Flash::is_fresh);
+                if let Some(file) = firmware.variables.filter(|_| fresh) {
+                    let to = FLASH_BASE + FLASH_SIZE;
+                    piece("variables", Some(file), Some(to), file.len)?;
+                }
+                if let Some(payload) = &firmware.kernel {
+                    piece("kernel", Some(payload.kernel), None, 0)?;
+                    if let Some(initrd) = payload.initrd {
+                        piece("initrd", Some(initrd), None, 0)?;
+                    }
+                }
                 (FLASH_BASE, Some(RAM_BASE))
             }
             Boot::Kernel(kernel) => {
@@ -131,10 +145,11 @@ impl Loader {
                             "the kernel is built for pages of {granule}, which these CPUs do not have; use one for pages of 4 KiB"
                         ));
                     }
-                    piece("kernel", segment.file, segment.address, segment.size)?;
+                    piece("kernel", segment.file, Some(segment.address), segment.size)?;
                 }
                 if let Some(initrd) = &kernel.initrd {
-                    piece("initrd", Some(initrd.file), initrd.address, initrd.file.len)?;
+                    let (to, size) = (Some(initrd.address), initrd.file.len);
+                    piece("initrd", Some(initrd.file), to, size)?;
                 }
                 (kernel.entry, kernel.devicetree)
             }
@@ -246,8 +261,9 @@ impl Loader {
                     self.phase = Phase::Zero { piece, done };
                 } else {
                     crc.update(now);
-                    let to = current.to + *done as u64;
-                    write(memory, current.what, to, now)?;
+                    if let Some(to) = current.to {
+                        write(memory, current.what, to + *done as u64, now)?;
+                    }
                     *done += now.len();
                 }
             }
@@ -268,7 +284,9 @@ impl Loader {
                     Some(current) => {
                         static ZEROS: [u8; COPY_STEP] = [0; COPY_STEP];
                         let zeros = &ZEROS[..left.min(COPY_STEP as u64) as usize];
-                        write(memory, current.what, current.to + *done, zeros)?;
+                        if let Some(to) = current.to {
+                            write(memory, current.what, to + *done, zeros)?;
+                        }
                         *done += zeros.len() as u64;
                     }
                 }
@@ -287,6 +305,9 @@ impl Loader {
             Some(Err(error)) => return Err(format!("building its devicetree: {error:?}")),
             None => return Err("its devicetree was not built".into()),
         };
+        if let Some(flash) = &self.vm.flash {
+            flash.set_laid();
+        }
         let place = self
             .tree
             .filter(|&at| self.has_room(at, tree.blob().len() as u64));
@@ -328,7 +349,8 @@ impl Loader {
         let end = at.saturating_add(len);
         self.pieces
             .iter()
-            .all(|piece| end <= piece.to || piece.to.saturating_add(piece.size) <= at)
+            .filter_map(|piece| Some((piece.to?, piece.size)))
+            .all(|(to, size)| end <= to || to.saturating_add(size) <= at)
     }
 }
 

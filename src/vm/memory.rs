@@ -18,6 +18,7 @@ use spin::{RwLock, RwLockReadGuard};
 use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_ownership::Generation;
 use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Support};
+use tidemark_wire::bundle::Boot;
 
 /// The guest's RAM.
 pub const RAM: SlotId = SlotId(0);
@@ -27,8 +28,32 @@ pub const FLASH: SlotId = SlotId(1);
 /// commands to the chips (`flash`). So much of it has frames; the rest of both banks reads as erased, more slowly,
 /// and is locked.
 pub const VARIABLES: SlotId = SlotId(2);
-/// Bytes of frames for variables: a block. EDK2 uses 768 KiB, U-Boot a sector.
-pub const VARIABLES_SIZE: u64 = (SMALLEST_RUN * PAGE) as u64;
+/// Bytes of frames in the banks of a guest's flash, whole blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FlashSize {
+    /// For firmware.
+    pub code: u64,
+    /// For its variables. A block is the least: EDK2 uses 768 KiB, U-Boot a sector.
+    pub variables: u64,
+}
+
+impl FlashSize {
+    /// What a guest needs; `None` without firmware.
+    pub fn of(boot: &Boot) -> Option<Self> {
+        let Boot::Firmware(firmware) = boot else {
+            return None;
+        };
+        let blocks = |bytes: u64| {
+            let block = (SMALLEST_RUN * PAGE) as u64;
+            bytes.clamp(1, FLASH_SIZE).next_multiple_of(block)
+        };
+        Some(Self {
+            code: blocks(firmware.image.len),
+            variables: blocks(firmware.variables.map_or(0, |file| file.len)),
+        })
+    }
+}
+
 /// What erased flash reads as.
 pub const ERASED: u64 = !0;
 
@@ -91,23 +116,24 @@ impl fmt::Display for MemoryError {
 pub struct OutOfMemoryRange;
 
 impl GuestMemory {
-    /// Memory with `ram` bytes at the board's RAM address, and `flash` bytes at 0.
+    /// Memory with `ram` bytes at the board's RAM address, and flash if there is some.
     ///
     /// The frames belong to the VM's first life, generation 0.
     ///
     /// # Errors
     ///
     /// There is not enough memory.
-    pub fn new(vm: u16, ram: u64, flash: u64) -> Result<Self, MemoryError> {
-        if (ram.saturating_add(flash)) >> 12 > frames::free_pages() {
+    pub fn new(vm: u16, ram: u64, flash: Option<FlashSize>) -> Result<Self, MemoryError> {
+        let of_flash = flash.map_or(0, |flash| flash.code.saturating_add(flash.variables));
+        if (ram.saturating_add(of_flash)) >> 12 > frames::free_pages() {
             return Err(MemoryError::NotEnough(ram));
         }
         let mut memory = Self::none(vm)?;
         memory.add(RAM, RAM_BASE, ram, Access::ReadWrite)?;
-        if flash > 0 {
-            memory.add(FLASH, FLASH_BASE, flash, Access::ReadOnly)?;
+        if let Some(FlashSize { code, variables }) = flash {
+            memory.add(FLASH, FLASH_BASE, code, Access::ReadOnly)?;
             let base = FLASH_BASE + FLASH_SIZE;
-            memory.add(VARIABLES, base, VARIABLES_SIZE, Access::ReadOnly)?;
+            memory.add(VARIABLES, base, variables, Access::ReadOnly)?;
         }
         Ok(memory)
     }

@@ -1,7 +1,7 @@
 //! Firmware that nobody here wrote, from its flash: U-Boot and EDK2, and what they keep there over a reset.
 
 use anyhow::{Context, Result, ensure};
-use tidemark_tests::guests;
+use tidemark_tests::guests::{self, LINUX_PROMPT};
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
 
@@ -17,6 +17,8 @@ pub fn cases() -> Vec<Case> {
         // EDK2's release build says its name and then nothing until it has made and saved its variables.
         Case::new("edk2_to_shell", 180, edk2_to_shell).silent(60),
         Case::new("edk2_keeps_its_variables", 300, edk2_keeps).silent(60),
+        // And while it reads 35 MB by eights.
+        Case::new("edk2_starts_linux", 300, edk2_starts_linux).silent(120),
     ]
 }
 
@@ -131,5 +133,27 @@ fn edk2_keeps(script: &mut Script) -> Result<()> {
     let gone = said(target, "set ebb", SHELL_PROMPT)?;
     ensure!(!gone.contains("gone42"), "kept: {gone:?}");
     target.type_line("reset -s")?;
+    target.powered_off()
+}
+
+/// EDK2 asks `fw_cfg` for Debian's kernel and starts it by its EFI stub, with initrd and command line.
+fn edk2_starts_linux(script: &mut Script) -> Result<()> {
+    let bundle = guests::pack([guests::linux_by_edk2()?])?;
+    let target = script.start_tidemark("virt", &bundle, "console=edk2 poweroff=idle")?;
+    target
+        .expect("UEFI firmware")
+        .context("EDK2 did not start")?;
+    target
+        .expect("EFI stub: Exiting boot services")
+        .context("EDK2 did not start the kernel")?;
+    target.booted();
+    let log = target.expect(LINUX_PROMPT).context("no shell")?;
+    ensure!(
+        log.contains("efi: EFI v2.7 by EDK II"),
+        "Linux knows nothing of its firmware: {log:?}"
+    );
+    let count = said(target, "nproc", LINUX_PROMPT)?;
+    ensure!(count.contains("\r\n2\r\n"), "nproc printed {count:?}");
+    target.type_line("poweroff -f")?;
     target.powered_off()
 }

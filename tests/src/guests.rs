@@ -4,7 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tidectl::kernel;
-use tidemark_wire::bundle::{BootFiles, Builder, Clock, MachineOptions, VmDraft, WhenAllStopped};
+use tidemark_wire::bundle::{
+    BootFiles, Builder, Clock, Firmware, MachineOptions, Payload, VmDraft, WhenAllStopped,
+};
 
 use crate::artifacts::Artifact;
 
@@ -63,19 +65,37 @@ pub fn hostile(vcpus: u8, memory: Mib) -> Result<VmDraft> {
     payload("hostile", Artifact::Hostile, vcpus, memory)
 }
 
+/// Firmware alone.
+fn firmware(artifact: Artifact) -> Result<Firmware<Vec<u8>>> {
+    Ok(Firmware {
+        image: read(&artifact.path()?)?,
+        variables: None,
+        kernel: None,
+    })
+}
+
+/// Debian's kernel with busybox, started by Debian's EDK2.
+pub fn linux_by_edk2() -> Result<VmDraft> {
+    let boot = BootFiles::Firmware(Firmware {
+        kernel: Some(Payload {
+            kernel: read(&Artifact::Kernel.path()?)?,
+            initrd: Some(read(&Artifact::Initramfs.path()?)?),
+            cmdline: LINUX_COMMAND_LINE.to_owned(),
+        }),
+        ..firmware(Artifact::Edk2)?
+    });
+    Ok(draft("edk2", 2, Mib(512), boot))
+}
+
 /// Debian's U-Boot.
 pub fn uboot() -> Result<VmDraft> {
-    let boot = BootFiles::Firmware {
-        image: read(&Artifact::UBoot.path()?)?,
-    };
+    let boot = BootFiles::Firmware(firmware(Artifact::UBoot)?);
     Ok(draft("uboot", 1, Mib(128), boot))
 }
 
 /// Debian's EDK2.
 pub fn edk2() -> Result<VmDraft> {
-    let boot = BootFiles::Firmware {
-        image: read(&Artifact::Edk2.path()?)?,
-    };
+    let boot = BootFiles::Firmware(firmware(Artifact::Edk2)?);
     Ok(draft("edk2", 1, Mib(128), boot))
 }
 

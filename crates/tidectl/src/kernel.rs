@@ -17,6 +17,8 @@
 mod elf;
 mod unpack;
 
+pub use unpack::unpack_for_firmware;
+
 use tidemark_wire::bundle::{Initrd, Kernel, RAM_BASE, Segment};
 
 /// What a file turned out to be.

@@ -8,12 +8,12 @@ use fake::vm::{Slot, Vm};
 use fake::{Target, lock, temp_dir};
 use serde_json::Value;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tidemark_wire::bundle::Bundle;
+use tidemark_wire::bundle::{Boot, Bundle};
 use tidemark_wire::message::{Engine, Granularity, Hold, Logging, SlotAccess, VmState};
 
 struct Stage {
@@ -830,6 +830,11 @@ fn bundle_packs_and_explains() {
     image[0x38..0x3c].copy_from_slice(b"ARM\x64");
     write(&dir, "Image", image);
     write(&dir, "packed", b"\x1f\x8b\x08 and so on");
+    let mut gzip = Vec::new();
+    flate2::read::GzEncoder::new(&image[..], flate2::Compression::fast())
+        .read_to_end(&mut gzip)
+        .expect("it packs");
+    write(&dir, "Image.gz", gzip);
     write(&dir, "initrd", [8; 10]);
     write(&dir, "u-boot.bin", [9; 10]);
     write(&dir, "empty", "");
@@ -839,7 +844,8 @@ fn bundle_packs_and_explains() {
                 [[vm]]\nname = \"debian\"\nvcpus = 2\nmemory = \"512MiB\"\n\
                 kernel = \"Image\"\ninitrd = \"initrd\"\ncmdline = \"quiet\"\n\
                 [[vm]]\nname = \"fw\"\nmemory = \"64MiB\"\nfirmware = \"u-boot.bin\"\n\
-                autostart = false\n";
+                variables = \"initrd\"\nkernel = \"Image.gz\"\ninitrd = \"packed\"\n\
+                cmdline = \"x\"\nautostart = false\n";
     let pack = |toml: &str| {
         let path = write(&dir, "vms.toml", toml);
         // From another directory: paths are relative to the description.
@@ -858,6 +864,17 @@ fn bundle_packs_and_explains() {
     let bundle = Bundle::parse(&bytes).expect("a good bundle");
     assert_eq!(bundle.manifest().vms[0].memory_bytes, 512 << 20);
     assert!(!bundle.manifest().vms[1].autostart);
+    // Firmware is handed plain files: of the kernel what QEMU hands it, unpacked, and all else as it is.
+    let files = bundle.manifest().vms[1].boot.blobs();
+    let files: Vec<_> = files
+        .map(|blob| bundle.blob(blob).expect("intact"))
+        .collect();
+    let wanted: [&[u8]; 4] = [&[9; 10], &[8; 10], &image, b"\x1f\x8b\x08 and so on"];
+    assert_eq!(files, wanted);
+    let Boot::Firmware(firmware) = &bundle.manifest().vms[1].boot else {
+        panic!("firmware was packed")
+    };
+    assert_eq!(firmware.kernel.as_ref().expect("a kernel").cmdline, "x");
 
     let vm = "[[vm]]\nname = \"a\"\nmemory = \"64MiB\"\n";
     let kernel = "kernel = \"Image\"\n";
@@ -869,8 +886,8 @@ fn bundle_packs_and_explains() {
         ),
         (vm.to_string(), "give kernel = \"...\" or firmware"),
         (
-            format!("{vm}{kernel}firmware = \"u-boot.bin\"\n"),
-            "not both",
+            format!("{vm}{kernel}variables = \"initrd\"\n"),
+            "variables belong to firmware",
         ),
         (
             format!("{vm}firmware = \"u-boot.bin\"\ncmdline = \"x\"\n"),
@@ -882,6 +899,10 @@ fn bundle_packs_and_explains() {
         ),
         (format!("{vm}kernel = \"empty\"\n"), "the file is empty"),
         (format!("{vm}kernel = \"packed\"\n"), "cannot be unpacked"),
+        (
+            format!("{vm}firmware = \"u-boot.bin\"\nkernel = \"packed\"\n"),
+            "cannot be unpacked",
+        ),
         (format!("{vm}kernel = \"elf\"\n"), "a 32-bit machine"),
         (
             format!("{vm}kernel = \"Image\"\ninitrd = \"large\"\n"),

@@ -24,8 +24,8 @@ mod manifest;
 
 pub use build::{BootFiles, Builder, VmDraft};
 pub use manifest::{
-    Blob, Boot, Clock, Initrd, Kernel, MachineOptions, Manifest, NAME_MAX, RAM_BASE, SEGMENTS_MAX,
-    Segment, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,
+    Blob, Boot, Clock, FLASH_MAX, Firmware, Initrd, Kernel, MachineOptions, Manifest, NAME_MAX,
+    Payload, RAM_BASE, SEGMENTS_MAX, Segment, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,
 };
 
 use crate::checksum::crc32c;
@@ -83,8 +83,6 @@ pub enum BundleError {
     Memory(String, u64),
     /// A file that is empty, unaligned or not inside the bundle.
     BlobRange(String, Blob),
-    /// Files larger than the VM's memory.
-    TooBig(String, u64),
     /// A program of no parts or of too many.
     Segments(String, usize),
     /// A part whose file is longer than the memory it takes.
@@ -95,6 +93,8 @@ pub enum BundleError {
     Overlap(String, (&'static str, u64), (&'static str, u64)),
     /// An entry point outside all segments, or at no instruction.
     Entry(String, u64),
+    /// An image (what it is, and its size) that is larger than a bank of flash.
+    Flash(String, &'static str, u64),
     /// A command line with a zero byte or too long.
     CommandLine(String),
     /// A file's CRC does not match.
@@ -142,12 +142,6 @@ impl fmt::Display for BundleError {
                 "VM {name:?}: file at {:#x}+{:#x} is not inside the bundle; pack it again",
                 blob.offset, blob.len
             ),
-            Self::TooBig(name, bytes) => {
-                write!(
-                    f,
-                    "VM {name:?}: its files ({bytes} bytes) do not fit its memory"
-                )
-            }
             Self::Segments(name, count) => write!(
                 f,
                 "VM {name:?}: a program of {count} segments; 1 to {SEGMENTS_MAX} are possible"
@@ -169,6 +163,11 @@ impl fmt::Display for BundleError {
             Self::Entry(name, entry) => write!(
                 f,
                 "VM {name:?}: entry point {entry:#x} is in no segment; check how it was linked"
+            ),
+            Self::Flash(name, what, size) => write!(
+                f,
+                "VM {name:?}: its {what} has {size} bytes; a bank of flash has {FLASH_MAX}: give an image \
+                 built for QEMU's virt"
             ),
             Self::CommandLine(name) => {
                 write!(

@@ -2,8 +2,9 @@
 
 use proptest::prelude::*;
 use tidemark_wire::bundle::{
-    Blob, Boot, BootFiles, Builder, Bundle, BundleError, Clock, FORMAT, HEADER_LEN, Initrd, Kernel,
-    MachineOptions, Manifest, RAM_BASE, SEGMENTS_MAX, Segment, VmDraft, VmSpec, WhenAllStopped,
+    Blob, Boot, BootFiles, Builder, Bundle, BundleError, Clock, FLASH_MAX, FORMAT, Firmware,
+    HEADER_LEN, Initrd, Kernel, MachineOptions, Manifest, Payload, RAM_BASE, SEGMENTS_MAX, Segment,
+    VmDraft, VmSpec, WhenAllStopped,
 };
 use tidemark_wire::checksum::crc32c;
 
@@ -70,13 +71,22 @@ fn forged(manifest: &Manifest, total: u64) -> Vec<u8> {
     out
 }
 
+/// Firmware alone.
+fn firmware<File>(image: File) -> Firmware<File> {
+    Firmware {
+        image,
+        variables: None,
+        kernel: None,
+    }
+}
+
 fn spec(image: Blob) -> VmSpec {
     VmSpec {
         name: "fw".into(),
         vcpus: 1,
         memory_bytes: 2 * MIB,
         autostart: true,
-        boot: Boot::Firmware { image },
+        boot: Boot::Firmware(firmware(image)),
         clock: Clock::Run,
     }
 }
@@ -90,15 +100,13 @@ fn manifest(vms: Vec<VmSpec>) -> Manifest {
 
 #[test]
 fn round_trip() {
-    let firmware = VmDraft {
-        boot: BootFiles::Firmware {
-            image: vec![0xF1; 4097],
-        },
+    let draft_of_firmware = VmDraft {
+        boot: BootFiles::Firmware(firmware(vec![0xF1; 4097])),
         autostart: false,
         clock: Clock::Run,
         ..draft("u-boot")
     };
-    let bytes = pack([draft("debian"), firmware]).expect("a good bundle");
+    let bytes = pack([draft("debian"), draft_of_firmware]).expect("a good bundle");
     let bundle = Bundle::parse(&bytes).expect("a good bundle");
     let Manifest { machine, vms } = bundle.manifest();
     assert_eq!(machine.when_all_stopped, WhenAllStopped::PowerOff);
@@ -126,7 +134,7 @@ fn round_trip() {
         ]
     );
     assert_eq!(kernel.devicetree, Some(RAM_BASE + 34 * MIB));
-    let Boot::Firmware { image } = u_boot.boot else {
+    let [image] = u_boot.boot.blobs().collect::<Vec<_>>()[..] else {
         panic!("{u_boot:?}")
     };
     assert_eq!(bundle.blob(image).expect("intact"), [0xF1; 4097]);
@@ -342,18 +350,21 @@ fn impossible_guests() {
         .expect_err("refused");
         assert_eq!(got, BundleError::Memory("a".into(), memory_bytes));
     }
-    let boot = BootFiles::Firmware {
-        image: vec![1; (2 * MIB + 1) as usize],
-    };
-    let got = pack([VmDraft {
-        boot,
-        memory_bytes: 2 * MIB,
-        ..draft("a")
-    }]);
-    assert_eq!(
-        got.expect_err("refused"),
-        BundleError::TooBig("a".into(), 2 * MIB + 1)
-    );
+    let too_big = FLASH_MAX as usize + 1;
+    for (what, boot) in [
+        ("firmware", firmware(vec![1; too_big])),
+        (
+            "variables",
+            Firmware {
+                variables: Some(vec![1; too_big]),
+                ..firmware(vec![1])
+            },
+        ),
+    ] {
+        let boot = BootFiles::Firmware(boot);
+        let got = pack([VmDraft { boot, ..draft("a") }]).expect_err("refused");
+        assert_eq!(got, BundleError::Flash("a".into(), what, FLASH_MAX + 1));
+    }
     for cmdline in ["a\0b".to_string(), "c".repeat(2048)] {
         let boot = BootFiles::Kernel(Kernel {
             cmdline,
@@ -487,15 +498,76 @@ fn programs_that_are_not_in_memory() {
     }
 }
 
+/// Debian pads its images to a bank of flash; what erased flash is as good as is not packed.
+#[test]
+fn firmware_comes_with_all_that_it_needs_and_no_padding() {
+    const SECTOR: usize = 256 << 10;
+    let padded = |with: u8, len: usize| {
+        let mut image = vec![7; SECTOR + 5];
+        image.resize(len, with);
+        image
+    };
+    let all = Firmware {
+        image: padded(0, FLASH_MAX as usize),
+        variables: Some(padded(0xff, 5 * SECTOR)),
+        kernel: Some(Payload {
+            kernel: b"MZ".to_vec(),
+            initrd: Some(b"0707".to_vec()),
+            cmdline: "quiet".into(),
+        }),
+    };
+    let boot = |firmware| VmDraft {
+        boot: BootFiles::Firmware(firmware),
+        ..draft("a")
+    };
+    let bytes = pack([boot(all)]).expect("a good bundle");
+    let bundle = Bundle::parse(&bytes).expect("a good bundle");
+    let files = bundle.manifest().vms[0].boot.blobs();
+    let files: Vec<_> = files
+        .map(|blob| bundle.blob(blob).expect("intact"))
+        .collect();
+    assert_eq!(
+        files[0],
+        padded(0, 2 * SECTOR),
+        "zeros that fill a sector stay"
+    );
+    assert_eq!(files[1], padded(0xff, 2 * SECTOR));
+    assert_eq!(files[2..], [b"MZ".as_slice(), b"0707"]);
+    // Zeros at the end of what is not padded to a bank are its own, and variables may be none at all.
+    let bytes = pack([boot(Firmware {
+        image: padded(0, 3 * SECTOR),
+        variables: Some(vec![0; FLASH_MAX as usize]),
+        kernel: None,
+    })])
+    .expect("a good bundle");
+    let bundle = Bundle::parse(&bytes).expect("a good bundle");
+    let files: Vec<_> = bundle.manifest().vms[0].boot.blobs().collect();
+    assert_eq!(files.len(), 1);
+    assert_eq!(files[0].len, 3 * SECTOR as u64);
+}
+
 /// The bytes of the header and the manifest: a change here is another format.
 #[test]
 fn golden() {
     let bytes = pack([
         draft("a"),
         VmDraft {
-            boot: BootFiles::Firmware { image: vec![9] },
+            boot: BootFiles::Firmware(firmware(vec![9])),
             autostart: false,
             ..draft("b")
+        },
+        VmDraft {
+            boot: BootFiles::Firmware(Firmware {
+                image: vec![9],
+                variables: Some(vec![8; 2]),
+                kernel: Some(Payload {
+                    kernel: b"MZ".to_vec(),
+                    initrd: Some(b"0707".to_vec()),
+                    cmdline: "quiet".into(),
+                }),
+            }),
+            clock: Clock::Run,
+            ..draft("c")
         },
     ])
     .expect("a good bundle");
@@ -508,10 +580,12 @@ fn golden() {
     assert_eq!(hex, GOLDEN);
 }
 
-const GOLDEN: &str = "54494445424e444c020000005b00000001500000000000003685ae2800000000\
-     01020161028080802001008080808104018080808104f44e018020904edaf5d6\
+const GOLDEN: &str = "54494445424e444c02000000940000000480000000000000a376ab0c00000000\
+     01030161028080802001008080808104018080808104f44e018020904edaf5d6\
      920101808080900480800105fee39eee040180808091040f636f6e736f6c653d\
-     747479414d41300001620280808020000180a001019d91bed60200";
+     747479414d41300001620280808020000180a001019d91bed602000000016302\
+     80808020010180a001019d91bed6020180c00102a5d9b3b50e0180e00102aef2\
+     b5a40f0180800204dfe6dcba0305717569657401";
 
 #[test]
 fn each_error_is_one_clear_line() {
@@ -534,12 +608,12 @@ fn each_error_is_one_clear_line() {
         BundleError::Vcpus(name(), 0),
         BundleError::Memory(name(), 1),
         BundleError::BlobRange(name(), blob),
-        BundleError::TooBig(name(), 1),
         BundleError::Segments(name(), 0),
         BundleError::Segment(name(), 1),
         BundleError::Place(name(), "initrd", 1, 1),
         BundleError::Overlap(name(), ("initrd", 1), ("segment", 2)),
         BundleError::Entry(name(), 1),
+        BundleError::Flash(name(), "firmware", FLASH_MAX + 1),
         BundleError::CommandLine(name()),
         BundleError::BlobCrc(blob),
     ] {

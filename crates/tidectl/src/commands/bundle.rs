@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::get::write_safely;
-use crate::kernel::{self, Kind};
+use crate::kernel::{self, KernelError, Kind};
 use crate::units::{parse_size, size};
 use crate::{Error, Result};
 use clap::Args;
@@ -11,8 +11,8 @@ use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tidemark_wire::bundle::{
-    Boot, BootFiles, Builder, Bundle, BundleError, Clock, MachineOptions, VmDraft, VmSpec,
-    WhenAllStopped,
+    Boot, BootFiles, Builder, Bundle, BundleError, Clock, Firmware, MachineOptions, Payload,
+    VmDraft, VmSpec, WhenAllStopped,
 };
 use tidemark_wire::granule::Granule;
 
@@ -36,7 +36,9 @@ vms.toml (paths are relative to it):
   [[vm]]
   name = \"u-boot\"
   memory = \"64MiB\"
-  firmware = \"u-boot.bin\"            # instead of kernel, initrd and cmdline
+  firmware = \"u-boot.bin\"            # instead of a kernel; with one, firmware for QEMU's virt
+                                      # starts it (EDK2 does, by its EFI stub)
+  variables = \"AAVMF_VARS.fd\"        # flash at the first start; left out: erased
   autostart = false                   # default true
 
 Example:
@@ -92,6 +94,7 @@ struct Vm {
     initrd: Option<PathBuf>,
     cmdline: Option<String>,
     firmware: Option<PathBuf>,
+    variables: Option<PathBuf>,
     #[serde(default = "yes")]
     autostart: bool,
     #[serde(default)]
@@ -148,11 +151,18 @@ pub(super) fn run(context: &mut Context, args: &BundleArgs) -> Result<()> {
 
 /// The page size that a VM's kernel is built for: not every CPU has each.
 fn pages_of(bundle: &Bundle<'_>, vm: &VmSpec) -> Option<Granule> {
-    let Boot::Kernel(kernel) = &vm.boot else {
-        return None;
-    };
-    let mut files = kernel.segments.iter().filter_map(|segment| segment.file);
-    files.find_map(|file| Granule::of_image(bundle.unchecked_blob(file)?))
+    let of = |file| Granule::of_image(bundle.unchecked_blob(file)?);
+    match &vm.boot {
+        Boot::Kernel(kernel) => kernel
+            .segments
+            .iter()
+            .filter_map(|segment| segment.file)
+            .find_map(of),
+        Boot::Firmware(firmware) => firmware
+            .kernel
+            .as_ref()
+            .and_then(|payload| of(payload.kernel)),
+    }
 }
 
 /// Reads a description and everything it names, and packs it. `output` must not be one of
@@ -192,7 +202,7 @@ fn pack(manifest: &Path, output: &Path) -> Result<(Vec<u8>, Vec<Option<Kind>>)> 
             return Err(wrong(NO_PASSTHROUGH.into()));
         }
         let memory_bytes = parse_size(&vm.memory).map_err(&wrong)?;
-        let files = [&vm.kernel, &vm.initrd, &vm.firmware];
+        let files = [&vm.kernel, &vm.initrd, &vm.firmware, &vm.variables];
         for path in files.into_iter().flatten() {
             apart(&dir.join(path))?;
         }
@@ -246,26 +256,42 @@ fn boot(
         }
         Ok(bytes)
     };
+    let wrong = |problem| Err(BootError::Wrong(problem));
+    let of = |kernel: &Path| {
+        let path = dir.join(kernel);
+        |error: KernelError| {
+            let problem = error.to_string();
+            BootError::File(Error::Input { path, problem })
+        }
+    };
     match (&vm.kernel, &vm.firmware) {
-        (Some(_), Some(_)) => Err(BootError::Wrong("give kernel or firmware, not both")),
-        (None, None) => Err(BootError::Wrong(
-            "give kernel = \"...\" or firmware = \"...\"",
-        )),
-        (None, Some(_)) if vm.initrd.is_some() || vm.cmdline.is_some() => Err(BootError::Wrong(
-            "initrd and cmdline belong to a kernel, not to firmware",
-        )),
-        (None, Some(firmware)) => {
-            let image = read(firmware)?;
-            Ok((BootFiles::Firmware { image }, None))
+        (None, None) => wrong("give kernel = \"...\" or firmware = \"...\""),
+        (_, None) if vm.variables.is_some() => {
+            wrong("variables belong to firmware, not to a kernel alone")
+        }
+        (None, Some(_)) if vm.initrd.is_some() || vm.cmdline.is_some() => {
+            wrong("initrd and cmdline belong to a kernel, not to firmware alone")
+        }
+        (kernel, Some(firmware)) => {
+            let payload = kernel.as_ref().map(|kernel| {
+                Ok(Payload {
+                    kernel: kernel::unpack_for_firmware(read(kernel)?).map_err(of(kernel))?,
+                    initrd: vm.initrd.as_ref().map(read).transpose()?,
+                    cmdline: vm.cmdline.clone().unwrap_or_default(),
+                })
+            });
+            let firmware = Firmware {
+                image: read(firmware)?,
+                variables: vm.variables.as_ref().map(read).transpose()?,
+                kernel: payload.transpose()?,
+            };
+            Ok((BootFiles::Firmware(firmware), None))
         }
         (Some(kernel), None) => {
             let initrd = vm.initrd.as_ref().map(read).transpose()?;
             let cmdline = vm.cmdline.clone().unwrap_or_default();
             let (kind, kernel) =
-                kernel::lay_out(read(kernel)?, initrd, cmdline, memory).map_err(|error| {
-                    let (path, problem) = (dir.join(kernel), error.to_string());
-                    BootError::File(Error::Input { path, problem })
-                })?;
+                kernel::lay_out(read(kernel)?, initrd, cmdline, memory).map_err(of(kernel))?;
             Ok((BootFiles::Kernel(kernel), Some(kind)))
         }
     }

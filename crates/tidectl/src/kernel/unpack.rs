@@ -30,6 +30,18 @@ pub fn unpack(file: Vec<u8>) -> Result<Vec<u8>, KernelError> {
     }
 }
 
+/// Unpacks gzip, as QEMU does for firmware, and zstd; what is neither comes back as it is: EFI zboot is a program that
+/// unpacks itself, and firmware may know what to do with others.
+///
+/// # Errors
+/// It is broken, or too large.
+pub fn unpack_for_firmware(file: Vec<u8>) -> Result<Vec<u8>, KernelError> {
+    match Packing::of(&file) {
+        Some(packing @ (Packing::Gzip | Packing::Zstd)) => packing.unpack(&file),
+        _ => Ok(file),
+    }
+}
+
 /// How a file begins that is packed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Packing {

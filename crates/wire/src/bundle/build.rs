@@ -1,6 +1,8 @@
 //! Packing: the host's side of the bundle.
 
-use super::manifest::{Blob, Boot, Clock, Kernel, MachineOptions, Manifest, VmSpec};
+use super::manifest::{
+    Blob, Boot, Clock, FLASH_MAX, Firmware, Kernel, MachineOptions, Manifest, VmSpec,
+};
 use super::{BLOB_ALIGN, Bundle, BundleError, FORMAT, HEADER_LEN, MAGIC};
 use crate::checksum::crc32c;
 use alloc::string::String;
@@ -29,10 +31,27 @@ pub enum BootFiles {
     /// See [`Boot::Kernel`].
     Kernel(Kernel<Vec<u8>>),
     /// See [`Boot::Firmware`].
-    Firmware {
-        /// The image.
-        image: Vec<u8>,
-    },
+    Firmware(Firmware<Vec<u8>>),
+}
+
+/// Takes away what only fills a bank up: Debian's images are 64 MiB, of which 62 are zero. Whole sectors of zeros at
+/// the end of an image of a bank's size, and of ones at the end of any, are what erased flash is as good as.
+fn unpadded(mut image: Vec<u8>) -> Vec<u8> {
+    const SECTOR: usize = 256 << 10;
+    let is_bank = image.len() as u64 == FLASH_MAX;
+    while let Some(from) = image
+        .len()
+        .checked_sub(1)
+        .map(|last| last / SECTOR * SECTOR)
+    {
+        let rest = image.get(from..).unwrap_or_default();
+        let all = |wanted: u8| rest.iter().all(|byte| *byte == wanted);
+        if !(all(0xff) || is_bank && all(0)) {
+            break;
+        }
+        image.truncate(from);
+    }
+    image
 }
 
 /// Collects guests and packs them.
@@ -59,9 +78,12 @@ impl Builder {
     pub fn vm(&mut self, draft: VmDraft) {
         let boot = match draft.boot {
             BootFiles::Kernel(kernel) => Boot::Kernel(kernel.map(|bytes| self.file(bytes))),
-            BootFiles::Firmware { image } => Boot::Firmware {
-                image: self.file(image),
-            },
+            BootFiles::Firmware(mut firmware) => {
+                firmware.image = unpadded(firmware.image);
+                firmware.variables = firmware.variables.map(unpadded);
+                firmware.variables.take_if(|bytes| bytes.is_empty());
+                Boot::Firmware(firmware.map(|bytes| self.file(bytes)))
+            }
         };
         self.vms.push(VmSpec {
             name: draft.name,
@@ -149,9 +171,7 @@ impl Builder {
         for vm in &mut vms {
             vm.boot = match &vm.boot {
                 Boot::Kernel(kernel) => Boot::Kernel(kernel.clone().map(place)),
-                Boot::Firmware { image } => Boot::Firmware {
-                    image: place(*image),
-                },
+                Boot::Firmware(firmware) => Boot::Firmware(firmware.clone().map(place)),
             };
         }
         (

@@ -23,6 +23,9 @@ pub const SEGMENTS_MAX: usize = 32;
 /// Where a guest's RAM begins, as on QEMU's `virt`.
 pub const RAM_BASE: u64 = 0x4000_0000;
 
+/// The most of an image in flash: a bank of QEMU's `virt`.
+pub const FLASH_MAX: u64 = 64 << 20;
+
 /// Most VMs: the list of them must fit the shortest answer.
 pub const VMS_MAX: usize = 16;
 
@@ -85,10 +88,71 @@ pub enum Boot {
     /// A program in RAM.
     Kernel(Kernel<Blob>),
     /// Firmware, read-only at address 0, where the reset vector is.
-    Firmware {
-        /// The image.
-        image: Blob,
-    },
+    Firmware(Firmware<Blob>),
+}
+
+/// Firmware in flash, as on QEMU's `virt`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Firmware<File> {
+    /// The image, at most [`FLASH_MAX`] bytes.
+    pub image: File,
+    /// What its variables are at the first start, at most as much. `None`: erased.
+    pub variables: Option<File>,
+    /// What it is given to start, by `fw_cfg`. `None`: that is its own matter.
+    pub kernel: Option<Payload<File>>,
+}
+
+/// What firmware is given to start. It is not laid out in RAM: firmware asks for it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Payload<File> {
+    /// The kernel: for EDK2 an EFI program.
+    pub kernel: File,
+    /// Its initial RAM disk.
+    pub initrd: Option<File>,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+impl<File> Firmware<File> {
+    /// The same with other files.
+    pub fn map<Other>(self, mut other: impl FnMut(File) -> Other) -> Firmware<Other> {
+        Firmware {
+            image: other(self.image),
+            variables: self.variables.map(&mut other),
+            kernel: self.kernel.map(|payload| Payload {
+                kernel: other(payload.kernel),
+                initrd: payload.initrd.map(&mut other),
+                cmdline: payload.cmdline,
+            }),
+        }
+    }
+}
+
+impl Firmware<Blob> {
+    fn check(&self, name: &str) -> Result<(), BundleError> {
+        match &self.kernel {
+            Some(payload) => check_command_line(name, &payload.cmdline),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that each bank of flash holds what goes there, of files that are in the bundle.
+    fn check_flash(&self, name: &str) -> Result<(), BundleError> {
+        let variables = self.variables.map(|variables| ("variables", variables));
+        for (what, file) in core::iter::once(("firmware", self.image)).chain(variables) {
+            if file.len > FLASH_MAX {
+                return Err(BundleError::Flash(String::from(name), what, file.len));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_command_line(name: &str, text: &str) -> Result<(), BundleError> {
+    if text.len() > COMMAND_LINE_MAX || text.contains('\0') {
+        return Err(BundleError::CommandLine(String::from(name)));
+    }
+    Ok(())
 }
 
 /// A program, laid out in a guest's RAM: what goes where, and where it is entered. `File` is a
@@ -160,9 +224,7 @@ impl Kernel<Blob> {
     /// Checks that everything is in a RAM of so many bytes, and nothing over anything else.
     fn check(&self, name: &str, memory_bytes: u64) -> Result<(), BundleError> {
         let name = || String::from(name);
-        if self.cmdline.len() > COMMAND_LINE_MAX || self.cmdline.contains('\0') {
-            return Err(BundleError::CommandLine(name()));
-        }
+        check_command_line(&name(), &self.cmdline)?;
         if self.segments.is_empty() || self.segments.len() > SEGMENTS_MAX {
             return Err(BundleError::Segments(name(), self.segments.len()));
         }
@@ -236,7 +298,6 @@ impl Manifest {
             {
                 return Err(BundleError::DuplicateName(vm.name.clone()));
             }
-            let mut files = 0u64;
             for blob in vm.boot.blobs() {
                 let inside = blob.len > 0
                     && blob.offset >= manifest_end
@@ -248,10 +309,9 @@ impl Manifest {
                 if !inside {
                     return Err(BundleError::BlobRange(vm.name.clone(), blob));
                 }
-                files = files.saturating_add(blob.len);
             }
-            if files > vm.memory_bytes {
-                return Err(BundleError::TooBig(vm.name.clone(), files));
+            if let Boot::Firmware(firmware) = &vm.boot {
+                firmware.check_flash(&vm.name)?;
             }
         }
         Ok(())
@@ -272,7 +332,7 @@ impl VmSpec {
         }
         match &self.boot {
             Boot::Kernel(kernel) => kernel.check(&self.name, self.memory_bytes),
-            Boot::Firmware { .. } => Ok(()),
+            Boot::Firmware(firmware) => firmware.check(&self.name),
         }
     }
 }
@@ -280,15 +340,23 @@ impl VmSpec {
 impl Boot {
     /// The files it needs.
     pub fn blobs(&self) -> impl Iterator<Item = Blob> {
-        let (kernel, image) = match self {
+        let (kernel, firmware) = match self {
             Self::Kernel(kernel) => (Some(kernel), None),
-            Self::Firmware { image } => (None, Some(*image)),
+            Self::Firmware(firmware) => (None, Some(firmware)),
         };
         let files = kernel.into_iter().flat_map(|kernel| {
             let segments = kernel.segments.iter().filter_map(|segment| segment.file);
             segments.chain(kernel.initrd.as_ref().map(|initrd| initrd.file))
         });
-        files.chain(image)
+        let of_firmware = firmware.into_iter().flat_map(|firmware| {
+            let payload = firmware.kernel.as_ref();
+            let payload =
+                payload.map(|payload| core::iter::once(payload.kernel).chain(payload.initrd));
+            core::iter::once(firmware.image)
+                .chain(firmware.variables)
+                .chain(payload.into_iter().flatten())
+        });
+        files.chain(of_firmware)
     }
 }
 
