@@ -516,7 +516,7 @@ fn differences(
         Ok(())
     })?;
     let note = match slot.info.access {
-        SlotAccess::ReadOnly => " (a read-only slot, which is never logged)",
+        SlotAccess::ReadOnly => " (a read-only slot, which only EL2 writes)",
         SlotAccess::ReadWrite => "",
     };
     let first: Vec<String> = found

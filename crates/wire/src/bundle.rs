@@ -14,8 +14,8 @@
 //! | then | the files, each at a multiple of 4 KiB |
 //!
 //! Invariants: a [`Bundle`] that parsed has 1..=16 vCPUs, whole 2 MiB of memory and a unique
-//! name in every VM, and every [`Blob`] lies inside it, aligned, and fits its VM's memory. What
-//! a [`Kernel`] puts into RAM is in RAM, each part in a place of its own.
+//! name in every VM, and every [`Blob`] lies inside it, aligned. What a [`Kernel`] puts into RAM is
+//! in RAM, each part in a place of its own; what [`Firmware`] has in flash fits its bank.
 //! The files' CRCs are checked when asked for ([`Bundle::blob`]): reading 100 MB is not part
 //! of parsing. Nothing here trusts a length.
 

@@ -129,7 +129,7 @@ pub struct SlotInfo {
 pub enum SlotAccess {
     /// Read, write and execute.
     ReadWrite,
-    /// Read and execute; it is never logged.
+    /// Read and execute; only what EL2 writes there is logged.
     ReadOnly,
 }
 
