@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use tidemark_tests::guests::{self, LINUX_PROMPT};
 use tidemark_tests::script::Script;
 use tidemark_tests::target::Target;
+use tidemark_wire::bundle::VmDraft;
 
 use crate::case::Case;
 
@@ -14,6 +15,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("uboot_to_prompt", 60, uboot_to_prompt),
         Case::new("uboot_keeps_its_environment", 120, uboot_keeps),
+        Case::new("uboot_is_given_its_environment", 120, uboot_is_given),
         // EDK2's release build says its name and then nothing until it has made and saved its variables.
         Case::new("edk2_to_shell", 180, edk2_to_shell).silent(60),
         Case::new("edk2_keeps_its_variables", 300, edk2_keeps).silent(60),
@@ -41,8 +43,8 @@ fn said(target: &Target, command: &str, prompt: &str) -> Result<String> {
         .with_context(|| format!("no answer to `{command}`"))
 }
 
-fn uboot(script: &mut Script) -> Result<&mut Target> {
-    let bundle = guests::pack([guests::uboot()?])?;
+fn uboot(script: &mut Script, guest: VmDraft) -> Result<&mut Target> {
+    let bundle = guests::pack([guest])?;
     let target = script.start_tidemark("virt", &bundle, "console=uboot poweroff=idle")?;
     uboot_prompt(target)?;
     target.booted();
@@ -50,7 +52,7 @@ fn uboot(script: &mut Script) -> Result<&mut Target> {
 }
 
 fn uboot_to_prompt(script: &mut Script) -> Result<()> {
-    let target = uboot(script)?;
+    let target = uboot(script, guests::uboot()?)?;
     let said = said(target, "bdinfo", UBOOT_PROMPT)?;
     ensure!(
         said.contains("0x0000000040000000"),
@@ -62,7 +64,7 @@ fn uboot_to_prompt(script: &mut Script) -> Result<()> {
 
 /// U-Boot finds both banks, and what it writes into the second is there after a reset; the first is its own code.
 fn uboot_keeps(script: &mut Script) -> Result<()> {
-    let target = uboot(script)?;
+    let target = uboot(script, guests::uboot()?)?;
     let banks = said(target, "flinfo 1; flinfo 2", UBOOT_PROMPT)?;
     ensure!(
         banks
@@ -81,6 +83,23 @@ fn uboot_keeps(script: &mut Script) -> Result<()> {
         saved.contains("Erased 2 sectors") && !saved.contains("Failed"),
         "the environment was not saved: {saved:?}"
     );
+    target.type_line("reset")?;
+    uboot_prompt(target)?;
+    let kept = said(target, "printenv tide", UBOOT_PROMPT)?;
+    ensure!(kept.contains("tide=kept"), "it was not kept: {kept:?}");
+    target.type_line("poweroff")?;
+    target.powered_off()
+}
+
+/// Variables that come with the bundle are there at the first start; what U-Boot makes of them is there at the next.
+fn uboot_is_given(script: &mut Script) -> Result<()> {
+    // Without a command to boot by it would not wait for a key.
+    let variables = ["bootdelay=2", "bootcmd=true", "tide=given"];
+    let guest = guests::uboot_with(&variables)?;
+    let target = uboot(script, guest)?;
+    let given = said(target, "printenv tide", UBOOT_PROMPT)?;
+    ensure!(given.contains("tide=given"), "it was not given: {given:?}");
+    said(target, "setenv tide kept; saveenv", UBOOT_PROMPT)?;
     target.type_line("reset")?;
     uboot_prompt(target)?;
     let kept = said(target, "printenv tide", UBOOT_PROMPT)?;

@@ -93,6 +93,23 @@ pub fn uboot() -> Result<VmDraft> {
     Ok(draft("uboot", 1, Mib(128), boot))
 }
 
+/// Debian's U-Boot, with these variables in its environment and no others.
+pub fn uboot_with(variables: &[&str]) -> Result<VmDraft> {
+    // CONFIG_ENV_SIZE of qemu_arm64: a CRC of the rest, then strings that end with zero, and zeros.
+    const SIZE: usize = 0x4_0000;
+    let mut strings = variables.join("\0").into_bytes();
+    strings.resize(SIZE - size_of::<u32>(), 0);
+    let mut crc = flate2::Crc::new();
+    crc.update(&strings);
+    let mut environment = crc.sum().to_le_bytes().to_vec();
+    environment.extend(strings);
+    let boot = BootFiles::Firmware(Firmware {
+        variables: Some(environment),
+        ..firmware(Artifact::UBoot)?
+    });
+    Ok(draft("uboot", 1, Mib(128), boot))
+}
+
 /// Debian's EDK2.
 pub fn edk2() -> Result<VmDraft> {
     let boot = BootFiles::Firmware(firmware(Artifact::Edk2)?);
