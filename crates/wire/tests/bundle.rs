@@ -420,7 +420,8 @@ fn programs_that_are_not_in_memory() {
         devicetree: Some(RAM_BASE + 2 * MIB - 8),
         cmdline: String::new(),
     };
-    let judged = |change: &dyn Fn(&mut Kernel<Blob>)| {
+    type Change<'a> = &'a dyn Fn(&mut Kernel<Blob>);
+    let judged = |change: Change<'_>| {
         let mut kernel = good();
         change(&mut kernel);
         let boot = Boot::Kernel(kernel);
@@ -432,7 +433,7 @@ fn programs_that_are_not_in_memory() {
     };
     let name = || String::from("fw");
     assert_eq!(judged(&|_| ()), Ok(()));
-    let wrong: [(&dyn Fn(&mut Kernel<Blob>), BundleError); 13] = [
+    let wrong: [(Change<'_>, BundleError); 13] = [
         (
             &|kernel| kernel.segments.clear(),
             BundleError::Segments(name(), 0),
