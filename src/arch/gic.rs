@@ -205,7 +205,7 @@ pub fn virtual_running_priority() -> u64 {
     0xff
 }
 
-/// ICH_AP0R<n>_EL2, then ICH_AP1R<n>_EL2. Those with n above 0 exist with more than 5, 6 bits of preemption (ICH_VTR_EL2.PREbits).
+/// `ICH_AP0R<n>_EL2`, then `ICH_AP1R<n>_EL2`. Those with n above 0 exist with more than 5, 6 bits of preemption (ICH_VTR_EL2.PREbits).
 fn active_priorities() -> [u64; 8] {
     let mut active = [0; 8];
     let preemption = (ICH_VTR_EL2.get() >> 26 & 7) + 1;
