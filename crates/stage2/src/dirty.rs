@@ -79,11 +79,6 @@ impl Dirty {
         })
     }
 
-    /// Returns how many pages they are of.
-    pub(crate) const fn pages(&self) -> u64 {
-        self.pages
-    }
-
     pub(crate) fn in_flight(&self) -> &[AtomicU64] {
         &self.in_flight
     }
@@ -387,10 +382,11 @@ impl Dirty {
         }
     }
 
-    /// Adds what `older`, which nobody sets bits in any more, knows in words `first..first + count`.
-    /// Returns whether there are words behind these.
-    pub(crate) fn inherit(&self, older: &Dirty, first: usize, count: usize) -> bool {
-        let end = older.live.len().min(first + count);
+    /// Adds what `older`, which nobody sets bits in any more, knows of its first `pages` pages in words
+    /// `first..first + count`. Returns whether there are words behind these.
+    pub(crate) fn inherit(&self, older: &Dirty, pages: u64, first: usize, count: usize) -> bool {
+        let words = older.live.len().min(pages.div_ceil(64) as usize);
+        let end = words.min(first + count);
         for index in first..end {
             let of = |bitmap: &[AtomicU64]| {
                 let word = bitmap.get(index);
@@ -403,7 +399,7 @@ impl Dirty {
                 self.added_run(index as u64 * 64, 64, added.into());
             }
         }
-        end < older.live.len()
+        end < words
     }
 
     /// Forgets a settled epoch from word `first` on, as far as clearing `count` words goes, of a slot that has

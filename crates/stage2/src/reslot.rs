@@ -30,7 +30,7 @@ use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::protect::FILL;
 use crate::pte::Kind;
-use crate::slot::{Life, Slot};
+use crate::slot::{Life, Older, Slot};
 use crate::stage2::Stage2;
 use crate::types::{Extent, Gfn, PAGE_SHIFT, PAGE_SIZE, Progress, SlotId};
 use alloc::vec::Vec;
@@ -166,14 +166,20 @@ impl<H: Hardware> Stage2<H> {
             control.resizing = Some(id);
             slot = self.change_slot(id, |slot| {
                 let mut longer = longer.clone();
-                longer.older = Some(slot.dirty.clone());
+                longer.older = Some(Older {
+                    dirty: slot.dirty.clone(),
+                    pages: slot.pages,
+                });
                 *slot = longer;
             })?;
         }
         // Here the cursor counts words.
         let from = slot.unmapped();
         let older = slot.older.as_ref();
-        let left = older.is_some_and(|older| slot.dirty.inherit(older, from as usize, FILL));
+        let left = older.is_some_and(|older| {
+            let Older { dirty, pages } = older;
+            slot.dirty.inherit(dirty, *pages, from as usize, FILL)
+        });
         if left {
             slot.set_unmapped(from + FILL as u64);
             return Ok(Progress::More {

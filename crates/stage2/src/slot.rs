@@ -55,8 +55,17 @@ pub(crate) struct Slot {
     pub(crate) leaves: LeavesOf,
     ground: Arc<Ground>,
     pub(crate) dirty: Arc<Dirty>,
-    /// While it is being made larger, the bitmaps it had before; nobody sets bits in them any more.
-    pub(crate) older: Option<Arc<Dirty>>,
+    /// While it is being made larger, what it was before.
+    pub(crate) older: Option<Older>,
+}
+
+/// A slot before it grew.
+#[derive(Clone)]
+pub(crate) struct Older {
+    /// Its bitmaps; nobody sets bits in them any more.
+    pub(crate) dirty: Arc<Dirty>,
+    /// Its length. The bitmaps of a slot that was made smaller are of more.
+    pub(crate) pages: u64,
 }
 
 /// What all copies of a slot share, beside the bitmaps.
@@ -215,7 +224,7 @@ impl Slot {
         let Some(older) = self.older.as_ref().filter(|_| self.life == Life::Usable) else {
             return false;
         };
-        let behind = more.iter().try_fold(older.pages(), |page, extent| {
+        let behind = more.iter().try_fold(older.pages, |page, extent| {
             let (pa, left) = self.backing(page)?;
             let there = pa == extent.pa && left >= extent.pages;
             there.then(|| page + extent.pages)

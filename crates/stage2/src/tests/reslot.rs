@@ -213,6 +213,36 @@ fn no_harvest_is_done_before_a_slot_has_grown() {
     }
 }
 
+/// Its bitmaps are of the pages it had once. It grows from those it has, in one step and in two.
+#[test]
+fn a_slot_that_was_made_smaller_grows_again() {
+    const MORE: u64 = 500;
+    for (engine, features) in engines() {
+        for (fewer, steps) in [(60_000, 1), (68_000, 2)] {
+            let world = World::new(features);
+            world.slot(0, IPA, 70_000, Access::ReadWrite, RAM);
+            world.start(engine, Granularity::Page);
+            for number in [3, fewer - 1, fewer, 69_999] {
+                world.write(0, page(number));
+            }
+            finish(|| world.stage2.shrink_slot(SlotId(0), fewer)).unwrap();
+            let more = [Extent {
+                pa: Pa::new(RAM + GIB),
+                pages: MORE,
+            }];
+            let grow = || world.stage2.grow_slot(SlotId(0), &more);
+            for _ in 1..steps {
+                assert!(matches!(grow(), Ok(Progress::More { .. })));
+            }
+            assert_eq!(grow(), Ok(Progress::Done), "{fewer}");
+            assert_eq!(world.stage2.slots()[0].pages, fewer + MORE);
+            world.write(0, page(fewer + MORE - 1));
+            let known = [3, fewer - 1, fewer + MORE - 1].map(page);
+            assert_eq!(world.harvest(), set(known), "{engine:?} {fewer}");
+        }
+    }
+}
+
 #[test]
 fn pages_that_stay_keep_their_bits_and_those_that_go_are_told_no_more() {
     for (engine, features) in engines() {
