@@ -84,8 +84,8 @@ pub(crate) struct Row {
     pub(crate) erratum: &'static str,
     implementer: u8,
     /// First and last part.
-    parts: (u16, u16),
-    revisions: Revisions,
+    pub(crate) parts: (u16, u16),
+    pub(crate) revisions: Revisions,
 }
 
 impl Row {
@@ -96,9 +96,9 @@ impl Row {
     }
 }
 
-struct Revisions {
-    first: Revision,
-    last: Revision,
+pub(crate) struct Revisions {
+    pub(crate) first: Revision,
+    pub(crate) last: Revision,
 }
 
 const ALL: Revisions = between((0x0, 0x0), (0xf, 0xf));

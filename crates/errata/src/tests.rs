@@ -235,5 +235,9 @@ fn the_lists_are_well_formed() {
             "{} has no number",
             row.erratum
         );
+        let (first, last) = row.parts;
+        assert!(first <= last, "{}: parts", row.erratum);
+        let table::Revisions { first, last } = &row.revisions;
+        assert!(first <= last, "{}: {first} to {last}", row.erratum);
     }
 }
