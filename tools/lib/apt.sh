@@ -11,17 +11,19 @@ is_debian() {
     have apt-get && [ "$(os ID)" = debian ]
 }
 
+# Testing and unstable have no number yet, and no backports.
+is_released() { [ -n "$(os VERSION_ID)" ]; }
+
 # debian_sources_for ARCH: those of the machine's sources that are Debian archives of this
 # release, and its backports, as deb822 stanzas for one architecture.
 debian_sources_for() {
-    local file files=() backports=
-    # testing and unstable have no number, and no backports.
-    [ -z "$(os VERSION_ID)" ] || backports=1
+    local file files=() released=
+    ! is_released || released=1
     for file in "$apt_etc"/sources.list "$apt_etc"/sources.list.d/*.list "$apt_etc"/sources.list.d/*.sources; do
         [ -r "$file" ] && files+=("$file")
     done
     [ ${#files[@]} -gt 0 ] || return 0
-    awk -v codename="$(os VERSION_CODENAME)" -v arch="$1" -v backports="$backports" \
+    awk -v codename="$(os VERSION_CODENAME)" -v arch="$1" -v released="$released" \
         -f "$root/tools/lib/sources.awk" "${files[@]}"
 }
 
@@ -99,7 +101,7 @@ apt_install() {
         installed "$package" || wanted+=("$package")
     done
     [ ${#wanted[@]} -gt 0 ] || return 0
-    need_root "${wanted[@]}"
+    need_root "apt-get install ${wanted[*]}" "${wanted[@]}"
     say "installing ${wanted[*]}"
     for package in "${wanted[@]}"; do
         [ -n "$(apt_candidate "$package")" ] || known=no

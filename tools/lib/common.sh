@@ -39,10 +39,14 @@ must() {
     die "$message (whole output: $log)"
 }
 
-# need_root PACKAGE...: checks, before anything is tried, that packages can be installed.
+# need_root WAY PACKAGE...: checks, before anything is tried, that packages can be installed; WAY is the
+# command that root can give instead.
 need_root() {
-    local way="install as root: apt-get install $*"
+    local way="run as root: $1"
+    shift
     [ "$(id -u)" = 0 ] && return
+    # Root may be the next to write the log, and would own a new one.
+    mkdir -p "$target" && : >>"$log"
     have sudo || die "there is no sudo; $way"
     # The password prompt must be seen; without a terminal there is nobody to ask.
     if [ -t 1 ] && [ -r /dev/tty ]; then

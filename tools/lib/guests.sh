@@ -49,8 +49,9 @@ fetch_guests() {
     private_apt "$apt" arm64 && kernel=$(newest_kernel "$config") ||
         die "no linux-image-*-cloud-arm64-unsigned in Debian's lists for arm64 (see $log). Say where the guests are:
   $guests_way"
+    # The machine may prefer a release that these lists leave out, and apt stops at that.
     must "cannot fetch the guests' packages" env -C "$apt" APT_CONFIG="$config" \
-        apt-get -q download "$kernel" busybox-static u-boot-qemu qemu-efi-aarch64
+        apt-get -q -o APT::Default-Release= download "$kernel" busybox-static u-boot-qemu qemu-efi-aarch64
     for package in "$apt"/*.deb; do
         dpkg-deb -x "$package" "$apt/x"
     done

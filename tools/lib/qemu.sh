@@ -38,17 +38,18 @@ setup_qemu() {
   $qemu_way"
 }
 
-# The machine's own sources if they have one that is new enough, else the release's backports, read
-# through lists of their own: the machine's sources stay as they are.
+# The machine's own sources if they have one that is new enough or nothing else is there, else the release's
+# backports, read through lists of their own: the machine's sources stay as they are.
 install_qemu() {
     local candidate suite version removals refusals=
     candidate=$(apt_candidate qemu-system-arm)
-    if new_enough_qemu "$candidate"; then
+    if new_enough_qemu "$candidate" || ! is_released; then
         apt_install qemu-system-arm
         return
     fi
     suite=$(os VERSION_CODENAME)-backports
-    need_root -t "$suite" qemu-system-arm
+    # No apt-get command does it where the machine's lists have no backports.
+    need_root "tools/setup qemu" qemu-system-arm
     say "installing QEMU from Debian's backports"
     make_scratch
     private_apt "$scratch/host" "$(dpkg --print-architecture)" || die "no QEMU $qemu_wanted to install.

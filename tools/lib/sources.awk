@@ -1,7 +1,12 @@
 # Which of the machine's apt sources are Debian archives of its release, as deb822 stanzas for one
-# architecture; the release's backports beside each where `backports` is set.
+# architecture; the release's backports beside each where `released` is set.
 #
-#   awk -v codename=bookworm -v arch=arm64 -v backports=1 -f sources.awk FILE...
+#   awk -v codename=bookworm -v arch=arm64 -v released=1 -f sources.awk FILE...
+#
+# Once released, all of them are of that one release, since what is installed from lists of several could be
+# of any, the C library too: other releases stay out, and the aliases are written as the codename (`stable`
+# moves on and the machine may not have; Debian's archives have both). Before that nothing is installed from
+# these lists, and testing and sid, which go by the same codename, keep the names they have.
 #
 # Both forms are read: FILE.sources is deb822, anything else has one entry a line (sources.list(5)).
 # What an entry says of keys and trust is kept as it stands, since a key may be a path, a fingerprint or a
@@ -28,12 +33,15 @@ function flush(    u, s, i, j, uris, suites) {
 
 function has(list, word) { return index(" " list " ", " " word " ") }
 
-function entry(uri, suite, kept) {
+function entry(uri, suite, kept,    aliases) {
     sub(/\/+$/, "", uri)
+    aliases = released ? "stable|oldstable|oldoldstable" : "testing|unstable|sid"
+    if (suite !~ "^(" codename "|" aliases ")(-updates|-security|-backports|/updates)?$")
+        return
+    if (released)
+        sub("^(" aliases ")", codename, suite)
     # A disc cannot be asked for while nobody looks.
     if (uri ~ /^cdrom:/ || (uri " " suite) in seen)
-        return
-    if (suite !~ "^(" codename "|stable|oldstable|testing|unstable|sid)(-updates|-security|-backports|/updates)?$")
         return
     seen[uri " " suite] = ++entries
     uri_of[entries] = uri
@@ -98,7 +106,7 @@ END {
     for (i = 1; i <= entries; i++) {
         stanza(uri_of[i], suite_of[i], kept_of[i])
         # Where the machine has its own entry for them, two could disagree on the key, and apt stops at that.
-        if (backports && suite_of[i] !~ /[-\/]/ && !((uri_of[i] " " suite_of[i] "-backports") in seen))
+        if (released && suite_of[i] !~ /[-\/]/ && !((uri_of[i] " " suite_of[i] "-backports") in seen))
             stanza(uri_of[i], suite_of[i] "-backports", kept_of[i])
     }
 }

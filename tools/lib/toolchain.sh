@@ -102,7 +102,7 @@ debian_rust() {
     local flavour
     if ! flavour=$(debian_flavour); then
         # Not known, or an old one is: the lists may be missing or old themselves.
-        need_root rustc-web cargo-web
+        need_root "apt-get install rustc-web cargo-web" rustc-web cargo-web
         must "cannot fetch Debian's package lists" apt_update
         flavour=$(debian_flavour) ||
             die "$1, nor in Debian's packages that apt knows (Debian 12 has it among its security updates:
