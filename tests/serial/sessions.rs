@@ -70,7 +70,10 @@ fn copy_ends(script: &mut Script, end: End) -> Result<()> {
     let vm = guest.vm;
     guest.host.finish();
 
-    let mut tool = Command::new(Artifact::Tidectl.path()?)
+    // Whoever runs the tests may have hang-ups ignored, as `nohup` does.
+    let mut tool = Command::new("env")
+        .arg("--default-signal=HUP")
+        .arg(Artifact::Tidectl.path()?)
         .args(["--port", &target.port(), "--timeout", "2s"])
         .args(["dirty", "copy", "oracle", "--granularity", "block"])
         // The whole copy takes its time, and so does the last round, with all that was written meanwhile.

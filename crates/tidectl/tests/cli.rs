@@ -511,7 +511,14 @@ fn harvesting(stage: &Stage, command: &mut Command) -> Child {
 fn signals_give_the_epoch_back() {
     for signal in ["INT", "TERM", "HUP"] {
         let stage = Stage::new(&format!("sig{signal}")).logging().paused();
-        let mut command = stage.command(&["--json", "dirty", "get", "debian", "-o", "b"]);
+        // Whoever runs the tests may have it ignored, by `nohup` or in the background of a script.
+        let mut command = Command::new("env");
+        command
+            .arg(format!("--default-signal={signal}"))
+            .arg(env!("CARGO_BIN_EXE_tidectl"))
+            .args(["--json", "dirty", "get", "debian", "-o", "b"])
+            .env("TIDECTL_PORT", stage.socket.port())
+            .current_dir(&stage.dir);
         let child = harvesting(&stage, &mut command);
         kill(signal, &child);
         let (code, name, _) = failed(finish(child));
