@@ -246,7 +246,9 @@ impl Error {
                 "the target has no VMs; is there a bundle?".into()
             }
             Self::NoSuchVm { known, .. } => format!("there is: {}", known.join(", ")),
-            Self::VmGone { .. } => "`tidectl reset` starts it again".into(),
+            Self::VmGone { .. } => {
+                "`tidectl info` tells why it ended, `tidectl reset` starts it again".into()
+            }
             Self::TooSlow { .. } => {
                 "--timeout, or --deadline where there is one, gives it longer".into()
             }

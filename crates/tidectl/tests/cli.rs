@@ -743,6 +743,29 @@ fn monitor_waits_for_a_text_or_a_deadline() {
 }
 
 #[test]
+fn monitor_tells_a_guest_that_ended_from_one_that_said_it() {
+    for (until, code) in [
+        (None, 0),
+        (Some("login:"), 5),
+        // It comes after the news of the end, and no event brings it.
+        (Some("power down"), 0),
+    ] {
+        let stage = Stage::new("ended");
+        lock(&stage.target).vms[0].stops_at = Some(b"exit\n");
+        let mut args = vec!["monitor", "debian"];
+        args.extend(until.iter().flat_map(|text| ["--until", text]));
+        let output = type_into(stage.command(&args), "exit\n");
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{until:?}: {output:?}");
+        assert_eq!(text(&output.stdout), "exit\npower down\n", "{until:?}");
+        if code != 0 {
+            assert!(said.contains("is stopped: it has not printed"), "{said}");
+            assert!(said.contains("tidectl info"), "{said}");
+        }
+    }
+}
+
+#[test]
 fn monitor_needs_a_name_when_there_are_several() {
     let stage = Stage::new("several");
     lock(&stage.target).vms.push(Vm::new("other", vec![]));

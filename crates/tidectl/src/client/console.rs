@@ -114,6 +114,17 @@ impl Client {
         self.fill_gaps()
     }
 
+    /// Hands on what the target keeps of an attached console that no event has brought yet. True when that was all;
+    /// a console that goes on printing, or has much to tell, is not read to its end at once.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn catch_up(&mut self, vm: VmId) -> Result<bool> {
+        self.fill_gap(vm)?;
+        let console = self.consoles.attached.get(&vm);
+        Ok(console.is_none_or(|console| console.gap == Gap::None))
+    }
+
     /// Takes an event in.
     pub(super) fn event(&mut self, event: &Event<'_>) {
         match *event {

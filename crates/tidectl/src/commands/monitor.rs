@@ -28,7 +28,8 @@ const WRECK_KEPT: usize = 8192;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 On a terminal every key goes to the guest; Ctrl-] leaves. With input from a pipe, it is typed, and the
-command ends when the guest has been quiet for a second, or with --until when that text came.
+command ends when the guest has been quiet for a second, or with --until when that text came; exit
+code 5 if the VM ends before that.
 Console output goes to standard output, the hypervisor's own words to standard error.
 
 Examples:
@@ -112,13 +113,21 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         wreck: Vec::new(),
         line: LineIs::Whole,
         input: Input::Open,
+        ended: None,
         heard: Instant::now(),
         matcher: args
             .until
             .as_deref()
             .map(|text| Matcher::new(text.as_bytes())),
     };
-    let over = monitor.run(args.deadline);
+    let over = monitor.run(args.deadline).and_then(|over| match over {
+        Over::Ended(state) if args.until.is_some() => Err(Error::VmGone {
+            vm: monitor.vm.name.clone(),
+            state: state.to_string(),
+            reason: "it has not printed what --until waits for".into(),
+        }),
+        over => Ok(over),
+    });
     if over.is_err() {
         // Nothing whole came after it: this may be how the machine crashed.
         monitor.words(&monitor.wreck);
@@ -182,6 +191,13 @@ enum Input {
     Ended,
 }
 
+/// What is still to be read of a guest that has ended: the news of that overtakes its last words.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LastWords {
+    ToCome,
+    Read,
+}
+
 struct Monitor<'c> {
     context: &'c mut Context,
     client: Client,
@@ -194,6 +210,7 @@ struct Monitor<'c> {
     wreck: Vec<u8>,
     line: LineIs,
     input: Input,
+    ended: Option<(VmState, LastWords)>,
     /// When the guest last printed or took something.
     heard: Instant,
     matcher: Option<Matcher>,
@@ -205,6 +222,16 @@ impl Monitor<'_> {
         loop {
             if let Some(over) = self.handle()? {
                 return Ok(over);
+            }
+            match self.ended {
+                Some((state, LastWords::Read)) => return Ok(Over::Ended(state)),
+                Some((state, LastWords::ToCome)) => {
+                    if self.has_last_words()? {
+                        self.ended = Some((state, LastWords::Read));
+                    }
+                    continue;
+                }
+                None => {}
             }
             self.type_pending()?;
             if let Some(after) = deadline.filter(|&deadline| begun.elapsed() >= deadline) {
@@ -220,6 +247,15 @@ impl Monitor<'_> {
             } else {
                 INPUT_PAUSE
             })?;
+        }
+    }
+
+    /// Reads the last words of a guest that has ended, or some of them. True when there are no more.
+    fn has_last_words(&mut self) -> Result<bool> {
+        match self.client.catch_up(self.vm.id) {
+            // The machine may have gone with its last guest.
+            Err(Error::Closed { .. } | Error::NoAnswer { .. }) => Ok(true),
+            other => other,
         }
     }
 
@@ -248,8 +284,13 @@ impl Monitor<'_> {
                 }
                 Seen::Words(_) | Seen::Wreck(_) => {}
                 Seen::State(vm, state) if vm == self.vm.id => match state {
-                    VmState::Stopped | VmState::Failed => return Ok(Some(Over::Ended(state))),
-                    state => self.words(format!("[{} {state}]\n", self.vm.name).as_bytes()),
+                    VmState::Stopped | VmState::Failed => {
+                        self.ended = Some((state, LastWords::ToCome));
+                    }
+                    state => {
+                        self.ended = None;
+                        self.words(format!("[{} {state}]\n", self.vm.name).as_bytes());
+                    }
                 },
                 Seen::State(..) => {}
                 Seen::Typed(bytes) => {

@@ -142,13 +142,28 @@ impl Target {
         out
     }
 
-    /// Console output not sent yet, as events.
+    /// Changes of state and console output not sent yet, as events.
     pub fn take_events(&mut self) -> Vec<(Header, Vec<u8>)> {
         let mut out = Vec::new();
         let Some(session) = self.session else {
             return out;
         };
         for (id, vm) in self.vms.iter_mut().enumerate() {
+            if std::mem::replace(&mut vm.told, vm.state) != vm.state {
+                let (vm, state) = (VmId(id as u16), vm.state);
+                let mut buffer = [0; 512];
+                let event = Event::VmState { vm, state };
+                let payload = event.encode(&mut buffer).expect("it fits").to_vec();
+                self.events = self.events.wrapping_add(1);
+                out.push((
+                    Header {
+                        kind: Kind::Event,
+                        seq: Seq(self.events),
+                        session,
+                    },
+                    payload,
+                ));
+            }
             let from = vm.sent;
             vm.sent = vm.console.len();
             if !vm.attached {
@@ -342,6 +357,11 @@ impl Target {
                     vm.typed.extend(&fresh);
                     if vm.echoes {
                         vm.print(&fresh);
+                    }
+                    if vm.stops_at.is_some_and(|text| vm.typed.ends_with(text)) {
+                        vm.print(b"power down\n");
+                        vm.sent = vm.console.len();
+                        vm.state = VmState::Stopped;
                     }
                 }
                 Ok(Response::ConsoleAccepted {

@@ -83,6 +83,10 @@ pub struct Vm {
     pub takes: usize,
     /// Echo input to the console.
     pub echoes: bool,
+    /// What it stops at when it is typed, with a last word that no event carries.
+    pub stops_at: Option<&'static [u8]>,
+    /// The state that the host was told last.
+    pub told: VmState,
     /// Pages written for each request that comes while it runs.
     pub writes: u64,
     /// Every so many writes goes unnoticed: a broken tracker.
@@ -122,6 +126,8 @@ impl Vm {
             input: 0,
             takes: 16,
             echoes: true,
+            stops_at: None,
+            told: VmState::Running,
             writes: 3,
             misses_every: None,
             written: 0,
