@@ -597,12 +597,21 @@ fn a_target_of_another_version_is_refused() {
 }
 
 #[test]
-fn a_session_that_was_replaced_is_told_so() {
+fn a_session_that_is_over_is_told_so() {
     let target = Target::new(vec![small()]);
     let mut client = open(&target, Faults::default());
     start(&mut client);
     lock(&target).session = Some(Session(1));
-    assert_eq!(code(client.list()), (5, "stale-session"));
+    let refused = client.list();
+    let text = refused.as_ref().err().map(ToString::to_string);
+    let text = text.unwrap_or_default();
+    // The target answers both with the same.
+    assert!(
+        text.contains("nothing was heard of this program for its --timeout"),
+        "{text}"
+    );
+    assert!(text.contains("another program has opened one"), "{text}");
+    assert_eq!(code(refused), (5, "stale-session"));
     assert_eq!(code(client.take(VM, &mut |_, _| {})), (5, "stale-session"));
 }
 

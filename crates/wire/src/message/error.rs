@@ -16,7 +16,8 @@ pub enum ErrorReply {
         /// The target's.
         target: u16,
     },
-    /// The request's session is not the open one.
+    /// The request's session is not the open one: it held something and was silent for too long, or another replaced
+    /// it. The target does not remember which.
     StaleSession,
     /// The payload is no request, or one with impossible values.
     Malformed,
@@ -88,7 +89,8 @@ impl fmt::Display for ErrorReply {
                  use the tool that was built with the image"
             ),
             Self::StaleSession => f.write_str(
-                "another program has opened a session since; close it, then run this again",
+                "the session is over: nothing was heard of this program for its --timeout, or another program has \
+                 opened one; give it longer or close the other, then run this again",
             ),
             Self::Malformed => f.write_str(
                 "the target could not read the request; use the tool that was built with the image",
