@@ -150,7 +150,7 @@ pub struct Report {
     pub verified: Verified,
 }
 
-/// Copies a guest.
+/// Copies a guest. `watch` must not wait for anybody: the guest may be paused.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if the copy is not exact; any failure of the line or of files.

@@ -1,12 +1,15 @@
 //! What a command prints: data on standard output, words on standard error.
 //!
-//! Concurrency: one [`Ui`] for one command; progress bars draw on standard error and only on
-//! a terminal.
+//! Concurrency: one [`Ui`] for one command. Progress, and what is said beside it, goes to standard error by a thread
+//! of its own, bars on a terminal only: who works must not wait for a reader (Ctrl-S, a full pipe), because a guest
+//! may be paused meanwhile.
 
 use crate::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// How data is printed.
@@ -112,35 +115,123 @@ impl Ui {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_message(what);
-        Bar(bar)
+        Bar::new(bar, self.chatter)
     }
 }
 
-/// Progress of something slow; it disappears when dropped.
-pub struct Bar(ProgressBar);
+/// Progress of something slow; it disappears when dropped, which waits until all was drawn and said. Nothing else
+/// here waits.
+pub struct Bar {
+    shared: Arc<Shared>,
+    chatter: Chatter,
+    /// `None` where no thread could be had: all is said at the end.
+    drawer: Option<JoinHandle<()>>,
+}
+
+/// Between who works and the thread that draws.
+struct Shared {
+    to_tell: Mutex<ToTell>,
+    more: Condvar,
+    bar: ProgressBar,
+}
+
+#[derive(Default)]
+struct ToTell {
+    /// The newest alone is worth drawing.
+    progress: Option<(Option<&'static str>, u64, u64)>,
+    words: Vec<String>,
+    is_over: bool,
+}
+
+impl Shared {
+    fn to_tell(&self) -> MutexGuard<'_, ToTell> {
+        // It is whole between any two statements.
+        self.to_tell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, what: ToTell) {
+        for words in what.words {
+            // A terminal that is gone is no reason to stop, nor to panic.
+            self.bar.suspend(|| drop(writeln!(io::stderr(), "{words}")));
+        }
+        if let Some((what, done, total)) = what.progress {
+            if let Some(what) = what {
+                self.bar.set_message(what);
+            }
+            self.bar.set_length(total);
+            self.bar.set_position(done.min(total));
+        }
+    }
+
+    /// Tells everything until it is over.
+    fn draw(&self) {
+        let mut to_tell = self.to_tell();
+        loop {
+            let what = std::mem::take(&mut *to_tell);
+            let is_over = what.is_over;
+            drop(to_tell);
+            self.tell(what);
+            if is_over {
+                return;
+            }
+            let none =
+                |now: &mut ToTell| now.progress.is_none() && now.words.is_empty() && !now.is_over;
+            to_tell = self
+                .more
+                .wait_while(self.to_tell(), none)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
 
 impl Bar {
+    fn new(bar: ProgressBar, chatter: Chatter) -> Self {
+        let shared = Arc::new(Shared {
+            to_tell: Mutex::default(),
+            more: Condvar::new(),
+            bar,
+        });
+        let drawn = Arc::clone(&shared);
+        let drawer = thread::Builder::new().name("progress".into());
+        Self {
+            shared,
+            chatter,
+            drawer: drawer.spawn(move || drawn.draw()).ok(),
+        }
+    }
+
     /// Tells how far it is.
     pub fn set(&self, done: u64, total: u64) {
-        self.0.set_length(total);
-        self.0.set_position(done.min(total));
+        let mut to_tell = self.shared.to_tell();
+        let what = to_tell.progress.and_then(|(what, ..)| what);
+        to_tell.progress = Some((what, done, total));
+        self.shared.more.notify_one();
     }
 
     /// Tells what is being done now, and how far it is.
     pub fn stage(&self, what: &'static str, done: u64, total: u64) {
-        self.0.set_message(what);
-        self.set(done, total);
+        self.shared.to_tell().progress = Some((Some(what), done, total));
+        self.shared.more.notify_one();
     }
 
-    /// Has `print` print while the bar is out of the way.
-    pub fn suspend(&self, print: impl FnOnce()) {
-        self.0.suspend(print);
+    /// Says something while the bar is out of the way, as [`Ui::say`] does.
+    pub fn say(&self, words: String) {
+        if self.chatter == Chatter::Normal {
+            self.shared.to_tell().words.push(words);
+            self.shared.more.notify_one();
+        }
     }
 }
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.shared.to_tell().is_over = true;
+        self.shared.more.notify_one();
+        match self.drawer.take() {
+            Some(drawer) => drop(drawer.join()),
+            None => self.shared.draw(),
+        }
+        self.shared.bar.finish_and_clear();
     }
 }
 

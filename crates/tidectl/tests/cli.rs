@@ -647,6 +647,54 @@ fn dirty_copy_is_exact_and_says_so() {
 }
 
 #[test]
+fn dirty_copy_lets_the_guest_go_though_nobody_reads_what_it_says() {
+    const PIPE: usize = 64 << 10;
+    // Room for the words on the copy of all memory, and not for those that it is paused.
+    const ROOM: usize = 95;
+    let stage = Stage::new("unread");
+    let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
+    writer.write_all(&[b'.'; PIPE - ROOM]).expect("it fits");
+    let args = [
+        "dirty",
+        "copy",
+        "debian",
+        "--image-dir",
+        "c",
+        "--rounds",
+        "0",
+    ];
+    let mut child = stage
+        .command(&args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(writer)
+        .spawn()
+        .expect("tidectl runs");
+    let asked = |name: &str| {
+        let target = lock(&stage.target);
+        target.requests.iter().any(|request| request == name)
+    };
+    let begun = Instant::now();
+    while !asked("Ok Resume") && begun.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let (paused, resumed) = (asked("Ok Pause"), asked("Ok Resume"));
+    let mut said = Vec::new();
+    reader.read_to_end(&mut said).expect("all it said");
+    assert!(child.wait().expect("it ends").success());
+    assert!(paused && resumed, "paused {paused}, resumed {resumed}");
+    let said = text(&said);
+    for words in [
+        "all memory: 200 pages",
+        "paused for the last",
+        "last round: ",
+        "verified: ",
+    ] {
+        assert!(said.contains(words), "{said}");
+    }
+}
+
+#[test]
 fn dirty_copy_that_is_wrong_exits_with_seven() {
     let stage = Stage::new("wrong");
     {

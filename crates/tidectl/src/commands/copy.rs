@@ -4,7 +4,7 @@ use super::{Context, LogArgs, VmArg};
 use crate::copy::{self, After, Phase, Plan, Report, Round, Step, Verified, Verify};
 use crate::heatmap::Heatmap;
 use crate::image::{Contents, MemoryFile, hex};
-use crate::output::{Bar, Format, seconds};
+use crate::output::{Format, seconds};
 use crate::units::{duration, parse_address, parse_duration, rate, size};
 use crate::{Error, Result};
 use clap::{Args, ValueEnum};
@@ -104,16 +104,22 @@ pub(super) fn run(context: &mut Context, args: &CopyArgs) -> Result<()> {
     }
     let bar = context.ui.bar("copying");
     let mut picture: Option<Heatmap> = None;
-    let ui = &context.ui;
+    // Rounds are words beside the result; with JSON they are in it anyway.
+    let format = context.ui.format;
+    let say = |words: String| {
+        if format == Format::Human {
+            bar.say(words);
+        }
+    };
     let report = copy::run(&mut client, vm.id, &plan, &mut |step| match step {
         Step::Working { what, done, total } => bar.stage(what, done, total),
         Step::Harvested(bitmaps) if args.heatmap.is_some() => picture
             .get_or_insert_with(|| Heatmap::for_slots(&vm.name, &bitmaps.slots))
             .add(bitmaps),
         Step::Harvested(_) => {}
-        Step::Round(round) => say(&bar, ui, &round_text(round)),
-        Step::Paused => say(&bar, ui, "paused for the last round"),
-        Step::Verified(verified) => say(&bar, ui, &verified_text(verified)),
+        Step::Round(round) => say(round_text(round)),
+        Step::Paused => say("paused for the last round".into()),
+        Step::Verified(verified) => say(verified_text(verified)),
     })?;
     drop(bar);
     let stats = client.stats();
@@ -128,13 +134,6 @@ pub(super) fn run(context: &mut Context, args: &CopyArgs) -> Result<()> {
         object.insert("bad_frames".into(), json!(stats.bad_frames));
     }
     context.ui.data(&json, || report_text(&report))
-}
-
-/// Rounds are words beside the result; with JSON they are in it anyway.
-fn say(bar: &Bar, ui: &crate::output::Ui, words: &str) {
-    if ui.format == Format::Human {
-        bar.suspend(|| ui.say(words));
-    }
 }
 
 fn round_text(round: &Round) -> String {
