@@ -916,6 +916,8 @@ fn bundle_packs_and_explains() {
     write(&dir, "initrd", [8; 10]);
     write(&dir, "u-boot.bin", [9; 10]);
     write(&dir, "empty", "");
+    write(&dir, "erased", vec![0xff; 300 << 10]);
+    write(&dir, "blank", vec![0; 64 << 20]);
     write(&dir, "elf", b"\x7fELF\x01\x01\x01");
     write(&dir, "large", vec![1; 48 << 20]);
     let good = "[machine]\nwhen_all_stopped = \"power-off\"\n\
@@ -976,6 +978,14 @@ fn bundle_packs_and_explains() {
             "missing: No such file",
         ),
         (format!("{vm}kernel = \"empty\"\n"), "the file is empty"),
+        (
+            format!("{vm}firmware = \"erased\"\n"),
+            "erased: there is no firmware in it",
+        ),
+        (
+            format!("{vm}firmware = \"blank\"\n"),
+            "blank: there is no firmware in it",
+        ),
         (format!("{vm}kernel = \"packed\"\n"), "cannot be unpacked"),
         (
             format!("{vm}firmware = \"u-boot.bin\"\nkernel = \"packed\"\n"),

@@ -22,7 +22,7 @@
 mod build;
 mod manifest;
 
-pub use build::{BootFiles, Builder, VmDraft};
+pub use build::{BootFiles, Builder, VmDraft, flash_contents};
 pub use manifest::{
     Blob, Boot, Clock, FLASH_MAX, Firmware, Initrd, Kernel, MachineOptions, Manifest, NAME_MAX,
     Payload, RAM_BASE, SEGMENTS_MAX, Segment, VCPUS_MAX, VMS_MAX, VmSpec, WhenAllStopped,

@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tidemark_wire::bundle::{
     Boot, BootFiles, Builder, Bundle, BundleError, Clock, Firmware, MachineOptions, Payload,
-    VmDraft, VmSpec, WhenAllStopped,
+    VmDraft, VmSpec, WhenAllStopped, flash_contents,
 };
 use tidemark_wire::granule::Granule;
 
@@ -280,8 +280,16 @@ fn boot(
                     cmdline: vm.cmdline.clone().unwrap_or_default(),
                 })
             });
+            let image = read(firmware)?;
+            if flash_contents(&image).is_empty() {
+                let problem = "there is no firmware in it, only what erased flash holds; name the file that has the \
+                               code"
+                    .into();
+                let path = dir.join(firmware);
+                return Err(BootError::File(Error::Input { path, problem }));
+            }
             let firmware = Firmware {
-                image: read(firmware)?,
+                image,
                 variables: vm.variables.as_ref().map(read).transpose()?,
                 kernel: payload.transpose()?,
             };

@@ -34,9 +34,11 @@ pub enum BootFiles {
     Firmware(Firmware<Vec<u8>>),
 }
 
-/// Takes away what only fills a bank up: Debian's images are 64 MiB, of which 62 are zero. Whole sectors of zeros at
-/// the end of an image of a bank's size, and of ones at the end of any, are what erased flash is as good as.
-fn unpadded(mut image: Vec<u8>) -> Vec<u8> {
+/// What of an image for flash is packed: not what only fills a bank up. Debian's images are 64 MiB, of which 62 are
+/// zero. Whole sectors of zeros at the end of an image of a bank's size, and of ones at the end of any, are what erased
+/// flash is as good as; nothing is left of an image of nothing else.
+#[must_use]
+pub fn flash_contents(mut image: &[u8]) -> &[u8] {
     const SECTOR: usize = 256 << 10;
     let is_bank = image.len() as u64 == FLASH_MAX;
     while let Some(from) = image
@@ -44,13 +46,19 @@ fn unpadded(mut image: Vec<u8>) -> Vec<u8> {
         .checked_sub(1)
         .map(|last| last / SECTOR * SECTOR)
     {
-        let rest = image.get(from..).unwrap_or_default();
+        let (front, rest) = image.split_at(from);
         let all = |wanted: u8| rest.iter().all(|byte| *byte == wanted);
         if !(all(0xff) || is_bank && all(0)) {
             break;
         }
-        image.truncate(from);
+        image = front;
     }
+    image
+}
+
+fn unpadded(mut image: Vec<u8>) -> Vec<u8> {
+    let len = flash_contents(&image).len();
+    image.truncate(len);
     image
 }
 
