@@ -45,6 +45,8 @@
 //!
 //! # Limits
 //!
+//! - The count of ends names none. One that is left out, made inactive by ICACTIVER and ended by its handler after that is taken for another
+//!   that is left out.
 //! - Deactivation by ICC_DIR_EL1 on a PE other than the one that took an SPI is not seen.
 //! - GICR_WAKER is stored and holds back no interrupt, as on KVM: some guests never write it.
 //!
@@ -306,7 +308,7 @@ impl Vgic {
 
     /// Reads a register.
     ///
-    /// ISPENDR and ISACTIVER of interrupts in list registers or with a hardware link show what the last sync saw; whoever holds them is made to
+    /// ISPENDR and ISACTIVER of interrupts in list registers, left out or with a hardware link show what the last sync saw; whoever holds them is made to
     /// need a sync, so that a guest that reads again gets the truth. [`Vgic::refresh`] gets it at once.
     #[inline(always)]
     pub fn mmio_read(&self, vcpu: VcpuIndex, frame: Frame, offset: u64, size: AccessSize) -> u64 {
@@ -345,7 +347,7 @@ impl Vgic {
         }
     }
 
-    /// Names the vCPUs whose list registers hold state that a read of this register reports; nobody for
+    /// Names the vCPUs whose list registers or count of ends hold state that a read of this register reports; nobody for
     /// all but ISPENDR, ICPENDR, ISACTIVER and ICACTIVER. For an exact value sync the caller's own and wait for the
     /// others to be synced before [`Vgic::mmio_read`].
     #[inline(always)]

@@ -9,7 +9,9 @@
 //! # Invariants
 //!
 //! - An interrupt is left out by the vCPU that took it, and stays that vCPU's until it ends, wherever it is routed.
-//! - The count of ends is of interrupts in no list register, so it is matched to those alone.
+//! - The count of ends is of interrupts in no list register, so it is matched to those alone: the awaited ones, and one
+//!   that was made active by hand since the last sync if there is no other.
+//! - What is written to ISACTIVER and ICACTIVER about an awaited one waits for the ends before it to be counted.
 //!
 //! # Concurrency
 //!
@@ -18,8 +20,10 @@
 use super::ListRegisters;
 use super::list_register::Lr;
 use super::private::MAX_LIST_REGISTERS;
+use super::shared::Shared;
 use super::sync::Desk;
 use super::word::Physical;
+use crate::VcpuIndex;
 
 impl Desk<'_> {
     /// Ends what the guest ended of the active interrupts that are in no list register: the most urgent first, as it ran.
@@ -29,14 +33,29 @@ impl Desk<'_> {
         }
         // At most 31.
         for _ in 0..registers.take_ended() {
-            let Some(intid) = self.first_active() else {
-                return;
+            let Some(intid) = self.first_awaited().or_else(|| self.first_active()) else {
+                break;
             };
             if let Some((word, bit, _)) = self.word(intid) {
                 word.end(bit);
             }
             // Its line may be high, and it may be another's by now.
             self.note_moved(intid);
+        }
+        self.carry_out();
+    }
+
+    /// Does what was written about those left out, now that the ends before are counted.
+    fn carry_out(&mut self) {
+        self.private.word.carry_out(u32::MAX);
+        let Some(shared) = &mut self.shared else {
+            return;
+        };
+        for (index, moved) in self.moved.iter_mut().enumerate() {
+            let here = shared.awaited(self.vcpu, index);
+            if let Some(word) = shared.words.get_mut(index) {
+                *moved |= word.carry_out(here);
+            }
         }
     }
 
@@ -86,14 +105,26 @@ impl Desk<'_> {
 
     /// Finds the most urgent active interrupt that is in no list register and this vCPU's to end.
     fn first_active(&self) -> Option<u32> {
-        let private = &self.private.word;
-        let mut best = private.first_active(private.stranded());
+        self.first_of(self.private.word.stranded(), Shared::stranded)
+    }
+
+    /// Finds the most urgent one whose end this vCPU looks for.
+    fn first_awaited(&self) -> Option<u32> {
+        self.first_of(self.private.word.awaited(), Shared::awaited)
+    }
+
+    fn first_of(
+        &self,
+        private: u32,
+        spis: impl Fn(&Shared, VcpuIndex, usize) -> u32,
+    ) -> Option<u32> {
+        let mut best = self.private.word.first_active(private);
         if let Some(shared) = &self.shared {
             for (index, word) in shared.words.iter().enumerate() {
                 if word.stranded() == 0 {
                     continue;
                 }
-                let first = word.first_active(shared.stranded(self.vcpu, index));
+                let first = word.first_active(spis(shared, self.vcpu, index));
                 if let Some((priority, bit)) = first
                     && best.is_none_or(|(lowest, _)| priority < lowest)
                 {

@@ -115,8 +115,13 @@ impl Shared {
         let Some(state) = self.words.get(word) else {
             return 0;
         };
-        let mut here = state.stranded() & !state.left_out & self.routed(vcpu, word);
-        let mut left = state.awaited();
+        state.stranded() & !state.left_out & self.routed(vcpu, word) | self.awaited(vcpu, word)
+    }
+
+    /// Gives those of them whose end `vcpu` looks for.
+    pub(super) fn awaited(&self, vcpu: VcpuIndex, word: usize) -> u32 {
+        let mut here = 0;
+        let mut left = self.words.get(word).map_or(0, Word::awaited);
         while left != 0 {
             let index = left.trailing_zeros();
             left &= left - 1;
@@ -127,7 +132,7 @@ impl Shared {
         here
     }
 
-    /// Gives the vCPU whose list register holds a listed SPI.
+    /// Gives the vCPU whose list register holds a listed SPI, or that looks for its end.
     fn owner(&self, spi: usize) -> Option<VcpuIndex> {
         VcpuIndex::new(usize::from(*self.owners.get(spi)?))
     }
@@ -149,18 +154,20 @@ impl Shared {
         self.holders(word, work)
     }
 
-    /// Gives the vCPUs whose list registers hold SPIs of `word`.
+    /// Gives the vCPUs whose list registers hold SPIs of `word`, or that look for their ends.
     pub(super) fn listers(&self, word: usize) -> Kick {
-        let listed = self.words.get(word).map_or(0, |state| state.listed);
-        self.holders(word, listed)
+        self.holders(word, self.owned(word))
+    }
+
+    /// Gives the SPIs of `word` that have an owner.
+    fn owned(&self, word: usize) -> u32 {
+        let state = self.words.get(word);
+        state.map_or(0, |state| state.listed | state.awaited())
     }
 
     /// Gives the vCPUs that hold or would hold the SPIs in `bits`.
     fn holders(&self, word: usize, bits: u32) -> Kick {
-        let owned = self
-            .words
-            .get(word)
-            .map_or(0, |state| state.listed | state.awaited());
+        let owned = self.owned(word);
         let mut kick = Kick::NONE;
         let mut left = bits;
         while left != 0 {

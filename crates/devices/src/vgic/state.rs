@@ -95,7 +95,7 @@ impl WordState {
             // Not `hardware`: that is a physical line, which comes again where the state is restored.
             pending: word.latch | word.listed_pending() | mailed,
             line: word.line,
-            active: word.active | word.listed_active(),
+            active: word.shown_active(),
             priority: word.priority,
         }
     }

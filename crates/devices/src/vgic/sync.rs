@@ -44,7 +44,7 @@ pub(super) struct Desk<'a> {
     groups: u32,
     pub(super) private: &'a mut Private,
     pub(super) shared: Option<MutexGuard<'a, Shared>>,
-    moved: Moved,
+    pub(super) moved: Moved,
 }
 
 impl Vgic {

@@ -4,6 +4,7 @@ use std::vec::Vec;
 
 use super::*;
 
+mod left_out;
 mod life_cycles;
 mod list_registers;
 mod model;

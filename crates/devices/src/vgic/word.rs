@@ -18,9 +18,10 @@
 //!   pending, and the physical one is deactivated; that comes again when the line rises. Only a linked interrupt that the guest calls
 //!   edge-triggered stays.
 //! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
-//! - `left_out` is within `active` and not `listed`; `taken` means something within `left_out` only.
-//! - `soft`, `linked`, `in_pending`, `in_active`, `in_line`, `told` and `deactivate` mean something within `listed` only; listing sets
-//!   them all, and what is left of them afterwards is not cleared.
+//! - `left_out` is within `active` and not `listed`; `taken` and `activate` mean something within `left_out` only. `deactivate` or `activate`
+//!   set while left out is carried out by the vCPU that looks for the end, once it has counted the ends that came before ([`Word::carry_out`]).
+//! - `soft`, `linked`, `in_pending`, `in_active` and `told` mean something within `listed` only, `in_line` within `listed` and `linked`,
+//!   `deactivate` within `listed` and `left_out`; listing or leaving out sets them, and what is left of them afterwards is not cleared.
 //! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
 //!
 //! # Concurrency
@@ -115,8 +116,10 @@ pub(super) struct Word {
     pub(super) in_line: u32,
     /// Listed, and its end will be told by a maintenance interrupt.
     pub(super) told: u32,
-    /// To be made inactive in its list register.
+    /// To be made inactive in its list register, or when the ends are counted.
     pub(super) deactivate: u32,
+    /// Left out, and made active by hand: an end that is counted came before that.
+    pub(super) activate: u32,
     /// Unlisted, with a physical interrupt to deactivate.
     pub(super) release: u32,
 }
@@ -174,6 +177,7 @@ impl Word {
         in_line: 0,
         told: 0,
         deactivate: 0,
+        activate: 0,
         release: 0,
     };
 
@@ -216,7 +220,9 @@ impl Word {
 
     /// Interrupts a fold or a fill would do something about.
     pub(super) const fn work(&self, deliverable: u32) -> u32 {
-        self.fresh(deliverable) | self.stranded() & !self.left_out | self.pressing(deliverable)
+        let written = self.left_out & (self.deactivate | self.activate);
+        let by_hand = self.stranded() & !self.left_out;
+        self.fresh(deliverable) | by_hand | written | self.pressing(deliverable)
     }
 
     /// Those of them that concern a list register in use, or a physical interrupt.
@@ -239,9 +245,10 @@ impl Word {
             && lr.is_active() == (self.in_active & bit != 0)
     }
 
-    /// Says whether only a sync tells what is pending and active: the guest changes list registers by itself, and a device its line.
+    /// Says whether only a sync tells what is pending and active: the guest changes list registers by itself, and ends
+    /// what is in none, and a device changes its line.
     pub(super) const fn may_be_stale(&self) -> bool {
-        self.listed | self.hardware != 0
+        self.listed | self.left_out | self.hardware != 0
     }
 
     /// Interrupts that are pending in a list register as far as the last fold saw, but for those their line alone makes so.
@@ -250,8 +257,13 @@ impl Word {
     }
 
     /// Interrupts that are active in a list register as far as the last fold saw.
-    pub(super) const fn listed_active(&self) -> u32 {
+    const fn listed_active(&self) -> u32 {
         self.listed & self.in_active & !self.deactivate
+    }
+
+    /// Interrupts that are active, as far as the last sync saw and with what was written since.
+    pub(super) const fn shown_active(&self) -> u32 {
+        self.active & !(self.left_out & self.deactivate) | self.listed_active()
     }
 
     /// Reads a bit register. `mailed` are interrupts latched and not yet in `latch`.
@@ -263,7 +275,7 @@ impl Word {
                 let linked = self.listed & self.linked & (self.in_pending | self.in_line);
                 mailed | self.latch | self.held() | self.hardware | self.listed_pending() | linked
             }
-            Bits::SetActive | Bits::ClearActive => self.active | self.listed_active(),
+            Bits::SetActive | Bits::ClearActive => self.shown_active(),
         }
     }
 
@@ -278,11 +290,12 @@ impl Word {
             Bits::SetActive => {
                 self.deactivate &= !value;
                 self.active |= value;
+                self.activate |= value & self.left_out;
             }
             Bits::ClearActive => {
-                self.active &= !value;
-                self.left_out &= !value;
-                self.deactivate |= value & self.listed;
+                self.active &= !value | self.left_out;
+                self.activate &= !value;
+                self.deactivate |= value & (self.listed | self.left_out);
             }
         }
     }
@@ -385,10 +398,19 @@ impl Word {
         }
     }
 
-    /// Ends a stranded interrupt.
+    /// Ends a stranded interrupt, unless it was left out and made active by hand after that end.
     pub(super) fn end(&mut self, bit: u32) {
-        self.active &= !bit;
+        self.active &= !bit | self.activate & self.left_out;
         self.left_out &= !bit;
+    }
+
+    /// Does what was written to ISACTIVER and ICACTIVER about those left out in `mask`, whose ends were counted. Gives those it ends.
+    pub(super) fn carry_out(&mut self, mask: u32) -> u32 {
+        let ended = self.left_out & self.deactivate & mask;
+        self.active &= !ended;
+        self.left_out &= !ended;
+        self.activate &= !mask;
+        ended
     }
 
     /// Has the stranded interrupts in `mask` awaited.
@@ -401,7 +423,7 @@ impl Word {
             if let Some(taken) = self.taken.get_mut(index as usize) {
                 *taken = priority;
             }
-            self.left_out |= 1 << index;
+            self.await_end(1 << index);
         }
     }
 
@@ -411,8 +433,14 @@ impl Word {
         if let Some(taken) = self.taken.get_mut(bit.trailing_zeros() as usize & 31) {
             *taken = lr.priority();
         }
-        self.left_out |= bit;
+        self.await_end(bit);
         physical
+    }
+
+    fn await_end(&mut self, bit: u32) {
+        self.left_out |= bit;
+        self.deactivate &= !bit;
+        self.activate &= !bit;
     }
 
     /// Keeps the pending state of a pending and active one back until its end: that would bring it before more urgent ones.
@@ -529,10 +557,6 @@ impl Word {
         }
         let mut new = lr;
         let mut physical = Physical::Keep;
-        self.in_line &= !bit;
-        if line == Level::High {
-            self.in_line |= bit;
-        }
         if self.outgrows_link(bit, lr, line) {
             // The physical one comes again if its line is high.
             new = new.without_hardware();
@@ -572,6 +596,9 @@ impl Word {
             new = new.with_eoi();
         }
         self.note(bit, new);
+        if line == Level::High {
+            self.in_line |= bit;
+        }
         (new, physical)
     }
 
@@ -614,6 +641,7 @@ impl Word {
     fn note(&mut self, bit: u32, lr: Lr) {
         self.in_pending &= !bit;
         self.in_active &= !bit;
+        self.in_line &= !bit;
         self.told &= !bit;
         self.linked &= !bit;
         if lr.asks_maintenance() {

@@ -381,7 +381,6 @@ impl Pair {
 
     /// Switches a vCPU out and in: its list registers travel with it, the physical interrupt is active while one of them is linked.
     fn switch(&mut self, index: usize) {
-        self.physical[index] = false;
         let linked = |lr: &u64| lr & HARDWARE != 0 && lr & (PENDING | ACTIVE) != 0;
         self.physical[index] = self.board.cpus[index].lrs.iter().any(linked);
         self.board.sync(index);
