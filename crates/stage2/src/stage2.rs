@@ -247,7 +247,8 @@ impl<H: Hardware> Stage2<H> {
 
     /// Changes what the guest may do with a slot, in bounded steps; call it until it is done. Its leaves
     /// are taken out and come back on first touch; what was dirty stays known. From [`Access::None`] it is
-    /// done at once, whatever else is under way: there are no leaves.
+    /// done at once, whatever else is under way: there are no leaves. So is what is so already, and no CPU's copy of the
+    /// layout is written for it.
     ///
     /// # Errors
     ///
@@ -256,6 +257,9 @@ impl<H: Hardware> Stage2<H> {
         let control = self.control.lock();
         let mut slot = self.slot(id)?;
         slot.require_in_place()?;
+        if slot.access == access && slot.leaves == LeavesOf::ItsAccess {
+            return Ok(Progress::Done);
+        }
         if slot.access == Access::None && slot.leaves == LeavesOf::ItsAccess {
             self.change_slot(id, |slot| slot.access = access)?;
             return Ok(Progress::Done);
@@ -270,8 +274,6 @@ impl<H: Hardware> Stage2<H> {
                 slot.access = access;
                 slot.leaves = LeavesOf::Older;
             })?;
-        } else if slot.leaves == LeavesOf::ItsAccess {
-            return Ok(Progress::Done);
         }
         // Leaves mapped meanwhile are of the new kind already; those in front of the cursor go once
         // more, which costs a fault.

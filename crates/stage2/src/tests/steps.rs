@@ -146,3 +146,29 @@ fn every_step_of_a_slot_that_goes_is_short() {
         });
     }
 }
+
+/// Flash asks with every command: what a slot's access is already waits for no CPU that reads the layout.
+#[test]
+fn an_access_that_is_so_already_waits_for_nobody() {
+    struct NoWait;
+    impl Observer for NoWait {
+        fn point(&self, _: Point) {}
+        fn milestone(&self) {}
+        fn wait(&self) {
+            panic!("it waits");
+        }
+        fn settle(&self, _: usize) {}
+        fn wrote(&self, _: Write) {}
+        fn filled(&self, _: usize) {}
+        fn noted(&self, _: Event) {}
+    }
+    for access in [Access::None, Access::ReadOnly, Access::ReadWrite] {
+        let world = World::new(dbm());
+        world.slot(0, GIB, 1, access, RAM);
+        let reader = world.stage2.layout();
+        let change = || world.stage2.set_access(SlotId(0), access);
+        let progress = traced::observed(Arc::new(NoWait), change);
+        assert_eq!(progress, Ok(Progress::Done), "{access:?}");
+        drop(reader);
+    }
+}
