@@ -10,17 +10,18 @@
 //!
 //! # Concurrency
 //!
-//! A bank's lock is held over an access, from any vCPU. Under it come the list of slots and stage 2's locks.
+//! A bank's lock is held over an instruction, from any vCPU: nobody comes between its accesses, the chips do one step of
+//! their own work, and the slot changes at most once. Under it come the list of slots and stage 2's locks.
 //! Where stage 2 needs more than a step the instruction is begun again, and the bank is as it was.
 
 use super::memory::{ERASED, FLASH, GuestMemory, OutOfMemoryRange, VARIABLES};
 use crate::memory::PAGE;
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use spin::Mutex;
+use spin::{Mutex, MutexGuard};
 use tidemark_devices::AccessSize;
 use tidemark_devices::pflash::{BUFFER, Effect, Pflash, Protection, View};
 use tidemark_devices::virt::{FLASH_BANKS, FLASH_BASE, FLASH_SIZE};
-use tidemark_stage2::{Access, Error, FaultAccess, Progress};
+use tidemark_stage2::{Access, Error, FaultAccess, Progress, SlotId};
 
 /// First address past both banks.
 pub const FLASH_END: u64 = FLASH_BASE + FLASH_BANKS * FLASH_SIZE;
@@ -75,28 +76,56 @@ impl Flash {
         self.laid.store(true, Relaxed);
     }
 
-    /// An access to a bank that stage 2 did not let through.
+    /// The bank at `ipa`, below [`FLASH_END`], for one instruction. Its chips do a step of what they are busy with.
     ///
     /// # Errors
     ///
-    /// What stage 2 or the guest's memory says; then the VM cannot go on.
-    pub fn access(
-        &self,
-        memory: &GuestMemory,
-        ipa: u64,
-        wanted: Wanted,
-    ) -> Result<Answer, FlashError> {
+    /// What the guest's memory says; then the VM cannot go on.
+    pub fn open<'a>(&'a self, memory: &'a GuestMemory, ipa: u64) -> Result<Bank<'a>, FlashError> {
         let (bank, base, slot) = match ipa.checked_sub(FLASH_BASE) {
             Some(offset) if offset < FLASH_SIZE => (&self.code, FLASH_BASE, FLASH),
-            Some(_) if ipa < FLASH_END => (&self.variables, FLASH_BASE + FLASH_SIZE, VARIABLES),
-            _ => return Ok(Answer::Nothing),
+            _ => (&self.variables, FLASH_BASE + FLASH_SIZE, VARIABLES),
         };
-        let offset = ipa - base;
-        let allow = |access| memory.stage2().set_access(slot, access);
         let mut chips = bank.lock();
         if let Some(range) = chips.work() {
             erase(memory, base + range.start, base + range.end)?;
         }
+        Ok(Bank {
+            chips,
+            memory,
+            base,
+            slot,
+        })
+    }
+
+    /// Puts the chips into the state of a machine that was just switched on. What is stored stays. No vCPU runs;
+    /// stage 2 follows when one does.
+    pub fn reset(&self) {
+        self.code.lock().reset();
+        self.variables.lock().reset();
+    }
+}
+
+/// A bank that a vCPU has to itself.
+pub struct Bank<'a> {
+    chips: MutexGuard<'a, Pflash>,
+    memory: &'a GuestMemory,
+    base: u64,
+    slot: SlotId,
+}
+
+impl Bank<'_> {
+    /// An access that stage 2 did not let through, or one of several that make it up.
+    ///
+    /// # Errors
+    ///
+    /// What stage 2 or the guest's memory says; then the VM cannot go on.
+    pub fn access(&mut self, ipa: u64, wanted: Wanted) -> Result<Answer, FlashError> {
+        let (memory, base, chips) = (self.memory, self.base, &mut self.chips);
+        let Some(offset) = ipa.checked_sub(base) else {
+            return Ok(Answer::Nothing);
+        };
+        let allow = |access| memory.stage2().set_access(self.slot, access);
         Ok(match (chips.view(), wanted) {
             (View::Array, Wanted::Store(size, value)) => {
                 if chips.leaves_array(value) && allow(Access::None)? != Progress::Done {
@@ -112,7 +141,8 @@ impl Flash {
             },
             (View::Array, wanted) => {
                 if memory.contains(ipa) {
-                    // It was out of reach until now. What is not done yet the next try goes on with.
+                    // It was out of reach until now, and is let back by what reads it: a store that did so would change
+                    // the slot as often as an instruction has elements. What is not done yet the next try goes on with.
                     let _ = allow(Access::ReadOnly)?;
                     Answer::Again
                 } else if let Wanted::Load(_) = wanted {
@@ -123,21 +153,11 @@ impl Flash {
             }
             (View::Registers, Wanted::Store(size, value)) => {
                 program(memory, base, chips.write(offset, size, value))?;
-                if chips.view() == View::Array {
-                    let _ = allow(Access::ReadOnly)?;
-                }
                 Answer::Done(0)
             }
             (View::Registers, Wanted::Load(size)) => Answer::Done(chips.read(offset, size)),
             (View::Registers, Wanted::Other(_)) => Answer::Nothing,
         })
-    }
-
-    /// Puts the chips into the state of a machine that was just switched on. What is stored stays. No vCPU runs;
-    /// stage 2 follows when one does.
-    pub fn reset(&self) {
-        self.code.lock().reset();
-        self.variables.lock().reset();
     }
 }
 

@@ -16,6 +16,11 @@ pub fn cases() -> Vec<Case> {
         Case::new("uboot_to_prompt", 60, uboot_to_prompt),
         Case::new("uboot_keeps_its_environment", 120, uboot_keeps),
         Case::new("uboot_is_given_its_environment", 120, uboot_is_given),
+        Case::new(
+            "uboot_finds_nothing_behind_fw_cfg",
+            120,
+            uboot_finds_nothing,
+        ),
         // EDK2's release build says its name and then nothing until it has made and saved its variables.
         Case::new("edk2_to_shell", 180, edk2_to_shell).silent(60),
         Case::new("edk2_keeps_its_variables", 300, edk2_keeps).silent(60),
@@ -104,6 +109,20 @@ fn uboot_is_given(script: &mut Script) -> Result<()> {
     uboot_prompt(target)?;
     let kept = said(target, "printenv tide", UBOOT_PROMPT)?;
     ensure!(kept.contains("tide=kept"), "it was not kept: {kept:?}");
+    target.type_line("poweroff")?;
+    target.powered_off()
+}
+
+/// The rest of the page that `fw_cfg` begins is nothing.
+fn uboot_finds_nothing(script: &mut Script) -> Result<()> {
+    let target = uboot(script, guests::uboot()?)?;
+    let last = said(target, "md.l 9020014 1", UBOOT_PROMPT)?;
+    ensure!(last.contains("09020014: "), "no fw_cfg: {last:?}");
+    target.type_line("md.l 9020018 1")?;
+    target
+        .expect("\"Synchronous Abort\" handler")
+        .context("something answers behind fw_cfg")?;
+    uboot_prompt(target)?;
     target.type_line("poweroff")?;
     target.powered_off()
 }

@@ -11,8 +11,8 @@
 //! - While [`Pflash::view`] is [`View::Array`], reads see the memory and need not come here. A write that ends
 //!   that is known beforehand ([`Pflash::leaves_array`]), so that the owner can see to it that reads come here first.
 //! - Programming only clears bits; setting them takes an erase, of a whole sector.
-//! - An access gives its owner at most [`BUFFER`] bytes to program and [`ERASE_STEP`] to erase. The chips are busy
-//!   until a sector is erased, and go on by a step with each access, as a driver's polling makes them.
+//! - An access gives its owner at most [`BUFFER`] bytes to program, an instruction [`ERASE_STEP`] to erase. The chips are busy
+//!   until a sector is erased, and go on by a step with each instruction that has an access, as a driver's polling makes them.
 //! - What is protected keeps its content: all of a read-only bank, and the sectors that no memory stands for.
 //!
 //! # Concurrency
@@ -196,7 +196,8 @@ impl Pflash {
         self.view() == View::Array && shown(next_mode(value as u8))
     }
 
-    /// What the chips do by themselves, before each access: bytes of the bank to be erased now.
+    /// What the chips do by themselves, before an instruction's first access: bytes of the bank to be erased now. Those after it
+    /// find them busy: one with many must not erase as often.
     pub fn work(&mut self) -> Option<Range<u64>> {
         let Mode::Erasing { next, end } = self.state.mode else {
             return None;

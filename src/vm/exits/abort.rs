@@ -95,7 +95,7 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
         va: (!walk && syndrome.0 & FAR_NOT_VALID == 0).then(|| GuestVa::new(el1::far())),
     };
     count(&vcpu.vm.counters.faults);
-    if vcpu.vm.quota.is_set() && !may_dirty(vcpu, access) {
+    if vcpu.vm.quota.is_set() && !may_dirty(vcpu, page, access) {
         return Next::Stall;
     }
     match vcpu.vm.memory.stage2().handle_fault(fault) {
@@ -114,19 +114,16 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
             Next::GoOn
         }
         Outcome::NotMemory | Outcome::ReadOnly if page < FLASH_END => {
-            match device::flash(vcpu, syndrome, page, access) {
-                Some(next) => next,
-                None if access != FaultAccess::Execute && !walk => {
-                    without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
-                        device::flash_bus(vcpu, ipa, size, value)
-                    })
-                }
-                None => external(vcpu, syndrome),
-            }
+            device::flash(vcpu, syndrome, page, access).unwrap_or_else(|| external(vcpu, syndrome))
         }
         Outcome::NotMemory
-            if access != FaultAccess::Execute && !walk && device::answers(vcpu.vm, page) =>
+            if access != FaultAccess::Execute
+                && !walk
+                && let Some(device) = device::at(vcpu.vm, page | el1::far() & 0xfff) =>
         {
+            if access == FaultAccess::Read {
+                device::prepare_load(vcpu, device);
+            }
             without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
                 device::bus(vcpu, ipa, size, value)
             })
@@ -142,7 +139,7 @@ fn memory(vcpu: &'static Vcpu, syndrome: Syndrome, page: u64, access: FaultAcces
 /// An access that the instruction alone tells of: done on `bus`, tried again, or an abort as nothing were there.
 #[cold]
 #[inline(never)]
-fn without_syndrome(
+pub fn without_syndrome(
     vcpu: &'static Vcpu,
     syndrome: Syndrome,
     page: u64,
@@ -159,11 +156,12 @@ fn without_syndrome(
     }
 }
 
-/// Whether a vCPU with a quota may do what it faulted on: what it writes becomes dirty by it.
+/// Whether a vCPU with a quota may do what it faulted on: what it writes becomes dirty by it. Below RAM are flash and
+/// devices, where no fault makes anything dirty.
 #[cold]
 #[inline(never)]
-fn may_dirty(vcpu: &'static Vcpu, access: FaultAccess) -> bool {
-    let write = access == FaultAccess::Write;
+fn may_dirty(vcpu: &'static Vcpu, page: u64, access: FaultAccess) -> bool {
+    let write = access == FaultAccess::Write && page >= virt::RAM_BASE;
     let limit = vcpu.vm.quota.limit().filter(|_| write);
     limit.is_none_or(|limit| vcpu.meter.admit(limit, Count(timer::now())) == Verdict::Go)
 }

@@ -1,11 +1,11 @@
 //! Accesses to the emulated devices.
 
-use super::Next;
+use super::{Next, abort};
 use crate::arch::exception::Syndrome;
 use crate::arch::{el1, timer};
 use crate::channel;
 use crate::sched;
-use crate::vm::flash::{Answer, Wanted};
+use crate::vm::flash::{Answer, FlashError, Wanted};
 use crate::vm::memory::ERASED;
 use crate::vm::vcpu::{NEVER, Vcpu};
 use crate::vm::{Vm, count, unix_time};
@@ -13,15 +13,18 @@ use alloc::format;
 use core::sync::atomic::Ordering::*;
 use tidemark_devices::AccessSize;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
-use tidemark_devices::vgic::Kick;
+use tidemark_devices::vgic::{Frame, Kick};
 use tidemark_devices::virt::{self, Device, RTC_INTERRUPT, UART_INTERRUPT};
 use tidemark_stage2::FaultAccess;
+
+/// It is an access by a walk of stage 1 (data abort ISS).
+const S1PTW: u64 = 1 << 7;
 
 /// Does what a load or store to a device says (data abort ISS: SAS, SSE, SRT, SF, WnR).
 #[inline]
 pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
     if matches!(device, Device::FwCfg(_)) && vcpu.vm.fw_cfg.is_none() {
-        return super::abort::external(vcpu, syndrome);
+        return abort::external(vcpu, syndrome);
     }
     let size = AccessSize::from_sas(syndrome.0 >> 22);
     emulate(vcpu, syndrome, size, |write_value| match write_value {
@@ -35,11 +38,10 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
 
 /// What a load or store to flash is that no syndrome tells more of than `access`.
 fn flash_wanted(vcpu: &Vcpu, syndrome: Syndrome, access: FaultAccess) -> Wanted {
-    const WALK: u64 = 1 << 7;
     const VALID: u64 = 1 << 24;
     // The order of a big-endian guest's bytes is the instruction's affair.
     let big_endian = el1::is_big_endian(vcpu.context.pstate());
-    if access == FaultAccess::Execute || big_endian || syndrome.0 & (VALID | WALK) != VALID {
+    if access == FaultAccess::Execute || big_endian || syndrome.0 & (VALID | S1PTW) != VALID {
         return Wanted::Other(access);
     }
     let size = AccessSize::from_sas(syndrome.0 >> 22);
@@ -49,49 +51,63 @@ fn flash_wanted(vcpu: &Vcpu, syndrome: Syndrome, access: FaultAccess) -> Wanted 
     }
 }
 
-/// An access to flash, on the page at `page`, that stage 2 does not let through. `None`: its instruction is to be
-/// looked at, if that says more, or nothing answers.
+/// An access to flash, on the page at `page`, that stage 2 does not let through.
 pub fn flash(
     vcpu: &'static Vcpu,
     syndrome: Syndrome,
     page: u64,
     access: FaultAccess,
 ) -> Option<Next> {
-    let wanted = flash_wanted(vcpu, syndrome, access);
-    match flash_access(vcpu, page | el1::far() & 0xfff, wanted) {
+    flash_instruction(vcpu, syndrome, page, access).unwrap_or_else(|error| {
+        // The bank is free again: what ends a VM takes other locks.
+        super::fail(vcpu, &format!("{error}"));
+        Some(Next::GoOn)
+    })
+}
+
+/// Does it, by the syndrome or, if that says too little, by the instruction. `None`: nothing answers.
+fn flash_instruction(
+    vcpu: &'static Vcpu,
+    syndrome: Syndrome,
+    page: u64,
+    access: FaultAccess,
+) -> Result<Option<Next>, FlashError> {
+    let ipa = page | el1::far() & 0xfff;
+    // Without firmware in it a bank is erased, and nothing changes that.
+    let mut bank = match &vcpu.vm.flash {
+        Some(flash) => Some(flash.open(&vcpu.vm.memory, ipa)?),
+        None => None,
+    };
+    let mut answer = |ipa, wanted| match (&mut bank, wanted) {
+        (Some(bank), _) => bank.access(ipa, wanted),
+        (None, Wanted::Other(_)) => Ok(Answer::Nothing),
+        (None, _) => Ok(Answer::Done(ERASED)),
+    };
+    match answer(ipa, flash_wanted(vcpu, syndrome, access))? {
         Answer::Done(value) => {
             let size = AccessSize::from_sas(syndrome.0 >> 22);
-            Some(emulate(vcpu, syndrome, size, |_| value))
+            return Ok(Some(emulate(vcpu, syndrome, size, |_| value)));
         }
-        Answer::Again => Some(Next::GoOn),
-        Answer::Nothing => None,
+        Answer::Again => return Ok(Some(Next::GoOn)),
+        Answer::Nothing => {}
     }
-}
-
-/// One access to flash of an instruction that had no syndrome: takes a store's value, gives a load's.
-pub fn flash_bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) -> u64 {
-    let wanted = value.map_or(Wanted::Load(size), |value| Wanted::Store(size, value));
-    match flash_access(vcpu, ipa, wanted) {
-        Answer::Done(value) => value,
-        // It became another since its instruction was let through, by a vCPU that raced with this one.
-        Answer::Again | Answer::Nothing => ERASED,
+    if access == FaultAccess::Execute || syndrome.0 & S1PTW != 0 {
+        return Ok(None);
     }
-}
-
-fn flash_access(vcpu: &'static Vcpu, ipa: u64, wanted: Wanted) -> Answer {
-    let Some(flash) = &vcpu.vm.flash else {
-        // A bank with no firmware in it: erased, and nothing changes that.
-        return match wanted {
-            Wanted::Other(_) => Answer::Nothing,
-            _ => Answer::Done(ERASED),
-        };
-    };
-    flash
-        .access(&vcpu.vm.memory, ipa, wanted)
-        .unwrap_or_else(|error| {
-            super::fail(vcpu, &format!("{error}"));
-            Answer::Again
-        })
+    let mut failed = None;
+    let done = abort::without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
+        let wanted = value.map_or(Wanted::Load(size), |value| Wanted::Store(size, value));
+        match answer(ipa, wanted) {
+            Ok(Answer::Done(value)) => value,
+            // Its slot was seen to above, and nobody came between.
+            Ok(Answer::Again | Answer::Nothing) => ERASED,
+            Err(error) => {
+                failed = Some(error);
+                ERASED
+            }
+        }
+    });
+    failed.map_or(Ok(Some(done)), Err)
 }
 
 /// What a store puts there.
@@ -101,11 +117,18 @@ fn operand(vcpu: &Vcpu, syndrome: Syndrome, size: AccessSize) -> u64 {
     vcpu.context.x(register) & (u64::MAX >> (64 - bits))
 }
 
-/// Whether something answers in the page at `page` that is not memory.
-pub fn answers(vm: &Vm, page: u64) -> bool {
-    match virt::decode(page) {
-        Some(Device::FwCfg(_)) => vm.fw_cfg.is_some(),
-        device => device.is_some(),
+/// What answers at `ipa` that is not memory. A page may hold less than a page of it.
+pub fn at(vm: &Vm, ipa: u64) -> Option<Device> {
+    virt::decode(ipa).filter(|device| !matches!(device, Device::FwCfg(_)) || vm.fw_cfg.is_some())
+}
+
+/// Before the accesses of a load that had no syndrome, from `device` on: those from the interrupt controller are made with
+/// what is known of list registers after this. To ask each time would be up to 16 syncs of this CPU's, and as many interrupts to
+/// others, in one exit.
+#[inline(never)]
+pub fn prepare_load(vcpu: &'static Vcpu, device: Device) {
+    if let Device::Gic(frame, offset) = device {
+        refresh(vcpu, frame, offset);
     }
 }
 
@@ -125,6 +148,9 @@ pub fn bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) 
         None => read(vcpu, device, size),
     };
     match device {
+        Device::Gic(frame, offset) if value.is_none() => {
+            vcpu.vm.vgic.mmio_read(vcpu.index, frame, offset, size)
+        }
         Device::Gic(..) | Device::FwCfg(_) => one(device, size, value),
         _ if size == AccessSize::Double => {
             let low = one(
@@ -181,17 +207,23 @@ fn extend(value: u64, size: AccessSize, syndrome: Syndrome) -> u64 {
     }
 }
 
+/// Has those vCPUs tell what is in their list registers that a read there is about.
+#[inline(always)]
+fn refresh(vcpu: &'static Vcpu, frame: Frame, offset: u64) {
+    let stale = vcpu.vm.vgic.refresh(frame, offset);
+    if !stale.is_none() {
+        sched::sync_always(vcpu);
+        sched::kick(vcpu, stale.without(vcpu.index));
+    }
+}
+
 // Always a part of its two callers: the way of an access with a syndrome is the frequent one, and makes no call.
 #[inline(always)]
 fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
     let vm = vcpu.vm;
     match device {
         Device::Gic(frame, offset) => {
-            let stale = vm.vgic.refresh(frame, offset);
-            if !stale.is_none() {
-                sched::sync_always(vcpu);
-                sched::kick(vcpu, stale.without(vcpu.index));
-            }
+            refresh(vcpu, frame, offset);
             vm.vgic.mmio_read(vcpu.index, frame, offset, size)
         }
         Device::Uart(offset) => {

@@ -36,7 +36,9 @@ impl Bank {
         let leaves = self.chips.leaves_array(value);
         if let Effect::Program { offset, masks } = self.chips.write(offset, size, value) {
             assert!(offset.is_multiple_of(8) && masks.len() * 8 <= BUFFER);
-            let stored = self.stored[offset as usize..].chunks_mut(8);
+            let end = offset + 8 * masks.len() as u64;
+            assert!(end <= STORED, "{offset:#x}: {} words", masks.len());
+            let stored = self.stored[offset as usize..end as usize].chunks_mut(8);
             for (word, mask) in stored.zip(masks) {
                 for (byte, mask) in word.iter_mut().zip(mask.to_le_bytes()) {
                     *byte &= mask;
@@ -200,7 +202,11 @@ fn uboot_saves_its_environment_by_halves() {
         tell(&mut bank, half, 0x50);
         tell(&mut bank, half, 0x20);
         tell(&mut bank, half, 0xd0);
-        while bank.read_as(half, AccessSize::Half) != 0x80 {}
+        // A step with each look, the first included.
+        let ready = (0..SECTOR / ERASE_STEP)
+            .find(|_| bank.read_as(half, AccessSize::Half) == 0x80)
+            .expect("busy for ever");
+        assert_eq!(ready, SECTOR / ERASE_STEP - 1);
         tell(&mut bank, half, 0xff);
     }
     assert_eq!(bank.read(SECTOR - 4), !0);
