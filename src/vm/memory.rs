@@ -57,6 +57,8 @@ impl FlashSize {
 /// What erased flash reads as.
 pub const ERASED: u64 = !0;
 
+/// Words of a page.
+const WORDS: usize = PAGE / size_of::<u64>();
 /// The largest run taken at once: 1 GiB, the largest block.
 const LARGEST_RUN: usize = 1 << 18;
 /// The smallest: 2 MiB, so that all of it can be mapped by blocks.
@@ -269,38 +271,14 @@ impl GuestMemory {
         let mut at = ipa;
         let mut left = bytes;
         while !left.is_empty() {
-            // Down to a word's beginning: only the first turn can be inside one.
-            let inside = (at % 8) as usize;
-            let words = slots.words(at - inside as u64).ok_or(OutOfMemoryRange)?;
-            let most = if inside == 0 {
-                words.len() * 8
-            } else {
-                8 - inside
-            };
-            let (now, later) = left.split_at(left.len().min(most));
-            // Lines that are changed in part keep what the guest has in the rest.
-            let words = words
-                .get(..(inside + now.len()).div_ceil(8))
-                .unwrap_or(words);
-            self.stage2.coherent(words);
-            if inside == 0 {
-                let (eights, rest) = now.as_chunks::<8>();
-                for (word, &bytes) in words.iter().zip(eights) {
-                    word.store(u64::from_le_bytes(bytes), Relaxed);
-                }
-                if let (false, Some(word)) = (rest.is_empty(), words.get(eights.len())) {
-                    store_part(word, 0, rest);
-                }
-            } else if let Some(word) = words.first() {
-                store_part(word, inside, now);
-            }
-            self.stage2.stored(words);
-            // Piece by piece: what was written stays told if the next one is not memory.
-            self.stage2
-                .mark_dirty(Ipa::new(at), now.len() as u64)
+            let words = slots.words(at & !7).ok_or(OutOfMemoryRange)?;
+            // Run by run: what was written stays told if the next one is not memory.
+            let stored = self
+                .stage2
+                .store(Ipa::new(at), words, left)
                 .map_err(|_| OutOfMemoryRange)?;
-            at += now.len() as u64;
-            left = later;
+            at += stored as u64;
+            left = left.get(stored..).unwrap_or_default();
         }
         Ok(())
     }
@@ -338,13 +316,12 @@ impl GuestMemory {
     ) -> Result<(), OutOfMemoryRange> {
         let first = first.min(run.pages());
         let pages = pages.min(run.pages() - first);
-        slot.clear(run, first, pages);
-        self.clean_run(run, first, pages);
+        let words = run.words().get(first * WORDS..(first + pages) * WORDS);
+        let ipa = Ipa::new(base + (first * PAGE) as u64);
         self.stage2
-            .mark_dirty(
-                Ipa::new(base + (first * PAGE) as u64),
-                (pages * PAGE) as u64,
-            )
+            .overwrite(ipa, words.unwrap_or_default(), || {
+                slot.clear(run, first, pages);
+            })
             .map_err(|_| OutOfMemoryRange)
     }
 
@@ -398,8 +375,7 @@ impl Slot {
         match self.access {
             Access::ReadWrite => run.zero(first, pages),
             Access::ReadOnly | Access::None => {
-                let words = PAGE / size_of::<u64>();
-                for word in run.words().iter().skip(first * words).take(pages * words) {
+                for word in run.words().iter().skip(first * WORDS).take(pages * WORDS) {
                     word.store(ERASED, Relaxed);
                 }
             }
@@ -428,13 +404,4 @@ impl Slot {
             Some((*base, run.address(), pages))
         })
     }
-}
-
-/// Puts `bytes` into a word from its byte `from` on; its other bytes stay.
-fn store_part(word: &AtomicU64, from: usize, bytes: &[u8]) {
-    let mut whole = word.load(Relaxed).to_le_bytes();
-    for (to, &byte) in whole.iter_mut().skip(from).zip(bytes) {
-        *to = byte;
-    }
-    word.store(u64::from_le_bytes(whole), Relaxed);
 }

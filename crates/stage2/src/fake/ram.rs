@@ -5,7 +5,9 @@
 use super::{Event, Machine, lock};
 use crate::hardware::Support;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::raw;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::vec::Vec;
 
@@ -26,7 +28,9 @@ pub struct Ram {
     memory: Vec<AtomicU64>,
     /// What the caches hold: all that EL2 and a guest with caches on ever see.
     cached: Vec<AtomicU64>,
-    /// Lines that memory does not have yet.
+    /// The same as it came from memory: where it differs, EL2 has stored.
+    filled: Vec<AtomicU64>,
+    /// Lines with what the guest stored and memory does not have yet.
     dirty: Mutex<BTreeSet<usize>>,
 }
 
@@ -36,28 +40,34 @@ impl Ram {
         Self {
             memory: zeroes(),
             cached: zeroes(),
+            filled: zeroes(),
             dirty: Mutex::default(),
         }
     }
 
-    fn refill(&self, line: usize) {
-        for word in (line * LINE..(line + 1) * LINE).take_while(|word| *word < self.cached.len()) {
-            let value = self.memory[word].load(Ordering::SeqCst);
-            self.cached[word].store(value, Ordering::SeqCst);
-        }
+    /// The words of a line.
+    fn line(&self, line: usize) -> Range<usize> {
+        line * LINE..self.cached.len().min((line + 1) * LINE)
     }
 
     /// `DC CIVAC`.
     fn clean_invalidate(&self, line: usize) {
-        if lock(&self.dirty).remove(&line) {
-            let words = line * LINE..(line + 1) * LINE;
-            for word in words.take_while(|word| *word < self.cached.len()) {
-                let value = self.cached[word].load(Ordering::SeqCst);
-                self.memory[word].store(value, Ordering::SeqCst);
+        let by_el2 = |word| value(&self.cached[word]) != value(&self.filled[word]);
+        if lock(&self.dirty).remove(&line) || self.line(line).any(by_el2) {
+            for word in self.line(line) {
+                raw(&self.memory[word]).store(value(&self.cached[word]), Ordering::SeqCst);
             }
         }
-        self.refill(line);
+        for word in self.line(line) {
+            for copy in [&self.cached, &self.filled] {
+                raw(&copy[word]).store(value(&self.memory[word]), Ordering::SeqCst);
+            }
+        }
     }
+}
+
+fn value(word: &AtomicU64) -> u64 {
+    raw(word).load(Ordering::SeqCst)
 }
 
 impl Machine {
@@ -105,12 +115,6 @@ impl Machine {
             Caching::WriteBack => &ram.cached,
         };
         from[word].load(Ordering::SeqCst)
-    }
-
-    /// A store by EL2, through [`words`](Self::words): its line is dirty.
-    pub fn store_by_el2(&self, word: usize, value: u64) {
-        self.words()[word].store(value, Ordering::SeqCst);
-        lock(&self.ram().dirty).insert(word / LINE);
     }
 
     pub(super) fn maintain(&self, words: &[AtomicU64]) {

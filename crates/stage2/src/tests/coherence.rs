@@ -1,10 +1,13 @@
 //! What the host is given is what the guest stored, past the caches or through them.
 
 use super::world::*;
+use crate::fake::traced::{self, Observer, Point, Write};
 use crate::fake::{Caching, Event};
 use crate::sync::atomic::Ordering;
 use crate::types::*;
-use crate::{FaultAccess, Features, Support};
+use crate::{Error, FaultAccess, Features, Support};
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::vec::Vec;
 
 const IPA: u64 = 0x4000_0000;
@@ -89,19 +92,125 @@ fn a_look_loses_nothing_that_is_in_the_caches_alone() {
     assert_eq!(world.machine.load(5, Caching::Bypass), 7, "it was cleaned");
 }
 
-/// EL2 changes one word of a line whose others the guest stored past the caches.
+/// EL2 changes part of a line whose rest the guest stored past the caches, and the guest looks again.
 #[test]
 fn a_store_by_el2_keeps_what_stands_beside_it() {
-    let world = world(Support::Absent);
-    guest_stores(&world, 4, 1, Caching::Bypass);
-    let changed = &world.machine.words()[5..6];
-    world.stage2.coherent(changed);
-    world.machine.store_by_el2(5, 2);
-    world.stage2.stored(changed);
-    for (word, value) in [(4, 1), (5, 2)] {
-        assert_eq!(world.machine.load(word, Caching::Bypass), value);
-        assert_eq!(world.machine.load(word, Caching::WriteBack), value);
+    const OLD: u64 = 0x1111_1111_1111_1111;
+    // Within a word, over its end, from one on, to one, a whole line and more.
+    for (at, len) in [(42, 3), (38, 4), (40, 9), (35, 13), (40, 8), (61, 70)] {
+        for fwb in [Support::Absent, Support::Present] {
+            let world = world(fwb);
+            for word in 0..24 {
+                guest_stores(&world, word, OLD, Caching::Bypass);
+            }
+            let bytes: Vec<u8> = (1..=len as u8).map(|byte| 0x80 | byte).collect();
+            let words = &world.machine.words()[at / 8..];
+            let stored = world.stage2.store(Ipa::new(IPA + at as u64), words, &bytes);
+            assert_eq!(stored, Ok(len));
+            let mut expected = [0x11; 24 * 8];
+            expected[at..at + len].copy_from_slice(&bytes);
+            // Through the caches, the lines it touched: the others have what they had.
+            let lines = at / 64 * 8..(at + len).div_ceil(64) * 8;
+            for (words, caching) in [(0..24, Caching::Bypass), (lines, Caching::WriteBack)] {
+                let load = |word| world.machine.load(word, caching).to_le_bytes();
+                let seen: Vec<u8> = words.clone().flat_map(load).collect();
+                let expected = &expected[words.start * 8..words.end * 8];
+                assert_eq!(seen, expected, "{at} {len} {caching:?}");
+            }
+        }
     }
+}
+
+#[test]
+fn a_store_by_el2_goes_as_far_as_the_words_do() {
+    let world = world(Support::Absent);
+    let words = world.machine.words();
+    let store = |at, words, bytes| world.stage2.store(Ipa::new(IPA + at), words, bytes);
+    assert_eq!(store(3, &words[..2], &[1; 20]), Ok(13));
+    assert_eq!(store(3, &words[..0], &[1; 20]), Ok(0));
+    assert_eq!(store(3, &words[..1], &[]), Ok(0));
+    assert_eq!(store(0, &words[..1], &[1; 20]), Ok(8));
+    world.start(Engine::WriteProtect, Granularity::Page);
+    assert_eq!(store(PAGE_SIZE - 1, words, &[]), Ok(0));
+    assert!(world.harvest().is_empty(), "nothing was stored");
+    assert_eq!(store(PAGE_SIZE - 1, &words[511..], &[1; 2]), Ok(1));
+    assert_eq!(world.harvest(), set([IPA]));
+    let outside = IPA - 8;
+    let refused = world.stage2.store(Ipa::new(outside), words, &[1]);
+    assert_eq!(refused, Err(Error::NotMemory(Ipa::new(outside))));
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Did {
+    Maintain,
+    Store,
+    Mark,
+}
+
+/// What a CPU does to memory and to a word of the dirty log, in order.
+struct Order {
+    memory: Range<usize>,
+    mark: usize,
+    did: Mutex<Vec<Did>>,
+}
+
+impl Order {
+    fn push(&self, did: Did) {
+        self.did.lock().unwrap().push(did);
+    }
+}
+
+impl Observer for Order {
+    fn point(&self, _: Point) {}
+    fn milestone(&self) {}
+    fn wait(&self) {}
+    fn settle(&self, _: usize) {}
+    fn wrote(&self, write: Write) {
+        if self.memory.contains(&write.address) {
+            self.push(Did::Store);
+        } else if write.address == self.mark {
+            self.push(Did::Mark);
+        }
+    }
+    fn filled(&self, _: usize) {}
+    fn noted(&self, event: Event) {
+        if matches!(event, Event::CleanInvalidate(_)) {
+            self.push(Did::Maintain);
+        }
+    }
+}
+
+/// A harvest that comes between takes the page's bit or leaves it; the mark comes when the host would be given
+/// the new bytes.
+#[test]
+fn invariant_18_a_store_by_el2_is_marked_when_it_is_in_memory() {
+    let world = world(Support::Absent);
+    world.start(Engine::WriteProtect, Granularity::Page);
+    let slot = world.stage2.slot(SlotId(0)).unwrap();
+    let memory = world.machine.words().as_ptr_range();
+    let order = Arc::new(Order {
+        memory: memory.start.addr()..memory.end.addr(),
+        mark: std::ptr::from_ref(&slot.dirty.live()[0]).addr(),
+        did: Mutex::default(),
+    });
+    let stored = traced::observed(order.clone(), || {
+        let words = world.machine.words();
+        world.stage2.store(Ipa::new(IPA + 4), words, &[1; 8])
+    });
+    assert_eq!(stored, Ok(8));
+    let did = order.did.lock().unwrap().clone();
+    let [maintain, store, mark] = [Did::Maintain, Did::Store, Did::Mark];
+    assert_eq!(did, [maintain, store, store, maintain, mark]);
+    assert_eq!(world.harvest(), set([IPA]));
+    // Of whole lines nothing is kept.
+    order.did.lock().unwrap().clear();
+    let filled = traced::observed(order.clone(), || {
+        let words = &world.machine.words()[..8];
+        let fill = || words[7].store(1, Ordering::SeqCst);
+        world.stage2.overwrite(Ipa::new(IPA), words, fill)
+    });
+    assert_eq!(filled, Ok(()));
+    assert_eq!(*order.did.lock().unwrap(), [store, maintain, mark]);
 }
 
 /// Where stage 2 forces Write-Back it costs nothing; elsewhere what is looked at and no more.
