@@ -5,9 +5,13 @@
 //!
 //! Verified while the guest runs ([`Verify::Running`]): EL2 sums each page (CRC-32C), then an
 //! epoch is taken and given back. A page that is not in that epoch was not written since the
-//! last round, so what EL2 summed is what was copied, and the sums must be equal. Pages that
-//! are in it are not judged, and counted. What this finds is a write that was not tracked and
-//! a page that was copied wrongly; that a page is judged falsely has a chance of 1 in 2^32.
+//! last round, or was a moment ago: the hardware's dirty bit may become visible after the store,
+//! until its CPU's next DSB (R_RZYCN). So where sums differ outside the epoch, the guest is
+//! paused for a moment, which has such a DSB on each of its CPUs, and one more epoch is taken
+//! and given back. A page that is in neither is what EL2 summed and what was copied, and the
+//! sums must be equal. Pages that are in one are not judged, and counted. What this finds is a
+//! write that was not tracked and a page that was copied wrongly; that two contents have the
+//! same sum has a chance of 1 in 2^32.
 //!
 //! Verified while it is paused ([`Verify::Paused`]): SHA-256 of each slot at both ends before
 //! the resume, and one more take, which must be empty.
@@ -407,17 +411,43 @@ impl Copy<'_> {
     /// Compares sums of pages, and then learns which of them the guest has written meanwhile.
     fn verify_running(&mut self) -> Result<Verified> {
         let differing = self.differing()?;
-        let read = |client: &mut Client, report: &TakeReport| {
-            client.read_bitmaps(self.vm, report, &mut |_, _| {})
-        };
-        // It is not this copy's: whoever goes on with the log gets it.
-        let since = self
-            .client
-            .harvest(self.vm, Ending::GiveBack, &mut |_, _| {}, read)?;
-        if self.plan.after == After::Paused && since.dirty_pages() > 0 {
-            return Err(still_dirty(since.dirty_pages()));
+        let since = self.written()?;
+        if self.plan.after == After::Paused {
+            return match since.dirty_pages() {
+                0 => self.judge(&differing, &since.slots),
+                pages => Err(still_dirty(pages)),
+            };
         }
-        self.judge(&differing, &since.slots)
+        if self.wrong(&differing, &since.slots).is_empty() {
+            return self.judge(&differing, &since.slots);
+        }
+        self.settle()?;
+        // What was given back is in it again.
+        let settled = self.written()?;
+        let known = |(id, page)| is_in(&settled.slots, id, page) || is_in(&since.slots, id, page);
+        let rest: Vec<_> = differing.into_iter().filter(|&at| !known(at)).collect();
+        self.judge(&rest, &settled.slots)
+    }
+
+    /// What the guest has written since the last round. It is not this copy's: whoever goes on with the log gets it.
+    fn written(&mut self) -> Result<Bitmaps> {
+        let vm = self.vm;
+        let read = |client: &mut Client, report: &TakeReport| {
+            client.read_bitmaps(vm, report, &mut |_, _| {})
+        };
+        self.client
+            .harvest(vm, Ending::GiveBack, &mut |_, _| {}, read)
+    }
+
+    /// Has each CPU of the guest leave it once: what it has stored is visible in the tables then.
+    fn settle(&mut self) -> Result<()> {
+        let vm = self.vm;
+        match self.client.pause(vm, Hold::Session) {
+            // It has left them all for good.
+            Ok(()) | Err(Error::VmGone { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.client.undisturbed(|client| client.let_go(vm))
     }
 
     /// The pages whose sum at EL2 is not the copy's.
@@ -447,18 +477,7 @@ impl Copy<'_> {
 
     /// Judges the pages that differ by what was written since the last round.
     fn judge(&self, differing: &[(SlotId, u64)], written: &[SlotBitmap]) -> Result<Verified> {
-        let is_written = |id: SlotId, page: u64| {
-            let bits = written.iter().find(|bits| bits.slot == id);
-            bits.is_some_and(|bits| bits.get(page))
-        };
-        let wrong: Vec<String> = differing
-            .iter()
-            .filter(|(id, page)| !is_written(*id, *page))
-            .filter_map(|(id, page)| {
-                let slot = self.image.slot(*id)?;
-                Some(format!("{:#x}", slot.info.base_ipa + page * PAGE_SIZE))
-            })
-            .collect();
+        let wrong = self.wrong(differing, written);
         if !wrong.is_empty() {
             let first = wrong.get(..DIFFERENCES_NAMED).unwrap_or(&wrong).join(" ");
             return Err(Error::Mismatch(format!(
@@ -473,9 +492,27 @@ impl Copy<'_> {
         })
     }
 
+    /// The addresses of those that differ and were not written.
+    fn wrong(&self, differing: &[(SlotId, u64)], written: &[SlotBitmap]) -> Vec<String> {
+        let unwritten = differing
+            .iter()
+            .filter(|(id, page)| !is_in(written, *id, *page));
+        unwritten
+            .filter_map(|(id, page)| {
+                let slot = self.image.slot(*id)?;
+                Some(format!("{:#x}", slot.info.base_ipa + page * PAGE_SIZE))
+            })
+            .collect()
+    }
+
     fn pages(&self) -> u64 {
         self.image.slots().iter().map(|slot| slot.info.pages).sum()
     }
+}
+
+fn is_in(bitmaps: &[SlotBitmap], slot: SlotId, page: u64) -> bool {
+    let bits = bitmaps.iter().find(|bits| bits.slot == slot);
+    bits.is_some_and(|bits| bits.get(page))
 }
 
 fn still_dirty(pages: u64) -> Error {

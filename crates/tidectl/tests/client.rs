@@ -499,6 +499,22 @@ fn a_tracker_that_misses_writes_is_found_out() {
 }
 
 #[test]
+fn a_write_that_is_noticed_late_is_no_wrong_copy() {
+    let mut vm = small();
+    vm.late_every = Some(5);
+    let target = Target::new(vec![vm]);
+    let mut client = open(&target, Faults::default());
+    let report = copy::run(&mut client, VM, &plan("late"), &mut |_| {}).expect("a copy");
+    assert!(report.verified.written > 0);
+    let state = lock(&target);
+    let settled = state.requests.iter().filter(|name| *name == "Ok Resume");
+    assert!(settled.count() >= 2, "it was paused once more");
+    assert_eq!(state.vms[0].state, VmState::Running, "the guest goes on");
+    assert_eq!(state.vms[0].logging, None);
+    assert_eq!(state.vms[0].outstanding, None);
+}
+
+#[test]
 fn what_was_not_kept_is_reported_again() {
     let target = Target::new(vec![small()]);
     let mut client = open(&target, Faults::default());

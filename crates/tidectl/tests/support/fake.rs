@@ -262,7 +262,7 @@ impl Target {
             Request::Pause { vm, hold } => {
                 let vm = self.vm(vm)?;
                 if vm.state == VmState::Running && !vm.not_yet() {
-                    vm.state = VmState::Paused;
+                    vm.pause();
                 }
                 vm.holds.insert(hold as u8);
                 Ok(Response::State(vm.state))

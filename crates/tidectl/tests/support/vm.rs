@@ -91,6 +91,9 @@ pub struct Vm {
     pub writes: u64,
     /// Every so many writes goes unnoticed: a broken tracker.
     pub misses_every: Option<u64>,
+    /// Every so many writes is noticed when the guest is paused, as hardware's dirty bits may be (the slot, the page).
+    pub late_every: Option<u64>,
+    pub late: Vec<(usize, u64)>,
     pub written: u64,
     pub rng: Rng,
     /// Answers of "not yet" before something long is done.
@@ -130,6 +133,8 @@ impl Vm {
             told: VmState::Running,
             writes: 3,
             misses_every: None,
+            late_every: None,
+            late: Vec::new(),
             written: 0,
             rng: Rng::new(7),
             slowness: 2,
@@ -212,6 +217,12 @@ impl Vm {
         let missed = self
             .misses_every
             .is_some_and(|every| self.written.is_multiple_of(every));
+        let late = self
+            .late_every
+            .is_some_and(|every| self.written.is_multiple_of(every));
+        if late && self.logging.is_some() {
+            self.late.push((slot, page));
+        }
         let slot = &mut self.slots[slot];
         let start = page as usize * PAGE;
         if value.is_multiple_of(4) {
@@ -220,7 +231,7 @@ impl Vm {
             let at = start + (value % 512) as usize * 8;
             slot.memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
-        if self.logging.is_some() && !missed {
+        if self.logging.is_some() && !missed && !late {
             slot.live[page as usize / 64] |= 1 << (page % 64);
         }
         let id = slot.id;
@@ -229,6 +240,14 @@ impl Vm {
             let place = self.pa(slot) - base + start as u64;
             let content = &slot.memory[start..start + PAGE];
             file.write_all_at(content, place).expect("a temporary file");
+        }
+    }
+
+    /// The guest stands still, and all that it wrote has been noticed.
+    pub fn pause(&mut self) {
+        self.state = VmState::Paused;
+        for (slot, page) in std::mem::take(&mut self.late) {
+            self.slots[slot].live[page as usize / 64] |= 1 << (page % 64);
         }
     }
 
