@@ -239,7 +239,15 @@ fn note(
                 Operation::Take(_) | Operation::Slot(Wanted::Added(_)) => {}
             }
         }
-        Err(reply) => work.failure = Some((operation, reply)),
+        Err(reply) => {
+            // Nobody's log: a start that has not begun leaves none. One that has is its keeper's to stop.
+            if matches!(operation, Operation::Start(..))
+                && vm.memory.stage2().log_status().stage == LogStage::Off
+            {
+                work.keeper = None;
+            }
+            work.failure = Some((operation, reply));
+        }
     }
     work.operation = None;
     work.change = None;
@@ -389,12 +397,15 @@ pub fn start_log(
             Err(ErrorReply::AlreadyLogging)
         };
     }
-    if status.stage == LogStage::Off && work.operation.is_none() {
+    let operation = Operation::Start(policy, granularity);
+    // Then this is the question how it ended, and begins nothing.
+    let failed = work.failure.is_some_and(|(what, _)| what == operation);
+    if status.stage == LogStage::Off && work.operation.is_none() && !failed {
         work.keeper = Some(hold);
         work.since = stage2.counters();
         work.stalls_since = throttle::stalls(vm);
     }
-    let progress = drive(vm, work, Operation::Start(policy, granularity))?;
+    let progress = drive(vm, work, operation)?;
     Ok(progress.map_or(Work::Done(()), going))
 }
 
