@@ -20,7 +20,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn leaves_no_trace(script: &mut Script) -> Result<()> {
-    let bundle = guests::pack([guests::bench(1, Mib(384))?])?;
+    let bundle = guests::pack([guests::bench(1, Mib(448))?])?;
     let target = script.start_tidemark("virt-smp1-icount", &bundle, "")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;

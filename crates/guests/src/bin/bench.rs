@@ -243,7 +243,7 @@ mod guest {
 
     fn tracked_writes(boot: &Boot) {
         let Some(touched) = free_blocks(boot) else {
-            say!("skip loop_64m: no 256 MiB of free RAM in one piece; give the guest 384 MiB");
+            say!("skip loop_64m: no 256 MiB of free RAM in one piece; give the guest 448 MiB");
             return;
         };
         row("touch_256m", store_to_each(touched), 1);

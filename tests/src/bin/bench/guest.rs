@@ -14,7 +14,7 @@ use tidemark_wire::message::{EngineChoice, Granularity, Task, VmId};
 use crate::log::Longest;
 
 /// Holds the 256 MiB that the loops write, and the program.
-const MEMORY: Mib = Mib(384);
+const MEMORY: Mib = Mib(448);
 
 /// The guest's phases that a run is about.
 #[derive(Clone, Copy, PartialEq, Eq)]
