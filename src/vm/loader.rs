@@ -71,6 +71,9 @@ enum Phase {
         piece: usize,
         done: u64,
     },
+    /// The devicetree, and then its seeds, by number.
+    Tree,
+    Seed(usize),
     Start,
 }
 
@@ -175,7 +178,9 @@ impl Loader {
             Phase::Renew { .. } => Task::Clear,
             Phase::Map { .. } => Task::Map,
             Phase::Copy { .. } | Phase::Zero { .. } => Task::Load,
-            Phase::Wait | Phase::Clear(_) | Phase::Start => Task::Start,
+            Phase::Wait | Phase::Clear(_) | Phase::Tree | Phase::Seed(_) | Phase::Start => {
+                Task::Start
+            }
         };
         match metered(task, || self.try_step()) {
             Ok(step) => step,
@@ -245,7 +250,7 @@ impl Loader {
             },
             Phase::Copy { piece, done, crc } => {
                 let Some(current) = self.pieces.get(*piece) else {
-                    self.phase = Phase::Start;
+                    self.phase = Phase::Tree;
                     return Ok(Step::Again);
                 };
                 let rest = &current.from[(*done).min(current.from.len())..];
@@ -291,6 +296,17 @@ impl Loader {
                     }
                 }
             }
+            Phase::Tree => {
+                self.lay_tree()?;
+                self.phase = Phase::Seed(0);
+            }
+            Phase::Seed(next) => {
+                let next = *next;
+                self.phase = match self.lay_seed(next)? {
+                    Some(()) => Phase::Seed(next + 1),
+                    None => Phase::Start,
+                };
+            }
             Phase::Start => {
                 self.start()?;
                 return Ok(Step::Done);
@@ -299,19 +315,23 @@ impl Loader {
         Ok(Step::Again)
     }
 
-    fn start(&self) -> Result<(), String> {
-        let tree = match self.vm.tree.get() {
-            Some(Ok(tree)) => tree,
-            Some(Err(error)) => return Err(format!("building its devicetree: {error:?}")),
-            None => return Err("its devicetree was not built".into()),
-        };
-        if let Some(flash) = &self.vm.flash {
-            flash.set_laid();
+    fn tree(&self) -> Result<&'static tree::Tree, String> {
+        match self.vm.tree.get() {
+            Some(Ok(tree)) => Ok(tree),
+            Some(Err(error)) => Err(format!("building its devicetree: {error:?}")),
+            None => Err("its devicetree was not built".into()),
         }
-        let place = self
-            .tree
-            .filter(|&at| self.has_room(at, tree.blob().len() as u64));
-        match place {
+    }
+
+    /// Where its devicetree goes, if there is room.
+    fn tree_place(&self, tree: &tree::Tree) -> Option<u64> {
+        self.tree
+            .filter(|&at| self.has_room(at, tree.blob().len() as u64))
+    }
+
+    fn lay_tree(&self) -> Result<(), String> {
+        let tree = self.tree()?;
+        match self.tree_place(tree) {
             Some(at) => write(&self.vm.memory, "devicetree", at, tree.blob())?,
             // As QEMU does it with a program that is where its devicetree would be.
             None => info!(
@@ -319,21 +339,33 @@ impl Loader {
                 self.vm.name()
             ),
         }
-        let mut own = random::for_start();
-        for seed in tree.seeds() {
-            let mut bytes = [0; tree::LARGEST_SEED];
-            own.fill(&mut bytes);
-            let len = seed.len().min(bytes.len());
-            if let Some(at) = place {
-                write(
-                    &self.vm.memory,
-                    "devicetree",
-                    at + seed.start as u64,
-                    &bytes[..len],
-                )?;
-            }
+        Ok(())
+    }
+
+    /// Lays one seed into the devicetree, a step each: hashes are long. `None` if there is none of that number.
+    fn lay_seed(&self, number: usize) -> Result<Option<()>, String> {
+        if number == 0 {
+            *self.vm.random.lock() = random::for_start();
         }
-        *self.vm.random.lock() = own;
+        let tree = self.tree()?;
+        let Some(seed) = tree.seeds().nth(number) else {
+            return Ok(None);
+        };
+        let mut bytes = [0; tree::LARGEST_SEED];
+        self.vm.random.lock().fill(&mut bytes);
+        let len = seed.len().min(bytes.len());
+        if let Some(at) = self.tree_place(tree) {
+            let at = at + seed.start as u64;
+            write(&self.vm.memory, "devicetree", at, &bytes[..len])?;
+        }
+        Ok(Some(()))
+    }
+
+    fn start(&self) -> Result<(), String> {
+        if let Some(flash) = &self.vm.flash {
+            flash.set_laid();
+        }
+        let place = self.tree_place(self.tree()?);
         crate::arch::cache::invalidate_instructions();
         debug!(
             "{}: entry {:#x}, devicetree {place:x?}",
