@@ -174,7 +174,7 @@ mod models {
         }
         fn dsb_nsh(&self) {}
         fn isb(&self) {}
-        fn clean_invalidate(&self, _: &[AtomicU64]) {}
+        fn clean_invalidate(&self, _: &[crate::sync::atomic::AtomicU64]) {}
         fn select(&self, _: u64) -> u64 {
             0
         }
