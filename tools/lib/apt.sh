@@ -93,28 +93,33 @@ installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
 }
 
-# apt_install PACKAGE...: those that are not there, from the machine's own sources. The lists
-# are only fetched when they do not know a package or are too old to get it.
+# apt_install PACKAGE...: those that are not there, from the machine's own sources.
 apt_install() {
-    local wanted=() package known=yes
+    local wanted=() package
     for package; do
         installed "$package" || wanted+=("$package")
     done
-    [ ${#wanted[@]} -gt 0 ] || return 0
-    need_root "apt-get install ${wanted[*]}" "${wanted[@]}"
-    say "installing ${wanted[*]}"
-    for package in "${wanted[@]}"; do
+    [ ${#wanted[@]} = 0 ] || apt_upgrade "${wanted[@]}"
+}
+
+# apt_upgrade PACKAGE...: what the machine's own sources have of them, be an older one installed or none. The
+# lists are only fetched when they do not know a package or are too old to get it.
+apt_upgrade() {
+    local package known=yes
+    need_root "apt-get install $*" "$@"
+    say "installing $*"
+    for package; do
         [ -n "$(apt_candidate "$package")" ] || known=no
     done
     if [ "$known" = no ]; then
         must "cannot fetch Debian's package lists" apt_update
-    elif must_keep "${wanted[@]}" && logged apt_get_install "${wanted[@]}"; then
+    elif must_keep "$@" && logged apt_get_install "$@"; then
         return
     else
         must "cannot fetch Debian's package lists" apt_update
     fi
-    must_keep "${wanted[@]}"
-    must "cannot install ${wanted[*]}" apt_get_install "${wanted[@]}"
+    must_keep "$@"
+    must "cannot install $*" apt_get_install "$@"
 }
 
 # must_keep PACKAGE...: stops before an installation that would remove others.

@@ -38,13 +38,20 @@ setup_qemu() {
   $qemu_way"
 }
 
-# The machine's own sources if they have one that is new enough or nothing else is there, else the release's
-# backports, read through lists of their own: the machine's sources stay as they are.
+# The machine's own sources if what they would install is new enough, else the release's backports, read through
+# lists of their own: the machine's sources stay as they are. An older one that is installed is upgraded.
 install_qemu() {
     local candidate suite version removals refusals=
     candidate=$(apt_candidate qemu-system-arm)
-    if new_enough_qemu "$candidate" || ! is_released; then
-        apt_install qemu-system-arm
+    if ! new_enough_qemu "$candidate" && ! is_released; then
+        # Without backports it is in the machine's sources or nowhere, and the lists may be old.
+        need_root "apt-get update && apt-get install qemu-system-arm" qemu-system-arm
+        must "cannot fetch Debian's package lists" apt_update
+        candidate=$(apt_candidate qemu-system-arm)
+        new_enough_qemu "$candidate" || return 0
+    fi
+    if new_enough_qemu "$candidate"; then
+        apt_upgrade qemu-system-arm
         return
     fi
     suite=$(os VERSION_CODENAME)-backports
