@@ -19,12 +19,12 @@ mod vm;
 use alloc::string::String;
 use arch::features::{DirtyState, Features};
 use board::map::MemoryMap;
-use board::options::{self, Autostart, DirtyEngine, Options, WhenIdle};
+use board::options::{self, Autostart, DirtyEngine, LeafSize, Options, WhenIdle};
 use board::{Board, BoardError};
 use log::{info, warn};
 use spin::Once;
 use tidemark_errata::Verdict;
-use tidemark_stage2::Support;
+use tidemark_stage2::{Leaves, Support};
 use tidemark_wire::bundle::WhenAllStopped;
 
 static FEATURES: Once<Features> = Once::new();
@@ -70,7 +70,12 @@ extern "C" fn boot_main() -> ! {
     if !features.stage2_4k {
         unusable(&BoardError::NoStage2Granule);
     }
-    vm::stage2::init(features, options.dirty, options.last_vmid);
+    vm::stage2::init(
+        features,
+        options.dirty,
+        choose_leaves(options.leaves),
+        options.last_vmid,
+    );
     report(&board, features, options.dirty);
     if let Some(costs) = memory::frames::choose_zeroing() {
         let each = |ticks| arch::timer::in_nanoseconds(ticks) / memory::frames::MEASURED as u64;
@@ -112,6 +117,24 @@ fn unusable(error: &BoardError) -> ! {
     ));
     console::flush();
     arch::smc::system_off()
+}
+
+/// Which leaves guests get, if the command line does not say. Blocks, but on a CPU that drops what it cached of a
+/// block when one address in it is invalidated.
+fn choose_leaves(told: LeafSize) -> Leaves {
+    match (told, memory::reach::measure()) {
+        (LeafSize::Pages, _) => Leaves::Pages,
+        (LeafSize::Auto, Some(reach)) if reach.drops_the_block() => {
+            info!(
+                "memory is mapped in pages: after an invalidation of one, {} others of its block take {} ns, {} before",
+                memory::reach::NEIGHBOURS,
+                arch::timer::in_nanoseconds(reach.after),
+                arch::timer::in_nanoseconds(reach.before)
+            );
+            Leaves::Pages
+        }
+        (LeafSize::Auto | LeafSize::Blocks, _) => Leaves::Blocks,
+    }
 }
 
 /// One line for each thing that decides how guests' memory is watched.

@@ -11,6 +11,7 @@ use tidemark_ownership::without;
 pub mod frames;
 pub mod heap;
 pub mod layout;
+pub mod reach;
 pub mod stage1;
 
 /// A frame, and a page of any table: 4 KiB.

@@ -51,6 +51,9 @@ tlbi!(
     ipas2e1, "ipas2e1", operand);
 
 tlbi!(
+    /// EL2's own, last level, by VA, this CPU. Operand: VA >> 12.
+    vale2, "vale2", operand);
+tlbi!(
     /// EL2's own, last level, by VA, all CPUs.
     vale2is, "vale2is", operand);
 tlbi!(

@@ -16,6 +16,18 @@ pub enum DirtyEngine {
     Dbm,
 }
 
+/// With which leaves guests' memory is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LeafSize {
+    /// With those that suit the machine, which is measured.
+    #[default]
+    Auto,
+    /// Blocks where they fit.
+    Blocks,
+    /// Pages alone.
+    Pages,
+}
+
 /// What happens when the last guest has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WhenIdle {
@@ -55,6 +67,8 @@ pub struct Options {
     pub log: Option<LevelFilter>,
     /// `dirty=auto|wp|dbm`.
     pub dirty: DirtyEngine,
+    /// `leaves=auto|blocks|pages`.
+    pub leaves: LeafSize,
     /// `poweroff=idle|never`; without it, what the manifest says.
     pub when_idle: Option<WhenIdle>,
     /// `console=shell|all|NAME`.
@@ -70,13 +84,15 @@ pub struct Options {
 }
 
 /// The names that a word can have.
-pub const NAMES: &str = "log=, dirty=, poweroff=, console=, autostart=, vmids= and selftest=";
+pub const NAMES: &str =
+    "log=, dirty=, leaves=, poweroff=, console=, autostart=, vmids= and selftest=";
 
 /// What a word's name takes, for a warning about its value.
 pub fn values(word: &str) -> Option<&'static str> {
     match word.split_once('=')?.0 {
         "log" => Some("error, warn, info, debug, trace or off"),
         "dirty" => Some("auto, wp or dbm"),
+        "leaves" => Some("auto, blocks or pages"),
         "poweroff" => Some("idle or never"),
         "autostart" => Some("yes or no"),
         "vmids" => Some("the largest VMID to use"),
@@ -108,6 +124,9 @@ impl Options {
             ("dirty", "auto") => self.dirty = DirtyEngine::Auto,
             ("dirty", "wp") => self.dirty = DirtyEngine::WriteProtect,
             ("dirty", "dbm") => self.dirty = DirtyEngine::Dbm,
+            ("leaves", "auto") => self.leaves = LeafSize::Auto,
+            ("leaves", "blocks") => self.leaves = LeafSize::Blocks,
+            ("leaves", "pages") => self.leaves = LeafSize::Pages,
             ("poweroff", "idle") => self.when_idle = Some(WhenIdle::PowerOff),
             ("poweroff", "never") => self.when_idle = Some(WhenIdle::Stay),
             ("autostart", "yes") => self.autostart = Autostart::Manifest,

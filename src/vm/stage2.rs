@@ -8,7 +8,7 @@ use crate::sched;
 use core::sync::atomic::AtomicU64;
 use spin::Once;
 use tidemark_stage2::{
-    self as stage2, GuestVa, Hardware, IpaOperand, Pa, RangeOperand, Support, Table, Tlbi,
+    self as stage2, GuestVa, Hardware, IpaOperand, Leaves, Pa, RangeOperand, Support, Table, Tlbi,
     VmidWidth, Vmids,
 };
 
@@ -140,7 +140,7 @@ const IPA_BITS: u8 = 40;
 /// when all CPUs have come up and before the first VM.
 ///
 /// The dirty state of a part that is not known is used only if `told` says so, by name.
-pub fn init(cpus: &Features, told: DirtyEngine, last_vmid: Option<u16>) {
+pub fn init(cpus: &Features, told: DirtyEngine, leaves: Leaves, last_vmid: Option<u16>) {
     let support = |present: bool| {
         if present {
             Support::Present
@@ -164,6 +164,7 @@ pub fn init(cpus: &Features, told: DirtyEngine, last_vmid: Option<u16>) {
             } else {
                 Tlbi::Twice
             },
+            leaves,
             vmid: if cpus.vmid_bits == 16 {
                 VmidWidth::Sixteen
             } else {

@@ -21,7 +21,7 @@ pub fn cases() -> Vec<Case> {
 
 fn leaves_no_trace(script: &mut Script) -> Result<()> {
     let bundle = guests::pack([guests::bench(1, Mib(448))?])?;
-    let target = script.start_tidemark("virt-smp1-icount", &bundle, "")?;
+    let target = script.start_tidemark("virt-smp1-icount", &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("bench")?;

@@ -49,7 +49,7 @@ pub fn cases() -> Vec<Case> {
 fn hostile(script: &mut Script, machine: &str, engine: Option<EngineChoice>) -> Result<()> {
     let seed = script.seed();
     let bundle = guests::pack([guests::hostile(2, Mib(64))?])?;
-    let target = script.start_tidemark(machine, &bundle, "")?;
+    let target = script.start_tidemark(machine, &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("hostile")?;

@@ -120,7 +120,7 @@ pub fn cases() -> Vec<Case> {
 /// Starts an oracle on a machine of its own, or goes to the one that runs.
 fn start(script: &mut Script, machine: &str, config: &Config) -> Result<OracleGuest> {
     let bundle = guests::pack([guests::oracle(config.vcpus, MEMORY)?])?;
-    let target = script.start_tidemark(machine, &bundle, "")?;
+    let target = script.start_tidemark(machine, &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let guest = OracleGuest::attach(Host::connect(target)?, config)?;
     let up = guest.ledger.vcpus();
@@ -386,7 +386,7 @@ fn more_vms_than_vmids(script: &mut Script) -> Result<()> {
         Ok(draft)
     });
     let bundle = guests::pack(drafts.collect::<Result<Vec<_>>>()?)?;
-    let target = script.start_tidemark("virt", &bundle, "vmids=4")?;
+    let target = script.start_tidemark("virt", &bundle, "vmids=4 leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let mut all = Vec::new();
@@ -674,7 +674,7 @@ impl Judge {
 
 fn a72_dbm_refused(script: &mut Script) -> Result<()> {
     let bundle = guests::pack([guests::oracle(1, MEMORY)?])?;
-    let target = script.start_tidemark("virt-a72", &bundle, "")?;
+    let target = script.start_tidemark("virt-a72", &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("oracle")?;

@@ -57,7 +57,7 @@ fn oracle(script: &mut Script, pages: u32) -> Result<(&mut Target, OracleGuest)>
         more: 0,
     };
     let bundle = guests::pack([guests::oracle(VCPUS, Mib(32))?])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
+    let target = script.start_tidemark("virt", &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let guest = OracleGuest::attach(Host::connect(target)?, &config)?;
     Ok((target, guest))
@@ -289,7 +289,7 @@ fn linux_goes_on(script: &mut Script) -> Result<()> {
         interval_ms: 50,
     };
     let bundle = guests::pack([guests::linux("linux", VCPUS, Mib(256))?])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
+    let target = script.start_tidemark("virt", &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("linux")?;
@@ -350,7 +350,7 @@ fn linux_goes_on(script: &mut Script) -> Result<()> {
 
 fn out_of_bounds(script: &mut Script) -> Result<()> {
     let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
+    let target = script.start_tidemark("virt", &bundle, "leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("oracle")?;

@@ -82,7 +82,7 @@ pub const ROWS: &[Row] = &[
         RATIO,
         Some(9.0),
         Some(1.0),
-        Some(1.5),
+        Some(1.1),
     ),
     row("hypercall_unknown", COUNT, Some(1367.0), None, None),
     row("vgic_typer", COUNT, None, Some(601.0), None),

@@ -6,7 +6,7 @@
 //! table still says so, the block is made and the table freed: by then no TLB and no walker, software or
 //! hardware, can reach it.
 
-use crate::hardware::{Hardware, Table};
+use crate::hardware::{Hardware, Leaves, Table};
 use crate::pte::{Kind, Pte};
 use crate::slot::Scope;
 use crate::stage2::Stage2;
@@ -28,6 +28,9 @@ impl<H: Hardware> Stage2<H> {
     /// Collapses tables under entries of `target`, from address `from` on. Returns where to go on, or
     /// `None` when the scope is through.
     pub(crate) fn collapse_step(&self, scope: Scope, target: Level, from: u64) -> Option<u64> {
+        if self.features.leaves == Leaves::Pages {
+            return None;
+        }
         let below = target.below()?;
         let mut at = from;
         let mut batch: [Option<Candidate<'_>>; BATCH] = [const { None }; BATCH];

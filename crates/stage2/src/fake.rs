@@ -42,7 +42,7 @@ pub use ram::Caching;
 pub(crate) use rng::Rng;
 pub use whims::{Speculation, Whims};
 
-use crate::hardware::{Features, Hardware, Support, Table, Tlbi};
+use crate::hardware::{Features, Hardware, Leaves, Support, Table, Tlbi};
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
 use pe::Pe;
@@ -262,6 +262,7 @@ impl Machine {
             tlb_range: Support::Present,
             ttl: Support::Present,
             tlbi: Tlbi::Twice,
+            leaves: Leaves::Blocks,
             vmid: VmidWidth::Sixteen,
             pa_bits: 48,
         }

@@ -58,6 +58,17 @@ pub enum Tlbi {
     Twice,
 }
 
+/// The largest leaves that memory is mapped with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Leaves {
+    /// Blocks of 1 GiB and 2 MiB where the memory allows them: fewest tables, shortest walks, furthest reach of a TLB.
+    Blocks,
+    /// Pages alone. For CPUs on which an invalidation of one address drops what is cached of the whole block around
+    /// it: QEMU's take the larger of the two stages' leaves for that, and a kernel that changes its own pages
+    /// one by one then walks anew for all it has.
+    Pages,
+}
+
 /// What stage 2 needs to know about the CPUs: the least common denominator over all of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Features {
@@ -73,6 +84,8 @@ pub struct Features {
     pub ttl: Support,
     /// What completes a broadcast invalidation, on the worst of the CPUs.
     pub tlbi: Tlbi,
+    /// Which leaves suit the CPUs.
+    pub leaves: Leaves,
     /// VMID bits.
     pub vmid: VmidWidth,
     /// Physical address bits (ID_AA64MMFR0_EL1.PARange): 32, 36, 40, 42, 44, 48 or 52.
@@ -88,6 +101,7 @@ impl Features {
         tlb_range: Support::Absent,
         ttl: Support::Absent,
         tlbi: Tlbi::Once,
+        leaves: Leaves::Blocks,
         vmid: VmidWidth::Eight,
         pa_bits: 40,
     };

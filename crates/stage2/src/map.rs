@@ -9,7 +9,7 @@
 //! costs the same memory full or with one entry, and 511 faults are saved.
 
 use crate::error::Error;
-use crate::hardware::{Hardware, Table};
+use crate::hardware::{Hardware, Leaves, Table};
 use crate::pte::{Kind, Permission, Pte};
 use crate::slot::{Layout, Slot};
 use crate::stage2::Stage2;
@@ -113,9 +113,10 @@ impl<H: Hardware> Stage2<H> {
             _ => permission,
         };
         // While pages are logged one by one a new block would only be split again.
-        let largest = match layout.tracking(slot).map(|mode| mode.granularity) {
-            Some(Granularity::Page) => Level::L3,
-            _ => Level::L1,
+        let granularity = layout.tracking(slot).map(|mode| mode.granularity);
+        let largest = match (self.features.leaves, granularity) {
+            (Leaves::Pages, _) | (_, Some(Granularity::Page)) => Level::L3,
+            (Leaves::Blocks, _) => Level::L1,
         };
         let mut table = self.root(ipa);
         let mut level = self.shape.start;

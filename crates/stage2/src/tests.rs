@@ -10,6 +10,7 @@ mod engine;
 mod epochs;
 mod interleavings;
 mod invariants;
+mod leaves;
 mod memory;
 mod parallel;
 mod quota;

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidemark_stage2::{
-    Access, Engine, Epoch, Error, Extent, Features, Granularity, Ipa, PAGE_SIZE, Pa, Progress,
-    SlotId, Stage2, Support, Table, Tlbi, Vmid, VmidWidth,
+    Access, Engine, Epoch, Error, Extent, Features, Granularity, Ipa, Leaves, PAGE_SIZE, Pa,
+    Progress, SlotId, Stage2, Support, Table, Tlbi, Vmid, VmidWidth,
 };
 
 use crate::memory::Memory;
@@ -31,6 +31,7 @@ const FEATURES: Features = Features {
     tlb_range: Support::Present,
     ttl: Support::Present,
     tlbi: Tlbi::Twice,
+    leaves: Leaves::Blocks,
     vmid: VmidWidth::Sixteen,
     pa_bits: 48,
 };

@@ -51,7 +51,7 @@ fn run(name: &str, body: impl FnOnce(&mut Script) -> Result<()>) -> Result<()> {
 
 fn guest_rows(script: &mut Script, report: &mut Report) -> Result<()> {
     let bundle = guests::pack([guests::bench(2, MEMORY)?])?;
-    let target = script.start_tidemark("virt-icount", &bundle, "")?;
+    let target = script.start_tidemark("virt-icount", &bundle, "leaves=blocks")?;
     let host = drive(target, Part::Guest, |_, _, name, value| match name {
         "touch_256m" => Ok(()),
         _ => report.add(name, value),
@@ -62,7 +62,7 @@ fn guest_rows(script: &mut Script, report: &mut Report) -> Result<()> {
 
 fn el2_rows(script: &mut Script, report: &mut Report, longest: &mut Longest) -> Result<()> {
     let bundle = guests::pack([guests::bench(1, MEMORY)?])?;
-    let target = script.start_tidemark("virt-smp1-icount", &bundle, "")?;
+    let target = script.start_tidemark("virt-smp1-icount", &bundle, "leaves=blocks")?;
     let mut harvests = Vec::new();
     let mut host = drive(target, Part::El2, |host, vm, name, value| {
         match name {

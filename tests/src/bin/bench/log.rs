@@ -69,7 +69,8 @@ fn drive(script: &mut Script, report: &mut Report, longest: &mut Longest) -> Res
         })
     });
     let bundle = guests::pack(guests.into_iter().collect::<Result<Vec<_>>>()?)?;
-    let target = script.start_tidemark("virt-smp1-icount", &bundle, "autostart=no")?;
+    let target =
+        script.start_tidemark("virt-smp1-icount", &bundle, "autostart=no leaves=blocks")?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let (small, large, tiny) = (host.vm("small")?, host.vm("large")?, host.vm("tiny")?);

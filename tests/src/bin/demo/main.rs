@@ -69,7 +69,10 @@ fn demo(steps: &mut Steps) -> Result<()> {
     let work = Work::at(target_dir().join("demo"))?;
     let bundle = work.path("guests.bundle");
     std::fs::write(&bundle, guests::pack([guests::linux(GUEST, 2, Mib(512))?])?)?;
-    let payload = Payload::kernel(Artifact::Image.path()?).initrd(bundle);
+    let payload = Payload::kernel(Artifact::Image.path()?)
+        .initrd(bundle)
+        // To show blocks being split, and put back together.
+        .append("leaves=blocks");
 
     steps.begin("boot Tidemark with Debian's Linux in it");
     let clocks = Clocks::usual().with_total(170);

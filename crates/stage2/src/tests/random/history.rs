@@ -5,7 +5,7 @@ use crate::fake::{Machine, Speculation};
 use crate::tests::sim::Place;
 use crate::tests::world::*;
 use crate::types::*;
-use crate::{Features, Support, Tlbi};
+use crate::{Features, Leaves, Support, Tlbi};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::vec;
@@ -185,13 +185,15 @@ pub(super) struct History {
 pub(super) fn features() -> impl Strategy<Value = Features> {
     let support = || prop_oneof![Just(Support::Present), Just(Support::Absent)];
     let tlbi = prop_oneof![Just(Tlbi::Once), Just(Tlbi::Twice)];
-    (support(), support(), support(), support(), tlbi).prop_map(
-        |(dbm, bbm2, tlb_range, ttl, tlbi)| Features {
+    let leaves = prop_oneof![3 => Just(Leaves::Blocks), 1 => Just(Leaves::Pages)];
+    (support(), support(), support(), support(), tlbi, leaves).prop_map(
+        |(dbm, bbm2, tlb_range, ttl, tlbi, leaves)| Features {
             dbm,
             bbm2,
             tlb_range,
             ttl,
             tlbi,
+            leaves,
             ..Machine::everything()
         },
     )
