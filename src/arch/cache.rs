@@ -2,7 +2,7 @@
 
 use super::{barrier, regs};
 use core::arch::asm;
-use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use tock_registers::interfaces::Readable;
 
 /// Does `$what` at `$first` and every `$step` bytes from there to `$end`: eight times a turn as long as that
@@ -37,6 +37,21 @@ pub fn clean_invalidate(start: usize, len: usize) {
     // SAFETY: clean and invalidate by address loses no data, and nothing behind the last line is named.
     unsafe { by_block!("dc civac, {at}", first, end, line) };
     barrier::dsb_sy();
+}
+
+/// Has words fetched that will be read soon, by lines of 64 bytes: shorter ones do not exist where EL2 does.
+#[inline(always)]
+pub fn prefetch(words: &[AtomicU64; 64]) {
+    // SAFETY: hints, of memory that is borrowed; they change no state that the architecture knows of.
+    unsafe {
+        asm!(
+            "prfm pldl1keep, [{at}]", "prfm pldl1keep, [{at}, #64]",
+            "prfm pldl1keep, [{at}, #128]", "prfm pldl1keep, [{at}, #192]",
+            "prfm pldl1keep, [{at}, #256]", "prfm pldl1keep, [{at}, #320]",
+            "prfm pldl1keep, [{at}, #384]", "prfm pldl1keep, [{at}, #448]",
+            at = in(reg) words, options(nostack, preserves_flags, readonly)
+        );
+    }
 }
 
 /// Drops every instruction cache line, of all CPUs.

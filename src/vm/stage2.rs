@@ -49,6 +49,11 @@ impl Hardware for Hw {
     }
 
     #[inline]
+    fn prefetch(&self, entries: &[AtomicU64; 64]) {
+        cache::prefetch(entries);
+    }
+
+    #[inline]
     fn dsb_ishst(&self) {
         barrier::dsb_ishst();
     }

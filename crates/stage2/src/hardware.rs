@@ -130,6 +130,10 @@ pub trait Hardware: Sync {
     /// Takes back tables that neither software nor any TLB can reach any more.
     fn free_tables(&self, pa: Pa, count: usize);
 
+    /// `PRFM PLDL1KEEP` of every line: these entries will be read soon. Nothing but speed depends on it.
+    #[inline]
+    fn prefetch(&self, _entries: &[AtomicU64; 64]) {}
+
     /// `DSB ISHST`: earlier descriptor writes are visible to every walker.
     fn dsb_ishst(&self);
     /// `DSB ISH`: earlier broadcast invalidations are complete on every CPU.

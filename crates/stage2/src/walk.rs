@@ -15,6 +15,8 @@ pub(crate) struct Place<'a> {
     pub(crate) table: &'a Table,
     pub(crate) level: Level,
     pub(crate) index: usize,
+    /// The table above, and the entry in it that led here; none above the top.
+    above: Option<(&'a Table, usize)>,
     /// What the entry was when the walk came by.
     pub(crate) pte: Pte,
     pub(crate) kind: Kind,
@@ -23,6 +25,13 @@ pub(crate) struct Place<'a> {
 impl<'a> Place<'a> {
     pub(crate) fn entry(&self) -> &'a AtomicU64 {
         self.table.entry(self.index)
+    }
+
+    /// The entry behind the one that led to this table, if that is in the table above.
+    pub(crate) fn next_above(&self) -> Option<Pte> {
+        let (table, index) = self.above?;
+        let entry = table.0.get(index + 1)?;
+        Some(Pte(entry.load(Ordering::Acquire)))
     }
 }
 
@@ -61,12 +70,14 @@ impl<H: Hardware> Stage2<H> {
     pub(crate) fn descend_to(&self, ipa: u64, target: Level) -> Place<'_> {
         let mut table = self.root(ipa);
         let mut level = self.shape.start;
+        let mut above = None;
         loop {
             let index = level.index(ipa);
             let pte = Pte(table.entry(index).load(Ordering::Acquire));
             let kind = pte.kind(level);
             match (kind, level.below()) {
                 (Kind::Table(pa), Some(below)) if level < target => {
+                    above = Some((table, index));
                     table = self.hw.table(pa);
                     level = below;
                 }
@@ -75,6 +86,7 @@ impl<H: Hardware> Stage2<H> {
                         table,
                         level,
                         index,
+                        above,
                         pte,
                         kind,
                     };

@@ -107,6 +107,20 @@ impl Hardware for Memory {
         }
     }
 
+    #[inline]
+    fn prefetch(&self, entries: &[AtomicU64; 64]) {
+        for line in entries.chunks(8) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                // SAFETY: a prefetch changes nothing, and this one is of memory that is borrowed.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = line;
+        }
+    }
+
     fn dsb_ishst(&self) {}
     fn dsb_ish(&self) {}
     fn dsb_nsh(&self) {}

@@ -237,7 +237,18 @@ impl<H: Hardware> Stage2<H> {
             (Kind::Busy, _) => Err(Stall { at: here }),
             (_, Level::L3) => {
                 let end = within(Level::L2.size());
-                harvest.table(slot, &place, here, end, cost);
+                // While this one is looked at the next comes out of memory: at a table's end the hardware's own
+                // prefetching stops, and an atomic in this one holds up every load behind it.
+                let next = match place.next_above().map(|pte| pte.kind(Level::L2)) {
+                    Some(Kind::Table(pa)) => Some(self.hw.table(pa)),
+                    _ => None,
+                };
+                let ahead = |number: usize| {
+                    if let Some(group) = next.and_then(|next| next.0.as_chunks().0.get(number)) {
+                        self.hw.prefetch(group);
+                    }
+                };
+                harvest.table(slot, &place, Stretch { from: here, end }, ahead, cost);
                 Ok(end)
             }
             (Kind::Leaf, level) => {
@@ -372,8 +383,16 @@ fn convert(entry: &AtomicU64, level: Level, engine: Engine) -> Option<Pte> {
 }
 
 impl Harvest<'_> {
-    /// Harvests the level-3 table at `place` from `here` to `end`.
-    fn table(&mut self, slot: &Slot, place: &Place<'_>, here: u64, end: u64, cost: &mut u64) {
+    /// Harvests the part of a slot that the level-3 table at `place` maps. `ahead` is called with the number of each
+    /// group of 64 entries before it is looked at.
+    fn table(
+        &mut self,
+        slot: &Slot,
+        place: &Place<'_>,
+        Stretch { from: here, end }: Stretch,
+        ahead: impl Fn(usize),
+        cost: &mut u64,
+    ) {
         let (first, last) = (slot.page(here), slot.page(end));
         let looked = slot.dirty.take_live(first, last, |moved| {
             *cost += moved.cost();
@@ -383,13 +402,16 @@ impl Harvest<'_> {
         match self.search {
             Search::Convert => {
                 let engine = self.mode.engine;
-                let found = self.scan(slot, place, here, end, |group, wanted| {
+                let found = self.scan(slot, place, here, end, |_, group, wanted| {
                     collect_converting(group, wanted, engine)
                 });
                 *cost += 4 * ((end - here) >> PAGE_SHIFT) + DIRTY * found;
             }
             Search::Leaves | Search::Live => {
-                let found = self.scan(slot, place, here, end, collect);
+                let found = self.scan(slot, place, here, end, |number, group, wanted| {
+                    ahead(number);
+                    collect(group, wanted)
+                });
                 *cost += ((end - here) >> PAGE_SHIFT) + DIRTY * found;
             }
         }
@@ -430,19 +452,19 @@ impl Harvest<'_> {
         place: &Place<'_>,
         here: u64,
         end: u64,
-        collect: impl Fn(&[AtomicU64; 64], u64) -> u64,
+        collect: impl Fn(usize, &[AtomicU64; 64], u64) -> u64,
     ) -> u64 {
         let (groups, _) = place.table.0.as_chunks::<64>();
         let mut base = here & !(Level::L2.size() - 1);
         let (mut dirty, mut added) = (0, 0);
-        for group in groups {
+        for (number, group) in groups.iter().enumerate() {
             let next = base + 64 * PAGE_SIZE;
             if base < end && next > here {
                 // Entries before `here` and behind `end` belong to other slots.
                 let skip = (here.max(base) - base) >> PAGE_SHIFT;
                 let keep = (end.min(next) - base) >> PAGE_SHIFT;
                 let wanted = (u64::MAX << skip) & (u64::MAX >> (64 - keep));
-                let found = collect(group, wanted);
+                let found = collect(number, group, wanted);
                 if found != 0 {
                     let first = slot.page(base + skip * PAGE_SIZE);
                     dirty += u64::from(found.count_ones());
