@@ -148,7 +148,7 @@ fn one_log(
 }
 
 /// Types a command into Linux over the channel and returns what it printed.
-fn said(host: &mut Host, vm: VmId, command: &str) -> Result<String> {
+pub fn said(host: &mut Host, vm: VmId, command: &str) -> Result<String> {
     host.type_line(vm, command)?;
     let said = host
         .expect(vm, LINUX_PROMPT)

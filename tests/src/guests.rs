@@ -30,11 +30,16 @@ impl Mib {
 
 /// Debian's kernel with busybox.
 pub fn linux(name: &str, vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    linux_with(name, vcpus, memory, LINUX_COMMAND_LINE)
+}
+
+/// The same with another command line.
+pub fn linux_with(name: &str, vcpus: u8, memory: Mib, command_line: &str) -> Result<VmDraft> {
     let files = (
         read(&Artifact::Kernel.path()?)?,
         Some(read(&Artifact::Initramfs.path()?)?),
     );
-    of_kernel(name, vcpus, memory, files, LINUX_COMMAND_LINE)
+    of_kernel(name, vcpus, memory, files, command_line)
 }
 
 /// A guest of any kernel that `tidectl bundle` takes, with its initrd.
