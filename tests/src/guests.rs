@@ -70,6 +70,50 @@ pub fn hostile(vcpus: u8, memory: Mib) -> Result<VmDraft> {
     payload("hostile", Artifact::Hostile, vcpus, memory)
 }
 
+/// The same, started by firmware, so that it has a flash and `fw_cfg`.
+pub fn hostile_by_firmware(vcpus: u8, memory: Mib) -> Result<VmDraft> {
+    let payload = read(&Artifact::Hostile.path()?)?;
+    let boot = BootFiles::Firmware(Firmware {
+        image: starter(payload),
+        variables: None,
+        kernel: None,
+    });
+    Ok(draft("hostile", vcpus, memory, boot))
+}
+
+/// The least firmware there can be: copies the Image that is behind it to RAM, and starts it as the boot protocol has it.
+fn starter(image: Vec<u8>) -> Vec<u8> {
+    const IMAGE: usize = 0x1000;
+    // ldp and stp move 16 bytes.
+    let size = image.len().next_multiple_of(16);
+    let code: [u32; 18] = [
+        0x1000_8001, //     adr  x1, IMAGE
+        0xd2a8_0402, //     mov  x2, #0x40200000
+        0x5800_0203, //     ldr  x3, size
+        0x8b01_0063, //     add  x3, x3, x1
+        0xaa02_03e6, //     mov  x6, x2
+        0xa8c1_1424, // 1:  ldp  x4, x5, [x1], #16
+        0xa881_1444, //     stp  x4, x5, [x2], #16
+        0xeb03_003f, //     cmp  x1, x3
+        0x54ff_ffa3, //     b.lo 1b
+        0xd503_3f9f, //     dsb  sy
+        0xd508_751f, //     ic   iallu
+        0xd503_3f9f, //     dsb  sy
+        0xd503_3fdf, //     isb
+        0xd2a8_0000, //     mov  x0, #0x40000000: the devicetree
+        0xaa1f_03e1, //     mov  x1, xzr
+        0xaa1f_03e2, //     mov  x2, xzr
+        0xaa1f_03e3, //     mov  x3, xzr
+        0xd61f_00c0, //     br   x6
+    ];
+    let mut firmware: Vec<u8> = code.iter().flat_map(|word| word.to_le_bytes()).collect();
+    firmware.extend((size as u64).to_le_bytes());
+    firmware.resize(IMAGE, 0);
+    firmware.extend(image);
+    firmware.resize(IMAGE + size, 0);
+    firmware
+}
+
 /// Firmware alone.
 fn firmware(artifact: Artifact) -> Result<Firmware<Vec<u8>>> {
     Ok(Firmware {

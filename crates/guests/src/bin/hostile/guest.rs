@@ -5,6 +5,8 @@
 mod calls;
 mod clocks;
 mod devices;
+mod flash;
+mod fw_cfg;
 mod identity;
 mod instructions;
 mod interrupts;
@@ -109,6 +111,19 @@ const CASES: &[(&str, Body)] = &[
     ("cpu_on_wild", calls::cpu_on_wild),
 ];
 
+/// Those of a guest that was started by firmware and has its devices.
+const FIRMWARE_CASES: &[(&str, Body)] = &[
+    ("flash_commands_cut_short", flash::cut_short),
+    ("flash_programs", flash::programs),
+    ("flash_execute", flash::execute),
+    ("flash_by_two", flash::by_two),
+    ("flash_sweep", flash::sweep),
+    ("fw_cfg_ends", fw_cfg::ends),
+    ("fw_cfg_nothing", fw_cfg::nothing),
+    ("fw_cfg_writes", fw_cfg::writes),
+    ("fw_cfg_sweep", fw_cfg::sweep),
+];
+
 /// What the cases share.
 struct World {
     random: Random,
@@ -209,21 +224,26 @@ fn main(boot: Boot) -> ! {
         };
         let mut words = line.split_ascii_whitespace();
         match (words.next(), words.next().map(str::parse)) {
-            (Some("run"), Some(Ok(seed))) if vcpus == 2 => run(&mut world, seed),
+            (Some("run"), Some(Ok(seed))) if vcpus == 2 => run(&mut world, CASES, seed),
+            (Some("firmware"), Some(Ok(seed))) if vcpus == 2 => {
+                run(&mut world, FIRMWARE_CASES, seed)
+            }
+            (Some("program"), Some(Ok(page))) => flash::program_pages(page),
+            (Some("erase"), Some(Ok(page))) => flash::erase_page(page),
             (Some("aarch32"), None) => modes::aarch32(),
             (Some("clocks"), None) if vcpus == 2 => clocks::run(Meanwhile::Looks),
             (Some("clocks-waiting"), None) if vcpus == 2 => clocks::run(Meanwhile::Waits),
             _ => say!(
-                "error commands are `run SEED`, `clocks`, `clocks-waiting` (with two vCPUs) and `aarch32`"
+                "error commands are `run SEED`, `firmware SEED`, `clocks`, `clocks-waiting` (with two vCPUs), `program PAGE`, `erase PAGE` and `aarch32`"
             ),
         }
     }
 }
 
-fn run(world: &mut World, seed: u64) -> ! {
+fn run(world: &mut World, cases: &[(&'static str, Body)], seed: u64) -> ! {
     say!("seed {seed}");
     let (mut passed, mut failed) = (0_u32, 0_u32);
-    for (index, (name, body)) in CASES.iter().enumerate() {
+    for (index, (name, body)) in cases.iter().enumerate() {
         let mut case = Case {
             number: index + 1,
             name,

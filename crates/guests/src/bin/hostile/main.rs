@@ -4,7 +4,8 @@
 //! stops EL2. So each case knows the exact outcome of what it does (Arm ARM DDI 0487, GIC IHI 0069, PSCI DEN 0022), and where the
 //! architecture allows several, all of them.
 //!
-//! Console: `run SEED` runs every case, in order, and turns the machine off; `aarch32` enters AArch32, which the guest's
+//! Console: `run SEED` runs every case, in order, and turns the machine off; `firmware SEED` does so with those about flash and
+//! `fw_cfg`, which a guest has that firmware started, and `program PAGE`, `erase PAGE` change what its flash holds; `aarch32` enters AArch32, which the guest's
 //! CPU does not have, and is to be this VM's end.
 //!
 //! ```text

@@ -7,7 +7,7 @@ use tidemark_guests::pattern::{Random, Vcpu};
 use tidemark_guests::rt::gic::{self, Private};
 use tidemark_guests::rt::{Boot, counter, psci, smp};
 
-use super::{devices, instructions};
+use super::{devices, flash, instructions};
 
 const IDLE: u32 = 1;
 const STORM: u32 = 2;
@@ -62,13 +62,16 @@ pub enum Storm {
     Tables,
     /// Changes code.
     Code,
+    /// Reads flash.
+    Flash,
 }
 
 /// One turn of each; whether it raised something.
-const TURNS: [fn(&mut Random) -> bool; 3] = [
+const TURNS: [fn(&mut Random) -> bool; 4] = [
     devices::storm,
     instructions::change_tables,
     instructions::change_code,
+    flash::storm,
 ];
 
 /// Has it do so until [`calm`].
