@@ -32,6 +32,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("copy_16m_over_channel_dbm", 240, |script| {
             copy_16m(script, EngineChoice::Dbm)
         }),
+        Case::new("copy_of_flash_that_is_programmed", 240, copy_flash),
         Case::new("copy_512m_linux_from_ram_file", 240, copy_512m_linux),
     ]
 }
@@ -87,6 +88,40 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
     guest.stop_free()?;
     guest.command("sum")?;
     guest.host.finish();
+    target.still_on()
+}
+
+/// A guest with firmware that programs and erases its flash all the time.
+fn copy_flash(script: &mut Script) -> Result<()> {
+    let bundle = guests::pack([guests::hostile_by_firmware(1, Mib(16))?])?;
+    let (dir, seed) = (script.path("copy")?, script.seed());
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("hostile")?;
+    host.attach(vm)?;
+    host.expect(vm, "el=1")?;
+    let engine = EngineChoice::Auto;
+    host.dirty_start(vm, engine, Granularity::Page)?;
+    host.type_line(vm, &format!("program-on {seed}"))?;
+    host.expect(vm, "flash: goes on")?;
+    let plan = Plan {
+        image_dir: dir,
+        rounds: 4,
+        enough_pages: 0,
+        interval: Duration::from_millis(200),
+        contents: Contents::Channel,
+        engine,
+        granularity: Granularity::Page,
+        verify: Verify::Paused,
+        after: After::Paused,
+    };
+    copy_and_check(&mut host, vm, &plan)?;
+    host.client().resume(vm, Hold::Lasting)?;
+    host.type_line(vm, "end")?;
+    host.expect(vm, "flash: ended")
+        .context("the guest did not go on")?;
+    host.finish();
     target.still_on()
 }
 

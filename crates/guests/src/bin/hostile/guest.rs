@@ -229,12 +229,13 @@ fn main(boot: Boot) -> ! {
                 run(&mut world, FIRMWARE_CASES, seed)
             }
             (Some("program"), Some(Ok(page))) => flash::program_pages(page),
+            (Some("program-on"), Some(Ok(seed))) => flash::go_on(seed),
             (Some("erase"), Some(Ok(page))) => flash::erase_page(page),
             (Some("aarch32"), None) => modes::aarch32(),
             (Some("clocks"), None) if vcpus == 2 => clocks::run(Meanwhile::Looks),
             (Some("clocks-waiting"), None) if vcpus == 2 => clocks::run(Meanwhile::Waits),
             _ => say!(
-                "error commands are `run SEED`, `firmware SEED`, `clocks`, `clocks-waiting` (with two vCPUs), `program PAGE`, `erase PAGE` and `aarch32`"
+                "error commands are `run SEED`, `firmware SEED`, `clocks`, `clocks-waiting` (with two vCPUs), `program PAGE`, `program-on SEED`, `erase PAGE` and `aarch32`"
             ),
         }
     }

@@ -5,7 +5,7 @@
 //! architecture allows several, all of them.
 //!
 //! Console: `run SEED` runs every case, in order, and turns the machine off; `firmware SEED` does so with those about flash and
-//! `fw_cfg`, which a guest has that firmware started, and `program PAGE`, `erase PAGE` change what its flash holds; `aarch32` enters AArch32, which the guest's
+//! `fw_cfg`, which a guest has that firmware started, and `program PAGE`, `program-on SEED`, `erase PAGE` change what its flash holds; `aarch32` enters AArch32, which the guest's
 //! CPU does not have, and is to be this VM's end.
 //!
 //! ```text

@@ -4,10 +4,11 @@
 //! What is stored obeys a simple law whatever the chips are told: bits are cleared by programming, set by erasing a
 //! sector, and the bank with the code changes never.
 
+use core::cell::Cell;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use tidemark_guests::pattern::{Random, Sum};
-use tidemark_guests::rt::say;
+use tidemark_guests::rt::{console, say};
 
 use super::map::{self, Kind, Level, Window};
 use super::probe::{
@@ -482,6 +483,28 @@ fn bounded(case: &mut Case, taken: &Taken, turn: u64, ipa: u64) {
         taken.count == 0 || as_it_should,
         format_args!("turn {turn} at {ipa:#x}: {taken}"),
     );
+}
+
+/// Programs words of the variables at random, and sometimes erases a sector, until a line comes.
+pub fn go_on(seed: u64) {
+    say!("flash: goes on");
+    let state = Cell::new(seed);
+    let mut line = [0; 8];
+    let _ = console::read_line(&mut line, || {
+        let mut random = Random(state.get());
+        let at = VARIABLES + random.below(STORED / 4) * 4;
+        let (command, value) = match random.below(64) {
+            0 => (ERASE, CONFIRM),
+            _ => (PROGRAM, random.next() as u32),
+        };
+        for value in [command, value] {
+            probe(store32, [value.into(), 0, at, 0, 0, 0]);
+        }
+        while probe(load32, [0, 0, at, 0, 0, 0]).x[0] as u32 & READY != READY {}
+        probe(store32, [ARRAY.into(), 0, at, 0, 0, 0]);
+        state.set(random.0);
+    });
+    say!("flash: ended");
 }
 
 /// Programs a word in every third page of the variables, eight of them, from page `first` on, and says so.
