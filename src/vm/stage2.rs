@@ -44,6 +44,11 @@ impl Hardware for Hw {
         Some(Pa::new(run.leak()))
     }
 
+    fn alloc_unwritten(&self) -> Option<Pa> {
+        let run = Run::take(1, frames::table_of(self.vm))?;
+        Some(Pa::new(run.leak()))
+    }
+
     fn free_tables(&self, pa: Pa, count: usize) {
         frames::give_back_tables(pa.raw(), count);
     }

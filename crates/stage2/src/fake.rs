@@ -268,6 +268,38 @@ impl Machine {
         }
     }
 
+    /// Hands out tables, full of `content`.
+    fn alloc(&self, count: usize, content: u64) -> Option<Pa> {
+        #[cfg(test)]
+        traced::milestone();
+        let mut memory = lock(&self.memory);
+        if memory.refusal.next() {
+            memory.refused += 1;
+            return None;
+        }
+        if memory.in_use + count > memory.limit {
+            return None;
+        }
+        let fits = |first: &usize| {
+            let run = memory.used.get(*first..*first + count);
+            run.is_some_and(|run| run.iter().all(|used| !used))
+        };
+        let from = memory.hint.next_multiple_of(count);
+        let mut places = (from..memory.used.len())
+            .step_by(count)
+            .chain((0..from).step_by(count));
+        let first = places.find(fits)?;
+        memory.in_use += count;
+        memory.hint = first + count;
+        for table in first..first + count {
+            memory.used[table] = true;
+            self.fill(table, content);
+        }
+        drop(memory);
+        self.note(Event::Alloc(count));
+        Some(Pa::new(TABLES + first as u64 * 4096))
+    }
+
     /// Says which CPU the calling thread is from now on.
     pub fn become_pe(&self, pe: usize) {
         CURRENT.with(|current| current.set(pe));
@@ -568,34 +600,11 @@ impl Hardware for Machine {
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
-        #[cfg(test)]
-        traced::milestone();
-        let mut memory = lock(&self.memory);
-        if memory.refusal.next() {
-            memory.refused += 1;
-            return None;
-        }
-        if memory.in_use + count > memory.limit {
-            return None;
-        }
-        let fits = |first: &usize| {
-            let run = memory.used.get(*first..*first + count);
-            run.is_some_and(|run| run.iter().all(|used| !used))
-        };
-        let from = memory.hint.next_multiple_of(count);
-        let mut places = (from..memory.used.len())
-            .step_by(count)
-            .chain((0..from).step_by(count));
-        let first = places.find(fits)?;
-        memory.in_use += count;
-        memory.hint = first + count;
-        for table in first..first + count {
-            memory.used[table] = true;
-            self.fill(table, 0);
-        }
-        drop(memory);
-        self.note(Event::Alloc(count));
-        Some(Pa::new(TABLES + first as u64 * 4096))
+        self.alloc(count, 0)
+    }
+
+    fn alloc_unwritten(&self) -> Option<Pa> {
+        self.alloc(1, POISON)
     }
 
     fn free_tables(&self, pa: Pa, count: usize) {

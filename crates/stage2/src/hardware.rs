@@ -127,6 +127,11 @@ pub trait Hardware: Sync {
     /// Allocates `count` (1, 2, 4, 8 or 16) zeroed, contiguous tables, aligned to their total size.
     fn alloc_tables(&self, count: usize) -> Option<Pa>;
 
+    /// Allocates one table with anything in it: every entry is written before the table can be reached.
+    fn alloc_unwritten(&self) -> Option<Pa> {
+        self.alloc_tables(1)
+    }
+
     /// Takes back tables that neither software nor any TLB can reach any more.
     fn free_tables(&self, pa: Pa, count: usize);
 
@@ -184,6 +189,13 @@ impl<P: Deref<Target: Hardware> + Sync> Hardware for P {
     }
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
         (**self).alloc_tables(count)
+    }
+    fn alloc_unwritten(&self) -> Option<Pa> {
+        (**self).alloc_unwritten()
+    }
+    #[inline]
+    fn prefetch(&self, entries: &[AtomicU64; 64]) {
+        (**self).prefetch(entries);
     }
     fn free_tables(&self, pa: Pa, count: usize) {
         (**self).free_tables(pa, count);

@@ -44,7 +44,7 @@ impl<H: Hardware> Stage2<H> {
             return Err(Unsplit::Raced);
         };
         let base = ipa & !(level.size() - 1);
-        let pa = self.hw.alloc_tables(1).ok_or(Unsplit::NoTables)?;
+        let pa = self.hw.alloc_unwritten().ok_or(Unsplit::NoTables)?;
         let children = self.hw.table(pa);
         let mut seen = Pte(entry.load(Ordering::Acquire));
         let mut built = None;

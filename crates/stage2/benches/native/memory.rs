@@ -41,6 +41,12 @@ impl Memory {
         &self.tables[run]
     }
 
+    /// Hands out a single table that came back.
+    fn take_back(&self) -> Option<Pa> {
+        let mut back = self.back.lock().unwrap_or_else(PoisonError::into_inner);
+        back.pop()
+    }
+
     /// Zeroes a table that came back, as fast as memory can be zeroed.
     fn zero(&self, pa: Pa) {
         let table: *const Table = self.table(pa);
@@ -80,9 +86,8 @@ impl Hardware for Memory {
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
-        let back = || self.back.lock().unwrap_or_else(PoisonError::into_inner);
         if count == 1
-            && let Some(pa) = back().pop()
+            && let Some(pa) = self.take_back()
         {
             self.zero(pa);
             return Some(pa);
@@ -97,6 +102,10 @@ impl Hardware for Memory {
             .ok()?;
         let first = used.next_multiple_of(count) as u64;
         Some(Pa::new(BASE + first * PAGE_SIZE))
+    }
+
+    fn alloc_unwritten(&self) -> Option<Pa> {
+        self.take_back().or_else(|| self.alloc_tables(1))
     }
 
     fn free_tables(&self, pa: Pa, count: usize) {
