@@ -181,10 +181,11 @@ fn edk2_starts_linux(script: &mut Script) -> Result<()> {
     target
         .expect("UEFI firmware")
         .context("EDK2 did not start")?;
+    // What follows takes longer than a boot may.
+    target.booted();
     target
         .expect("EFI stub: Exiting boot services")
         .context("EDK2 did not start the kernel")?;
-    target.booted();
     let log = target.expect(LINUX_PROMPT).context("no shell")?;
     ensure!(
         log.contains("efi: EFI v2.7 by EDK II"),

@@ -119,11 +119,11 @@ fn run() -> Result<ExitCode> {
     ]
     .concat();
     let trials = match &options.port {
-        // Each machine has two CPU threads of its own, so more tests at once than half
-        // the CPUs here only make the clocks run out.
+        // One for each CPU: a machine has more CPU threads than one, but waits for its line, for its timers or for
+        // the script most of the time.
         None => {
             let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-            arguments.test_threads.get_or_insert((cpus / 2).max(1));
+            arguments.test_threads.get_or_insert(cpus);
             let cases = cases.into_iter().filter(|case| case.place != Place::Board);
             cases.map(|case| trial(case, None)).collect()
         }

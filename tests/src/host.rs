@@ -97,7 +97,7 @@ impl Host {
         let port: Port = target.port().parse().map_err(anyhow::Error::msg)?;
         let link = Link::open(&port)?;
         let mut options = Options::for_pace(link.pace);
-        options.timeout = scaled(10);
+        options.timeout = scaled(30);
         let consoles: Arc<Mutex<Consoles>> = Arc::default();
         let (for_sink, line) = (Arc::clone(&consoles), Arc::clone(target.line()));
         let sink = Box::new(move |output: Output<'_>| {
