@@ -5,7 +5,8 @@
 //! Unlike a random run this one cannot miss an order by chance, and unlike loom it has TLBs. What it has
 //! not is a weak memory model: for that there is `loom`.
 //!
-//! `TIDEMARK_INTERRUPTIONS` says how many interruptions (2 without it).
+//! `TIDEMARK_INTERRUPTIONS` says how many interruptions (2 without it). What is found with fewer is found with more:
+//! the orders with one are among those with two.
 
 mod slots;
 
@@ -57,7 +58,8 @@ fn in_every_order(
     programs: impl for<'a> Fn(&'a Sim) -> Vec<Program<'a>>,
     conclude: impl Fn(&Sim),
 ) {
-    let bound = super::from_env("TIDEMARK_INTERRUPTIONS").unwrap_or(2);
+    const USUAL: u64 = 2;
+    let bound = super::from_env("TIDEMARK_INTERRUPTIONS").unwrap_or(USUAL);
     let mut path = Some(Path::first(bound as u32));
     let mut orders = 0;
     while let Some(this) = path {
@@ -75,7 +77,7 @@ fn in_every_order(
         orders += 1;
     }
     std::eprintln!("{orders} orders");
-    assert!(orders > 20, "they do not meet: {orders}");
+    assert!(orders > 20 || bound < USUAL, "they do not meet: {orders}");
 }
 
 /// The guest writes these, with time between them.
