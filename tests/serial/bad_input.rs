@@ -622,7 +622,7 @@ fn sessions_of_one_number(script: &mut Script) -> Result<()> {
         (hellos, answers) == (2, 16),
         "{hellos} hellos and {answers} answers behind them, of 2 and 16"
     );
-    old.close()?;
+    new.close()?;
     shell_answers(target)
 }
 
