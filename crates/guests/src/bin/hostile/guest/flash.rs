@@ -145,12 +145,15 @@ fn sum(case: &mut Case, from: u64, bytes: u64) -> Sum {
     sum
 }
 
+/// A bank, writes to offsets in it that are not what the chips expect, and what their status says then.
+type Refused = (&'static str, u64, &'static [(u64, u32)], u32);
+
 /// Commands that are not ended, or not as they should be: the status says so, and what is stored stays.
 pub fn cut_short(case: &mut Case, _world: &mut World) {
     settle(case, VARIABLES);
     erase(case, VARIABLES);
     let code = sum(case, CODE, BLOCK);
-    let refused: [(&str, u64, &[(u64, u32)], u32); 12] = [
+    let refused: [Refused; 12] = [
         (
             "an erase",
             VARIABLES,
