@@ -40,7 +40,7 @@ fn leaves_no_trace(script: &mut Script) -> Result<()> {
             logged.pages_4k >= 16_384,
             "under a log of pages the memory is in {logged:?}"
         );
-        let tracked = stores(&mut host, vm)?;
+        let tracked = stores_once(&mut host, vm)?;
         let harvest = host.take(vm)?;
         ensure!(
             harvest.pages.len() >= 16_384,
@@ -53,7 +53,6 @@ fn leaves_no_trace(script: &mut Script) -> Result<()> {
         ensure!(after == before, "{before:?} became {after:?}");
         let again = stores(&mut host, vm)?;
         eprintln!("{engine:?}: {baseline} before, {tracked} logged, {again} after");
-        // A tick of the host's timer may fall into it.
         ensure!(
             again.abs_diff(baseline) <= baseline / 100,
             "{baseline} instructions before the log, {again} after"
@@ -87,8 +86,19 @@ fn next(host: &mut Host, vm: VmId) -> Result<Said> {
     })
 }
 
-/// Has the guest do its stores once, and returns how many instructions they took. It waits before and after.
+/// How many instructions the guest's stores take, at the least of a few times: what the host says to EL2 meanwhile, as
+/// that it is still there, interrupts some of them. What stays behind is in all of them.
 fn stores(host: &mut Host, vm: VmId) -> Result<u64> {
+    const TIMES: usize = 3;
+    let mut least = u64::MAX;
+    for _ in 0..TIMES {
+        least = least.min(stores_once(host, vm)?);
+    }
+    Ok(least)
+}
+
+/// Has the guest do its stores once, and returns how many instructions they took. It waits before and after.
+fn stores_once(host: &mut Host, vm: VmId) -> Result<u64> {
     // `a`: and ask again.
     host.client().type_input(vm, b"a")?;
     let mut took = None;
