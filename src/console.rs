@@ -6,7 +6,7 @@
 //! text's. One lock, a leaf: nothing is called while it is held.
 
 use crate::arch::{cpu, timer};
-use crate::board::pl011::Pl011;
+use crate::board::pl011::{InterruptFor, Pl011};
 use core::fmt::{self, Write};
 
 use log::{LevelFilter, Log, Metadata, Record};
@@ -22,6 +22,8 @@ struct Console {
     start: usize,
     len: usize,
     delivery: Delivery,
+    /// What the UART was told last.
+    asked_for: Option<InterruptFor>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,7 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     start: 0,
     len: 0,
     delivery: Delivery::AtOnce,
+    asked_for: None,
 });
 
 /// The UART for the crash console, which takes no lock: the early one, then the one that
@@ -95,10 +98,19 @@ impl Console {
             self.len -= now;
             left -= now;
         }
-        if self.len > 0 {
-            uart.request_room();
-        } else {
-            uart.listen();
+        self.interrupt_for(match self.len {
+            0 => InterruptFor::Input,
+            _ => InterruptFor::InputAndRoom,
+        });
+    }
+
+    /// What is asked for already is not asked for again: most writes are of a byte, which goes out at once.
+    fn interrupt_for(&mut self, wanted: InterruptFor) {
+        if self.asked_for != Some(wanted)
+            && let Some(uart) = self.uart
+        {
+            uart.interrupt_for(wanted);
+            self.asked_for = Some(wanted);
         }
     }
 }
@@ -109,7 +121,9 @@ pub fn init(uart: Pl011) {
     if let Some(place) = RAW.iter().find(|place| place.get().is_none()) {
         place.call_once(|| uart);
     }
-    CONSOLE.lock().uart = Some(uart);
+    let mut console = CONSOLE.lock();
+    console.uart = Some(uart);
+    console.asked_for = None;
 }
 
 /// The UART, for the crash console.
@@ -121,9 +135,7 @@ pub fn raw_uart() -> Option<Pl011> {
 pub fn use_interrupts() {
     let mut console = CONSOLE.lock();
     console.delivery = Delivery::Interrupts;
-    if let Some(uart) = console.uart {
-        uart.listen();
-    }
+    console.interrupt_for(InterruptFor::Input);
 }
 
 /// Back to waiting for the UART, with all that waits sent first: for the last words.

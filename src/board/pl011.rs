@@ -17,6 +17,15 @@ const RX_TIMEOUT: u32 = 1 << 6;
 /// What the transmit FIFO holds at least: 16 bytes before revision r1p5, 32 since.
 const FIFO: usize = 16;
 
+/// What a UART interrupts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterruptFor {
+    /// Something was received.
+    Input,
+    /// Or there is room to send.
+    InputAndRoom,
+}
+
 /// A PL011, set up by the firmware (baud rate, line format, enabled).
 #[derive(Clone, Copy, Debug)]
 pub struct Pl011(Mmio);
@@ -64,14 +73,13 @@ impl Pl011 {
         (self.0.read32(FR) & FR_RXFE == 0).then(|| self.0.read32(DR) as u8)
     }
 
-    /// Asks for an interrupt when something was received.
-    pub fn listen(&self) {
-        self.0.write32(IMSC, RX | RX_TIMEOUT);
-    }
-
-    /// Asks also for an interrupt when there is room to send.
-    pub fn request_room(&self) {
-        self.0.write32(IMSC, RX | RX_TIMEOUT | TX);
+    /// Says what it is to interrupt for.
+    pub fn interrupt_for(&self, wanted: InterruptFor) {
+        let mask = match wanted {
+            InterruptFor::Input => RX | RX_TIMEOUT,
+            InterruptFor::InputAndRoom => RX | RX_TIMEOUT | TX,
+        };
+        self.0.write32(IMSC, mask);
     }
 
     /// Clears the send interrupt.
