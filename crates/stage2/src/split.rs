@@ -46,6 +46,10 @@ impl<H: Hardware> Stage2<H> {
         let base = ipa & !(level.size() - 1);
         let pa = self.hw.alloc_unwritten().ok_or(Unsplit::NoTables)?;
         let children = self.hw.table(pa);
+        // All its lines at once: nobody has had them for a while, and stores wait for them one after the other.
+        for group in children.0.as_chunks().0 {
+            self.hw.prefetch(group);
+        }
         let mut seen = Pte(entry.load(Ordering::Acquire));
         let mut built = None;
         for _ in 0..ATTEMPTS {

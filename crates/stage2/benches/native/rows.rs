@@ -30,8 +30,8 @@ const ENTRY: &str = "ns/entry";
 /// Every row of a complete run.
 const ROWS: &[Row] = &[
     row("harvest_clean_over_read", RATIO, Limit::AtLeast(0.8)),
-    row("harvest_runs_over_read", RATIO, Limit::AtLeast(0.6)),
-    row("harvest_random_over_read", RATIO, Limit::AtLeast(0.6)),
+    row("harvest_runs_over_read", RATIO, Limit::AtLeast(0.75)),
+    row("harvest_random_over_read", RATIO, Limit::AtLeast(0.65)),
     row("harvest_two_threads", RATIO, Limit::AtLeast(0.8)),
     row("adaptive_over_page", RATIO, Limit::AtLeast(20.0)),
     row("enable_64g_us", "us", Limit::AtMost(1000.0)),
