@@ -189,14 +189,20 @@ impl Dirty {
         low_bits(to + 1) & !low_bits(from)
     }
 
-    /// Returns how many pages from `first` on, of `count`, have no live bit; perhaps too few, by a cache
-    /// line of the bitmap at most.
+    /// Returns how many pages from `first` on, of `count`, have no live bit that the harvest is to take; perhaps too
+    /// few, by a cache line of the bitmap at most.
     pub(crate) fn idle(&self, first: u64, count: u64) -> u64 {
-        let words = part(&self.live, first, count);
+        // As `next_live`: what is in no due part is not this harvest's.
+        let passed = self.next_due(first).saturating_sub(first);
+        let Some(left) = count.checked_sub(passed).filter(|left| *left != 0) else {
+            return count;
+        };
+        let first = first + passed;
+        let words = part(&self.live, first, left);
         let lines = words.chunks(8).take_while(|line| is_clear(line)).count();
         match 8 * lines {
             all if all >= words.len() => count,
-            some => (some as u64 * 64).saturating_sub(first % 64),
+            some => passed + (some as u64 * 64).saturating_sub(first % 64),
         }
     }
 

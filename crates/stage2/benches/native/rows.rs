@@ -33,7 +33,7 @@ const ROWS: &[Row] = &[
     row("harvest_runs_over_read", RATIO, Limit::AtLeast(0.75)),
     row("harvest_random_over_read", RATIO, Limit::AtLeast(0.65)),
     row("harvest_two_threads", RATIO, Limit::AtLeast(0.8)),
-    row("adaptive_over_page", RATIO, Limit::AtLeast(20.0)),
+    row("adaptive_over_page", RATIO, Limit::AtLeast(25.0)),
     row("enable_64g_us", "us", Limit::AtMost(1000.0)),
     row("log_bits_per_page", "bits/page", Limit::AtMost(2.0)),
     row("read", ENTRY, Limit::None),
