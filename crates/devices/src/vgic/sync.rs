@@ -213,15 +213,17 @@ fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegi
 }
 
 impl Desk<'_> {
-    /// Gives up hardware-linked interrupts that wait and whose line is low.
+    /// Gives up hardware-linked interrupts that wait and whose line is low, and notes that of those left out.
     #[inline]
     fn sample(&mut self, registers: &mut impl ListRegisters) {
-        let mut left = self.private.word.sampled();
+        let word = &self.private.word;
+        let mut left = word.sampled() | word.line_left_out();
         while left != 0 {
             let intid = left.trailing_zeros();
             left &= left - 1;
             if registers.physical_line(self.private.pintid(intid)) == Level::Low {
                 self.private.word.unlink(1 << intid);
+                self.private.word.fell_left_out(1 << intid);
             }
         }
     }
@@ -301,10 +303,16 @@ impl Desk<'_> {
     pub(super) fn put(&mut self, registers: &mut impl ListRegisters, n: usize, intid: u32) {
         let (groups, vcpu) = (self.groups, self.vcpu);
         let pintid = self.private.pintid(intid);
-        let Some((word, _, _)) = self.word(intid) else {
+        let Some((word, _, allowed)) = self.word(intid) else {
             return;
         };
-        let lr = word.list(intid & 31, intid, pintid, word.deliverable(groups));
+        // One that is active here may be another's when it is pending again.
+        let lr = word.list(
+            intid & 31,
+            intid,
+            pintid,
+            word.deliverable(groups) & allowed,
+        );
         if let (Some(shared), Some(spi)) = (&mut self.shared, intid.checked_sub(32)) {
             shared.set_owner(spi as usize, vcpu);
         }

@@ -345,7 +345,9 @@ impl Board {
             left = Kick::NONE;
             for target in now.iter() {
                 assert!(self.vgic.needs_sync(target), "kicked without mail");
-                left = left.union(self.vgic.sync(target, &mut self.cpus[target.index()]));
+                let kick = self.vgic.sync(target, &mut self.cpus[target.index()]);
+                // Whoever kicked it before this sync has been heard in it.
+                left = left.without(target).union(kick);
                 assert!(!self.vgic.needs_sync(target));
             }
         }

@@ -20,8 +20,8 @@
 //! - `latch`, `deactivate` or `active` set while listed is something for the next fold to put into the list register.
 //! - `left_out` is within `active` and not `listed`; `taken` and `activate` mean something within `left_out` only. `deactivate` or `activate`
 //!   set while left out is carried out by the vCPU that looks for the end, once it has counted the ends that came before ([`Word::carry_out`]).
-//! - `soft`, `linked`, `in_pending`, `in_active` and `told` mean something within `listed` only, `in_line` within `listed` and `linked`,
-//!   `deactivate` within `listed` and `left_out`; listing or leaving out sets them, and what is left of them afterwards is not cleared.
+//! - `soft`, `linked`, `in_pending`, `in_active` and `told` mean something within `listed` only, `in_line` within `listed` and `linked`
+//!   or `left_out`, `deactivate` within `listed` and `left_out`; listing or leaving out sets them, and what is left of them afterwards is not cleared.
 //! - A hardware-linked list register is never pending and active at once (IHI 0069, `ICH_LR<n>_EL2.HW`).
 //!
 //! # Concurrency
@@ -112,7 +112,7 @@ pub(super) struct Word {
     pub(super) in_pending: u32,
     /// Active in a list register when last folded.
     pub(super) in_active: u32,
-    /// Listed with a hardware link, whose line was high when last folded.
+    /// Listed with a hardware link, or left out of a list register that had one, and the line was high at the last sync.
     pub(super) in_line: u32,
     /// Listed, and its end will be told by a maintenance interrupt.
     pub(super) told: u32,
@@ -273,7 +273,8 @@ impl Word {
             Bits::SetEnable | Bits::ClearEnable => self.enabled,
             Bits::SetPending | Bits::ClearPending => {
                 let linked = self.listed & self.linked & (self.in_pending | self.in_line);
-                mailed | self.latch | self.held() | self.hardware | self.listed_pending() | linked
+                let unlisted = self.latch | self.held() | self.hardware | self.line_left_out();
+                mailed | unlisted | self.listed_pending() | linked
             }
             Bits::SetActive | Bits::ClearActive => self.shown_active(),
         }
@@ -311,6 +312,13 @@ impl Word {
     #[inline]
     pub(super) const fn sampled(&self) -> u32 {
         self.hardware & !self.edge
+    }
+
+    /// Hardware-linked interrupts that were left out while their line was high: until their physical interrupt comes again
+    /// nothing else says that they are pending.
+    #[inline]
+    pub(super) const fn line_left_out(&self) -> u32 {
+        self.left_out & self.in_line & !self.edge
     }
 
     /// Gives up hardware links that are not listed: their lines are low, or they are not this vCPU's any more.
@@ -429,16 +437,27 @@ impl Word {
 
     /// Takes an active interrupt out of its list register to make room: its end will be told otherwise.
     pub(super) fn spill(&mut self, bit: u32, lr: Lr) -> Physical {
+        let high = match lr.is_hardware() {
+            true => self.in_line & bit,
+            false => 0,
+        };
         let physical = self.withdraw(bit, lr);
         if let Some(taken) = self.taken.get_mut(bit.trailing_zeros() as usize & 31) {
             *taken = lr.priority();
         }
         self.await_end(bit);
+        self.in_line |= high;
         physical
+    }
+
+    /// The line of an interrupt of [`Word::line_left_out`] has fallen.
+    pub(super) fn fell_left_out(&mut self, bit: u32) {
+        self.in_line &= !bit;
     }
 
     fn await_end(&mut self, bit: u32) {
         self.left_out |= bit;
+        self.in_line &= !bit;
         self.deactivate &= !bit;
         self.activate &= !bit;
     }
