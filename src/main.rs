@@ -122,9 +122,13 @@ fn unusable(error: &BoardError) -> ! {
 /// Which leaves guests get, if the command line does not say. Blocks, but on a CPU that drops what it cached of a
 /// block when one address in it is invalidated.
 fn choose_leaves(told: LeafSize) -> Leaves {
-    match (told, memory::reach::measure()) {
-        (LeafSize::Pages, _) => Leaves::Pages,
-        (LeafSize::Auto, Some(reach)) if reach.drops_the_block() => {
+    match told {
+        LeafSize::Blocks => return Leaves::Blocks,
+        LeafSize::Pages => return Leaves::Pages,
+        LeafSize::Auto => {}
+    }
+    match memory::reach::measure() {
+        Some(reach) if reach.drops_the_block() => {
             info!(
                 "memory is mapped in pages: after an invalidation of one, {} others of its block take {} ns, {} before",
                 memory::reach::NEIGHBOURS,
@@ -133,7 +137,7 @@ fn choose_leaves(told: LeafSize) -> Leaves {
             );
             Leaves::Pages
         }
-        (LeafSize::Auto | LeafSize::Blocks, _) => Leaves::Blocks,
+        Some(_) | None => Leaves::Blocks,
     }
 }
 

@@ -39,7 +39,7 @@ pub fn clean_invalidate(start: usize, len: usize) {
     barrier::dsb_sy();
 }
 
-/// Has words fetched that will be read soon, by lines of 64 bytes: shorter ones do not exist where EL2 does.
+/// Has words fetched that will be used soon, by lines of 64 bytes: no core known has shorter ones.
 #[inline(always)]
 pub fn prefetch(words: &[AtomicU64; 64]) {
     // SAFETY: hints, of memory that is borrowed; they change no state that the architecture knows of.

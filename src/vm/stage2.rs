@@ -31,7 +31,7 @@ impl Hardware for Hw {
 
     #[inline]
     fn table(&self, pa: Pa) -> &Table {
-        // SAFETY: `pa` came from `alloc_tables`: mapped, inner-shareable write-back memory,
+        // SAFETY: `pa` came from `alloc_tables` or `alloc_unwritten`: mapped, inner-shareable write-back memory,
         // aligned to 4 KiB, that nothing else uses until `free_tables`; a Table is 512
         // atomics, for which any content is valid, and the hardware's walks and updates
         // are single-copy atomic accesses to them.

@@ -51,7 +51,13 @@ fn leaves_no_trace(script: &mut Script) -> Result<()> {
         host.dirty_stop(vm)?;
         let after = mappings(&mut host, vm)?;
         ensure!(after == before, "{before:?} became {after:?}");
+        let faults = faults(&mut host, vm)?;
         let again = stores(&mut host, vm)?;
+        let left = self::faults(&mut host, vm)?;
+        ensure!(
+            left == faults,
+            "stores after the log faulted: {faults:?} became {left:?}"
+        );
         eprintln!("{engine:?}: {baseline} before, {tracked} logged, {again} after");
         ensure!(
             again.abs_diff(baseline) <= baseline / 100,
@@ -87,7 +93,7 @@ fn next(host: &mut Host, vm: VmId) -> Result<Said> {
 }
 
 /// How many instructions the guest's stores take, at the least of a few times: what the host says to EL2 meanwhile, as
-/// that it is still there, interrupts some of them. What stays behind is in all of them.
+/// that it is still there, interrupts some of them. What stays behind for good is in all of them; what the first heals is a fault.
 fn stores(host: &mut Host, vm: VmId) -> Result<u64> {
     const TIMES: usize = 3;
     let mut least = u64::MAX;
@@ -109,6 +115,12 @@ fn stores_once(host: &mut Host, vm: VmId) -> Result<u64> {
             Said::Other => {}
         }
     }
+}
+
+/// Translation faults and write faults so far.
+fn faults(host: &mut Host, vm: VmId) -> Result<(u64, u64)> {
+    let counters = host.info(vm)?.counters;
+    Ok((counters.translation_faults, counters.write_faults))
 }
 
 /// How the guest's memory is mapped.

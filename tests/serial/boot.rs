@@ -30,6 +30,8 @@ pub fn cases() -> Vec<Case> {
             60,
             boots_on_an_unknown_core_as_told,
         ),
+        Case::new("leaves_are_blocks_as_told", 60, leaves_are_as_told),
+        Case::new("leaves_are_pages_on_qemu", 60, leaves_are_pages_on_qemu),
         Case::new("boots_without_a_bundle", 40, boots_without_a_bundle),
         Case::new("entered_at_el1", 30, entered_at_el1),
         Case::new("a_start_clears_all_memory", 90, clears_all_memory),
@@ -66,6 +68,42 @@ fn features_and_choice(
     );
     target.still_on()?;
     Ok((info.features, logging.engine))
+}
+
+/// Blocks if they are asked for.
+fn leaves_are_as_told(script: &mut Script) -> Result<()> {
+    let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
+    let target = script.start_tidemark("virt", &bundle, "leaves=blocks")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("oracle")?;
+    let mappings = host.until_running(vm)?.mappings;
+    ensure!(
+        (mappings.blocks_2m, mappings.pages_4k) == (16, 0),
+        "not in blocks, as told: {mappings:?}"
+    );
+    host.finish();
+    target.still_on()
+}
+
+/// QEMU's CPUs are measured to drop a block with each of its pages.
+fn leaves_are_pages_on_qemu(script: &mut Script) -> Result<()> {
+    let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
+    let target = script.start_tidemark("virt", &bundle, "")?;
+    target.to_prompt()?;
+    let mut host = Host::connect(target)?;
+    let vm = host.vm("oracle")?;
+    let mappings = host.until_running(vm)?.mappings;
+    ensure!(
+        (mappings.blocks_2m, mappings.pages_4k) == (0, 8192),
+        "not in pages: {mappings:?}"
+    );
+    host.finish();
+    ensure!(
+        target.line().text().contains("memory is mapped in pages"),
+        "the log does not say so"
+    );
+    target.still_on()
 }
 
 fn boots_on_max(script: &mut Script) -> Result<()> {

@@ -16,7 +16,7 @@ use tidemark_tests::guests::{self, LINUX_PROMPT, Mib};
 use tidemark_tests::host::{Host, OracleGuest};
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
-use tidemark_wire::message::{EngineChoice, Granularity, Hold, VmId, VmState};
+use tidemark_wire::message::{EngineChoice, Granularity, Hold, SlotId, VmId, VmState};
 
 use crate::case::{Case, Place};
 
@@ -92,6 +92,9 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
 }
 
 /// A guest with firmware that programs and erases its flash all the time.
+/// The slot of the flash bank that firmware may write.
+const VARIABLES: SlotId = SlotId(2);
+
 fn copy_flash(script: &mut Script) -> Result<()> {
     let bundle = guests::pack([guests::hostile_by_firmware(1, Mib(16))?])?;
     let (dir, seed) = (script.path("copy")?, script.seed());
@@ -117,6 +120,13 @@ fn copy_flash(script: &mut Script) -> Result<()> {
         after: After::Paused,
     };
     copy_and_check(&mut host, vm, &plan)?;
+    // What was copied did change all the time.
+    let copied = host.client().hash(vm, VARIABLES, &mut |_, _| {})?;
+    host.client().resume(vm, Hold::Lasting)?;
+    std::thread::sleep(Duration::from_secs(1));
+    host.client().pause(vm, Hold::Lasting)?;
+    let later = host.client().hash(vm, VARIABLES, &mut |_, _| {})?;
+    ensure!(copied != later, "nobody programs the flash");
     host.client().resume(vm, Hold::Lasting)?;
     host.type_line(vm, "end")?;
     host.expect(vm, "flash: ended")

@@ -70,7 +70,8 @@ const BALLAST: SlotId = SlotId(18);
 const BALLAST_PAGES: PageRun = PageRun::new(Gfn(0x10_0000), 512);
 
 pub fn cases() -> Vec<Case> {
-    let judged: [(&str, crate::case::Body); 9] = [
+    let judged: [(&str, crate::case::Body); 10] = [
+        ("oracle_max_in_pages", |s| judge_in_pages(s, "virt-smp4")),
         ("oracle_max_page", |s| {
             judge(s, "virt-smp4", Granularity::Page)
         }),
@@ -123,8 +124,17 @@ pub fn cases() -> Vec<Case> {
 
 /// Starts an oracle on a machine of its own, or goes to the one that runs.
 fn start(script: &mut Script, machine: &str, config: &Config) -> Result<OracleGuest> {
+    start_with(script, machine, "leaves=blocks", config)
+}
+
+fn start_with(
+    script: &mut Script,
+    machine: &str,
+    options: &str,
+    config: &Config,
+) -> Result<OracleGuest> {
     let bundle = guests::pack([guests::oracle(config.vcpus, MEMORY)?])?;
-    let target = script.start_tidemark(machine, &bundle, "leaves=blocks")?;
+    let target = script.start_tidemark(machine, &bundle, options)?;
     target.to_prompt()?;
     let guest = OracleGuest::attach(Host::connect(target)?, config)?;
     let up = guest.ledger.vcpus();
@@ -201,7 +211,23 @@ impl Judge {
 /// which the host changes the engine, adds memory and takes it away.
 fn judge(script: &mut Script, machine: &str, granularity: Granularity) -> Result<()> {
     let config = few_pages(script);
-    let mut guest = start(script, machine, &config)?;
+    let guest = start(script, machine, &config)?;
+    judge_guest(script, guest, &config, granularity)
+}
+
+/// The same where no leaf is larger than a page.
+fn judge_in_pages(script: &mut Script, machine: &str) -> Result<()> {
+    let config = few_pages(script);
+    let guest = start_with(script, machine, "leaves=pages", &config)?;
+    judge_guest(script, guest, &config, Granularity::Page)
+}
+
+fn judge_guest(
+    script: &mut Script,
+    mut guest: OracleGuest,
+    config: &Config,
+    granularity: Granularity,
+) -> Result<()> {
     let mut engines = vec![EngineChoice::WriteProtect, EngineChoice::Auto];
     if guest.host.info(guest.vm)?.features.dbm_usable {
         engines.insert(0, EngineChoice::Dbm);
@@ -211,7 +237,7 @@ fn judge(script: &mut Script, machine: &str, granularity: Granularity) -> Result
     }
     let mut copy = Copy::default();
     for &engine in &engines {
-        guest.configure(&config)?;
+        guest.configure(config)?;
         let mut judge = Judge {
             engines: engines.clone(),
             // What an earlier log told still stands.
@@ -590,6 +616,20 @@ impl Judge {
         }
     }
 
+    /// What may be in a harvest although no burst wrote it: the guest's own pages and what was added, and where blocks are
+    /// reported whole the blocks around them.
+    fn reported_anyway(&self, guest: &OracleGuest) -> Pages {
+        let own = guest.ledger.own() | &self.added;
+        match self.granularity {
+            Granularity::Page => own,
+            Granularity::Adaptive | Granularity::Block => {
+                let blocks: BTreeSet<u64> = own.iter().map(|page| page.0 / BLOCK_PAGES).collect();
+                let pages = |block: u64| (block * BLOCK_PAGES..(block + 1) * BLOCK_PAGES).map(Gfn);
+                blocks.into_iter().flat_map(pages).collect()
+            }
+        }
+    }
+
     /// All vCPUs write while the host takes, copies and commits. Meanwhile the engine is changed, and slots come and
     /// go; one of them becomes the guest's in every second burst, and in the one after that it loses it.
     fn burst(&mut self, guest: &mut OracleGuest, number: u64) -> Result<()> {
@@ -603,7 +643,7 @@ impl Judge {
             // Seen before the take begins, so the take must have everything.
             let over = guest.ledger.done() >= last;
             let mut harvest = self.take(guest)?;
-            let own = guest.ledger.own() | &self.added;
+            let own = self.reported_anyway(guest);
             telling += u64::from(!harvest.pages.is_subset(&own));
             self.switch(guest)?;
             self.shift_ballast(guest, &mut harvest)?;
@@ -619,7 +659,7 @@ impl Judge {
             guest.listen()?;
         }
         self.accounted = last;
-        // What a second one tells was written after the first was taken.
+        // What a second one tells was not written when the first was taken.
         self.raced += u64::from(telling > 1);
         check_superset(&guest.ledger.written_between(first, last), &told)?;
         self.copy.check(&guest.ledger.contents(last))?;

@@ -190,7 +190,7 @@ impl Dirty {
     }
 
     /// Returns how many pages from `first` on, of `count`, have no live bit that the harvest is to take; perhaps too
-    /// few, by a cache line of the bitmap at most.
+    /// few, by a cache line of the bitmap, or as far as a live bit of the next harvest.
     pub(crate) fn idle(&self, first: u64, count: u64) -> u64 {
         // As `next_live`: what is in no due part is not this harvest's.
         let passed = self.next_due(first).saturating_sub(first);

@@ -135,7 +135,7 @@ pub trait Hardware: Sync {
     /// Takes back tables that neither software nor any TLB can reach any more.
     fn free_tables(&self, pa: Pa, count: usize);
 
-    /// `PRFM PLDL1KEEP` of every line: these entries will be read soon. Nothing but speed depends on it.
+    /// `PRFM PLDL1KEEP` of every line: these entries will be read or written soon. Nothing but speed depends on it.
     #[inline]
     fn prefetch(&self, _entries: &[AtomicU64; 64]) {}
 

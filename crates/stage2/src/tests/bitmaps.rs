@@ -56,6 +56,30 @@ fn what_comes_during_a_harvest_may_wait_for_the_next() {
     assert_eq!(take(&dirty, 0, u64::MAX, 9).0, [40_000]);
 }
 
+/// What a harvest passes without a look is what it is not to take: live bits of parts that were marked before it began stop it.
+#[test]
+fn what_is_due_is_not_passed() {
+    // A part is 1,024 pages.
+    let dirty = Dirty::new(64 * 1024).unwrap();
+    dirty.mark(5000);
+    dirty.begin_harvest();
+    dirty.mark(3000);
+    assert_eq!(dirty.idle(0, 512), 512);
+    assert_eq!(dirty.idle(2600, 1000), 1000, "a bit of the next harvest");
+    // As far as the line of the bitmap in front of it.
+    assert_eq!(dirty.idle(0, 8192), 4608);
+    assert_eq!(dirty.idle(4100, 4092), 508);
+    assert_eq!(dirty.idle(4700, 3000), 0);
+    assert_eq!(dirty.idle(4700, 100), 100);
+    assert_eq!(dirty.idle(5120, 1024), 1024);
+    assert_eq!(dirty.idle(60_000, 60_000), 60_000, "past the end");
+    let small = Dirty::new(100).unwrap();
+    small.mark(99);
+    assert_eq!(small.idle(0, 100), 100, "no harvest was begun");
+    small.begin_harvest();
+    assert_eq!(small.idle(0, 100), 0);
+}
+
 #[test]
 fn an_epoch_is_read_only_where_it_may_have_pages() {
     // Parts are 1024 pages, which are 16 words.
