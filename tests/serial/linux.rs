@@ -39,8 +39,11 @@ fn answer(target: &Target, command: &str) -> Result<String> {
     let said = target
         .expect(LINUX_PROMPT)
         .with_context(|| format!("no answer to `{command}`"))?;
-    let said = said.split_once('\n').map_or("", |(_, said)| said);
-    Ok(said.replace('\r', ""))
+    let said = said.replace('\r', "");
+    // The kernel may have had something to say in front of the command's echo.
+    let echo = format!("{command}\n");
+    let answer = said.split_once(&echo).or_else(|| said.split_once('\n'));
+    Ok(answer.map_or("", |(_, answer)| answer).to_owned())
 }
 
 fn two_vcpus_to_shell(script: &mut Script) -> Result<()> {
@@ -97,6 +100,8 @@ fn logs_come_and_go(script: &mut Script) -> Result<()> {
     let vm = host.vm("linux")?;
     host.attach(vm)?;
     host.expect(vm, LINUX_PROMPT).context("no shell")?;
+    // Between the lines that are compared below the kernel says nothing.
+    said(&mut host, vm, "dmesg -n 1")?;
     said(&mut host, vm, "load 32 random 16 >/tmp/load &")?;
     let until_ready = "until grep -q ready /tmp/load; do sleep 0.1; done";
     said(&mut host, vm, until_ready).context("the load does not run")?;
