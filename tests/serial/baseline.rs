@@ -51,12 +51,12 @@ fn leaves_no_trace(script: &mut Script) -> Result<()> {
         host.dirty_stop(vm)?;
         let after = mappings(&mut host, vm)?;
         ensure!(after == before, "{before:?} became {after:?}");
-        let faults = faults(&mut host, vm)?;
+        let faults_before = faults(&mut host, vm)?;
         let again = stores(&mut host, vm)?;
-        let left = self::faults(&mut host, vm)?;
+        let faults_after = faults(&mut host, vm)?;
         ensure!(
-            left == faults,
-            "stores after the log faulted: {faults:?} became {left:?}"
+            faults_after == faults_before,
+            "stores after the log faulted: {faults_before:?} became {faults_after:?}"
         );
         eprintln!("{engine:?}: {baseline} before, {tracked} logged, {again} after");
         ensure!(

@@ -10,7 +10,8 @@ use tidemark_tests::guests::{self, Mib};
 use tidemark_tests::host::Host;
 use tidemark_tests::qemu::Payload;
 use tidemark_tests::script::Script;
-use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity, SlotId};
+use tidemark_tests::target::Target;
+use tidemark_wire::message::{Engine, EngineChoice, Features, Granularity, Mappings, SlotId};
 
 use crate::case::{Case, Place};
 
@@ -70,35 +71,35 @@ fn features_and_choice(
     Ok((info.features, logging.engine))
 }
 
-/// Blocks if they are asked for.
-fn leaves_are_as_told(script: &mut Script) -> Result<()> {
+/// Boots with a small guest and returns how its memory is mapped.
+fn mapped<'s>(script: &'s mut Script, command_line: &str) -> Result<(&'s mut Target, Mappings)> {
     let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
-    let target = script.start_tidemark("virt", &bundle, "leaves=blocks")?;
+    let target = script.start_tidemark("virt", &bundle, command_line)?;
     target.to_prompt()?;
     let mut host = Host::connect(target)?;
     let vm = host.vm("oracle")?;
     let mappings = host.until_running(vm)?.mappings;
+    host.finish();
+    Ok((target, mappings))
+}
+
+/// Blocks if they are asked for.
+fn leaves_are_as_told(script: &mut Script) -> Result<()> {
+    let (target, mappings) = mapped(script, "leaves=blocks")?;
     ensure!(
         (mappings.blocks_2m, mappings.pages_4k) == (16, 0),
         "not in blocks, as told: {mappings:?}"
     );
-    host.finish();
     target.still_on()
 }
 
 /// QEMU's CPUs are measured to drop a block with each of its pages.
 fn leaves_are_pages_on_qemu(script: &mut Script) -> Result<()> {
-    let bundle = guests::pack([guests::oracle(1, Mib(32))?])?;
-    let target = script.start_tidemark("virt", &bundle, "")?;
-    target.to_prompt()?;
-    let mut host = Host::connect(target)?;
-    let vm = host.vm("oracle")?;
-    let mappings = host.until_running(vm)?.mappings;
+    let (target, mappings) = mapped(script, "")?;
     ensure!(
         (mappings.blocks_2m, mappings.pages_4k) == (0, 8192),
         "not in pages: {mappings:?}"
     );
-    host.finish();
     ensure!(
         target.line().text().contains("memory is mapped in pages"),
         "the log does not say so"

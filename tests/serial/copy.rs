@@ -91,10 +91,10 @@ fn copy_16m(script: &mut Script, engine: EngineChoice) -> Result<()> {
     target.still_on()
 }
 
-/// A guest with firmware that programs and erases its flash all the time.
 /// The slot of the flash bank that firmware may write.
 const VARIABLES: SlotId = SlotId(2);
 
+/// A guest with firmware that programs and erases its flash all the time.
 fn copy_flash(script: &mut Script) -> Result<()> {
     let bundle = guests::pack([guests::hostile_by_firmware(1, Mib(16))?])?;
     let (dir, seed) = (script.path("copy")?, script.seed());
