@@ -54,6 +54,8 @@ pub struct MonitorArgs {
 enum Seen {
     Console(Vec<u8>),
     Words(Vec<u8>),
+    /// Text outside frames, as it was cut by the line.
+    Text(Vec<u8>),
     Wreck(Vec<u8>),
     Damage,
     State(VmId, VmState),
@@ -74,11 +76,9 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
     let sink = Box::new(move |output: Output<'_>| {
         let seen = match output {
             Output::Console { data, .. } => Seen::Console(data.to_vec()),
-            Output::Text(text) | Output::Log(text) if is_words(text) => Seen::Words(text.to_vec()),
-            // A frame that lost its beginning is text to the decoder.
-            Output::Text(text) | Output::Log(text) | Output::Wreck(text) => {
-                Seen::Wreck(text.to_vec())
-            }
+            Output::Log(text) => Seen::Words(text.to_vec()),
+            Output::Text(text) => Seen::Text(text.to_vec()),
+            Output::Wreck(text) => Seen::Wreck(text.to_vec()),
             Output::Missed { bytes, .. } => {
                 Seen::Words(format!("\n[{bytes} bytes of output were missed]\n").into_bytes())
             }
@@ -110,8 +110,7 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         keyboard,
         seen,
         pending: Vec::new(),
-        wreck: Vec::new(),
-        line: LineIs::Whole,
+        outside: Outside::default(),
         input: Input::Open,
         ended: None,
         heard: Instant::now(),
@@ -130,7 +129,7 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
     });
     if over.is_err() {
         // Nothing whole came after it: this may be how the machine crashed.
-        monitor.words(&monitor.wreck);
+        monitor.words(&monitor.outside.wreck);
     }
     drop(raw);
     let Monitor {
@@ -154,14 +153,6 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
     Ok(())
 }
 
-/// Whether text is what a person was meant to read: what the hypervisor says has none of the control characters that
-/// every frame has.
-fn is_words(text: &[u8]) -> bool {
-    let is_fine =
-        |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | 0x08 | 0x1b | b' '..=0x7e | 0x80..);
-    text.iter().all(is_fine) && std::str::from_utf8(text).is_ok()
-}
-
 /// The VM of that name, or the one that can be meant.
 fn choose(client: &mut Client, name: Option<&str>) -> Result<VmSummary> {
     if let Some(name) = name {
@@ -177,12 +168,56 @@ fn choose(client: &mut Client, name: Option<&str>) -> Result<VmSummary> {
     }
 }
 
+/// What stands outside of whole frames: the hypervisor's words, and what is left of frames that came broken.
+#[derive(Default)]
+struct Outside {
+    line: LineIs,
+    /// What is readable of frames that came broken since the last whole one.
+    wreck: Vec<u8>,
+}
+
 /// How the line was last.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 enum LineIs {
+    #[default]
     Whole,
     /// A frame came broken, and no output of the guest since.
     Damaged,
+}
+
+impl Outside {
+    /// Tells whether text is the hypervisor's words; keeps it if it may be of a broken frame. A frame that lost its
+    /// beginning is text to the decoder, and comes in as many parts as the line cuts it into: the first has the header,
+    /// and the others look like words.
+    fn are_words(&mut self, text: &[u8]) -> bool {
+        if !is_readable(text) {
+            self.line = LineIs::Damaged;
+        }
+        if self.line == LineIs::Damaged {
+            self.keep(text);
+        }
+        self.line == LineIs::Whole
+    }
+
+    fn keep(&mut self, wreck: &[u8]) {
+        if self.wreck.len() < WRECK_KEPT {
+            self.wreck.extend_from_slice(wreck);
+        }
+    }
+
+    /// Output of the guest came whole.
+    fn mended(&mut self) {
+        self.line = LineIs::Whole;
+        self.wreck.clear();
+    }
+}
+
+/// Whether text is what a person was meant to read: what the hypervisor says has none of the control characters that
+/// every frame has.
+fn is_readable(text: &[u8]) -> bool {
+    let is_fine =
+        |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | 0x08 | 0x1b | b' '..=0x7e | 0x80..);
+    text.iter().all(is_fine) && std::str::from_utf8(text).is_ok()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -206,9 +241,7 @@ struct Monitor<'c> {
     seen: Receiver<Seen>,
     /// Typed, but not taken by the guest yet.
     pending: Vec<u8>,
-    /// What is readable of frames that came broken since the last whole one.
-    wreck: Vec<u8>,
-    line: LineIs,
+    outside: Outside,
     input: Input,
     ended: Option<(VmState, LastWords)>,
     /// When the guest last printed or took something.
@@ -264,8 +297,7 @@ impl Monitor<'_> {
         while let Ok(seen) = self.seen.try_recv() {
             match seen {
                 Seen::Console(data) => {
-                    self.wreck.clear();
-                    self.line = LineIs::Whole;
+                    self.outside.mended();
                     self.heard = Instant::now();
                     self.context.ui.bytes(&data)?;
                     if self
@@ -276,13 +308,11 @@ impl Monitor<'_> {
                         return Ok(Some(Over::Said));
                     }
                 }
-                Seen::Damage => self.line = LineIs::Damaged,
-                Seen::Words(text) if self.line == LineIs::Whole => self.words(&text),
-                // The rest of a frame in which a delimiter arose looks like text.
-                Seen::Words(text) | Seen::Wreck(text) if self.wreck.len() < WRECK_KEPT => {
-                    self.wreck.extend_from_slice(&text);
-                }
-                Seen::Words(_) | Seen::Wreck(_) => {}
+                Seen::Damage => self.outside.line = LineIs::Damaged,
+                Seen::Words(text) => self.words(&text),
+                Seen::Text(text) if self.outside.are_words(&text) => self.words(&text),
+                Seen::Text(_) => {}
+                Seen::Wreck(text) => self.outside.keep(&text),
                 Seen::State(vm, state) if vm == self.vm.id => match state {
                     VmState::Stopped | VmState::Failed => {
                         self.ended = Some((state, LastWords::ToCome));
@@ -376,5 +406,20 @@ mod tests {
         assert!(matcher.feed(b": "));
         let mut matcher = Matcher::new(b"aab");
         assert!(matcher.feed(b"aaab"));
+    }
+
+    #[test]
+    fn a_frame_without_its_beginning_is_no_words_however_it_is_cut() {
+        let frame = b"X\x02\x01\x03\x01\x01\x01 Linux version 6.1\nMachine model: Tidemark\n";
+        for cut in 2..frame.len() {
+            let mut outside = Outside::default();
+            assert!(outside.are_words(b"INFO  cpu0 linux: running\n"));
+            let (first, rest) = frame.split_at(cut);
+            assert!(!outside.are_words(first), "{cut}");
+            assert!(!outside.are_words(rest), "{cut}");
+            assert_eq!(outside.wreck, frame, "{cut}");
+            outside.mended();
+            assert!(outside.are_words(b"INFO  cpu0 linux: stopped\n"));
+        }
     }
 }
