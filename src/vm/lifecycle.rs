@@ -70,8 +70,9 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
         vcpu.reset(entry, context);
     }
     vm.vgic.reset();
-    device::reset(vm);
+    // First: the UART takes in what waits.
     vm.console.forget_input();
+    device::reset(vm);
     work::guest_loaded(vm);
     {
         let mut status = vm.status.lock();

@@ -20,8 +20,8 @@
 //!
 //! # Concurrency
 //!
-//! `&mut self`; the owner locks. After every `read`, `write` and `push_rx` the owner passes
-//! [`Pl011::irq_level`] on to the interrupt controller under the same lock, or levels could arrive in the wrong order.
+//! `&mut self`; the owner locks. After every `read`, `write`, `push_rx` and `reset` the owner passes
+//! [`Pl011::irq_change`] on to the interrupt controller under the same lock, or levels could arrive in the wrong order.
 //!
 //! Specification: DDI 0183 (PL011), chapter 3.
 
@@ -116,6 +116,8 @@ pub struct Pl011 {
     state: Pl011State,
     /// Where in `state.fifo` the oldest byte is; below [`FIFO_DEPTH`].
     head: usize,
+    /// What [`Pl011::irq_change`] said last.
+    told: Option<Level>,
 }
 
 impl Default for Pl011 {
@@ -130,6 +132,7 @@ impl Pl011 {
         Self {
             state: Pl011State::RESET,
             head: 0,
+            told: None,
         }
     }
 
@@ -202,12 +205,22 @@ impl Pl011 {
     }
 
     /// Gives the interrupt line (UARTINTR: any of MIS).
-    pub fn irq_level(&self) -> Level {
+    fn irq_level(&self) -> Level {
         if self.state.raw & self.state.mask != 0 {
             Level::High
         } else {
             Level::Low
         }
+    }
+
+    /// Gives the interrupt line if it is not what this said last. The interrupt controller takes a lock; most accesses
+    /// are reads of FR.
+    #[inline(always)]
+    pub fn irq_change(&mut self) -> Option<Level> {
+        let level = self.irq_level();
+        let changed = self.told != Some(level);
+        self.told = Some(level);
+        changed.then_some(level)
     }
 
     /// Puts it into its reset state; waiting input is lost.
@@ -225,6 +238,8 @@ impl Pl011 {
     /// Takes up what [`Pl011::save`] gave. A length beyond the FIFO is cut to it.
     pub fn restore(&mut self, state: &Pl011State) {
         self.head = 0;
+        // The interrupt controller is another one than it was told to.
+        self.told = None;
         self.state = *state;
         self.state.fifo_len = state.fifo_len.min(FIFO_DEPTH as u8);
     }

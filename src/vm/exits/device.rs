@@ -12,6 +12,7 @@ use crate::vm::{Vm, count, unix_time};
 use alloc::format;
 use core::sync::atomic::Ordering::*;
 use tidemark_devices::AccessSize;
+use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::vgic::{Frame, Kick};
 use tidemark_devices::virt::{self, Device, RTC_INTERRUPT, UART_INTERRUPT};
@@ -227,8 +228,8 @@ fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
             vm.vgic.mmio_read(vcpu.index, frame, offset, size)
         }
         Device::Uart(offset) => {
-            let value = vm.uart.lock().read(offset & !3);
-            sched::kick(vcpu, settle_uart(vm));
+            let (value, kick) = with_uart(vm, |uart| uart.read(offset & !3));
+            sched::kick(vcpu, kick);
             u64::from(value)
         }
         Device::Rtc(offset) => {
@@ -257,11 +258,11 @@ fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
             sched::kick(vcpu, kick);
         }
         Device::Uart(offset) => {
-            let sent = vm.uart.lock().write(offset & !3, value as u32);
+            let (sent, kick) = with_uart(vm, |uart| uart.write(offset & !3, value as u32));
             if let Some(byte) = sent {
                 channel::guest_output(vm, byte);
             }
-            sched::kick(vcpu, settle_uart(vm));
+            sched::kick(vcpu, kick);
         }
         Device::Rtc(offset) => {
             let kick = with_clock(vm, |clock, now| {
@@ -278,11 +279,27 @@ fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
     }
 }
 
-/// Moves typed bytes into the guest's FIFO, as far as there is room, and tells the interrupt
-/// controller its line. Under the UART's lock to the end: two CPUs must not tell their
-/// levels in the wrong order.
-fn settle_uart(vm: &Vm) -> Kick {
+/// Does something with a VM's UART, and tells the interrupt controller its line if that changed. Under the UART's lock
+/// to the end: two CPUs must not tell their levels in the wrong order.
+#[inline(always)]
+fn with_uart<T>(vm: &Vm, action: impl FnOnce(&mut Pl011) -> T) -> (T, Kick) {
     let mut uart = vm.uart.lock();
+    let room = uart.rx_room();
+    let value = action(&mut uart);
+    if uart.rx_room() > room {
+        // What is typed while there is room does not wait: only what makes more of it has to look.
+        receive(vm, &mut uart);
+    }
+    let kick = match uart.irq_change() {
+        Some(level) => vm.vgic.set_spi_level(UART_INTERRUPT, level),
+        None => Kick::NONE,
+    };
+    (value, kick)
+}
+
+/// Moves typed bytes into the guest's FIFO, as far as there is room.
+#[inline(never)]
+fn receive(vm: &Vm, uart: &mut Pl011) {
     while uart.rx_room() > 0 {
         let Some(byte) = vm.console.next_input() else {
             break;
@@ -290,7 +307,6 @@ fn settle_uart(vm: &Vm) -> Kick {
         // There is room.
         let _ = uart.push_rx(byte);
     }
-    vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level())
 }
 
 /// Does something with a VM's clock, and tells the interrupt controller its line. Under the
@@ -323,12 +339,8 @@ pub fn alarm(vm: &'static Vm) {
 
 /// Puts the devices into the state of a machine that was just switched on, their lines too.
 pub fn reset(vm: &Vm) {
-    {
-        let mut uart = vm.uart.lock();
-        uart.reset();
-        // Nobody is to be told: no vCPU runs.
-        let _ = vm.vgic.set_spi_level(UART_INTERRUPT, uart.irq_level());
-    }
+    // Nobody is to be told: no vCPU runs.
+    let ((), _) = with_uart(vm, Pl011::reset);
     if let Some(flash) = &vm.flash {
         flash.reset();
     }
@@ -343,7 +355,7 @@ pub fn reset(vm: &Vm) {
 
 /// Input came for a guest: its FIFO is filled and its interrupt raised, from any CPU.
 pub fn input_arrived(vm: &'static Vm) {
-    let kick = settle_uart(vm);
+    let ((), kick) = with_uart(vm, |uart| receive(vm, uart));
     raise(vm, kick);
 }
 

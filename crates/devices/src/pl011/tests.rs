@@ -206,6 +206,22 @@ fn loopback_receives_what_is_sent() {
 }
 
 #[test]
+fn a_line_is_told_anew_after_a_reset_and_to_another_controller() {
+    let mut uart = ready();
+    assert_eq!(uart.irq_change(), Some(Level::Low));
+    uart.push_rx(b'x').expect("room");
+    assert_eq!(uart.irq_change(), Some(Level::High));
+    uart.push_rx(b'y').expect("room");
+    assert_eq!(uart.irq_change(), None);
+    let state = uart.save();
+    uart.restore(&state);
+    assert_eq!(uart.irq_change(), Some(Level::High));
+    uart.reset();
+    assert_eq!(uart.irq_change(), Some(Level::Low));
+    assert_eq!(uart.irq_change(), None);
+}
+
+#[test]
 fn saved_state_goes_on_where_it_was() {
     let mut uart = ready();
     for byte in 0..30 {
@@ -290,6 +306,7 @@ proptest! {
     fn behaves_like_the_model(steps in vec_deque((0u8..8, any::<u32>()), 1..400)) {
         let mut uart = Pl011::new();
         let mut model = Model { level: 2, ..Model::default() };
+        let mut line = None;
         for (step, value) in steps {
             match step {
                 0..3 => prop_assert_eq!(uart.push_rx(value as u8).is_ok(), model.receive(value as u8)),
@@ -328,6 +345,10 @@ proptest! {
                 }
             }
             prop_assert_eq!(uart.read(0x3c), model.raw & 0x7ff);
+            // Who only hears of changes knows the line.
+            let level = if model.raw & model.mask == 0 { Level::Low } else { Level::High };
+            prop_assert_eq!(uart.irq_change(), (line != Some(level)).then_some(level));
+            line = Some(level);
             prop_assert_eq!(uart.read(0x40), model.raw & model.mask);
             prop_assert_eq!(uart.irq_level() == Level::High, model.raw & model.mask != 0);
             prop_assert_eq!(uart.read(0x18) >> 4 & 1 == 1, model.waiting.is_empty());
