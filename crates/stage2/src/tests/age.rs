@@ -60,6 +60,9 @@ fn what_was_accessed_is_told_once() {
             s.write(page(70));
             assert_eq!(s.young(0), set([0, 63, 64, 70, 600, 1092].map(page)));
             assert_eq!(s.young(0), set([]));
+            // Its translation was in the TLB when the flag was taken: only an invalidation has it looked up again.
+            s.read(page(63));
+            assert_eq!(s.young(0), set([page(63)]));
             s.start(engine, Granularity::Page);
             s.read(page(9));
             let before = leaves(s);
