@@ -123,8 +123,14 @@ fn unusable(error: &BoardError) -> ! {
 /// block when one address in it is invalidated.
 fn choose_leaves(told: LeafSize) -> Leaves {
     match told {
-        LeafSize::Blocks => return Leaves::Blocks,
-        LeafSize::Pages => return Leaves::Pages,
+        LeafSize::Blocks => {
+            info!("memory is mapped in blocks: leaves=blocks");
+            return Leaves::Blocks;
+        }
+        LeafSize::Pages => {
+            info!("memory is mapped in pages: leaves=pages");
+            return Leaves::Pages;
+        }
         LeafSize::Auto => {}
     }
     match memory::reach::measure() {

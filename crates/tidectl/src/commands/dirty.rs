@@ -8,7 +8,7 @@ use crate::{Error, Result};
 use clap::Args;
 use serde_json::{Value, json};
 use std::time::Duration;
-use tidemark_wire::message::{DirtyStatus, Hold, Mappings, Quota, VmSummary};
+use tidemark_wire::message::{DirtyStatus, Engine, Hold, Mappings, Quota, VmSummary};
 use tidemark_wire::{QUOTA_INTERVAL_MS_MAX, QUOTA_INTERVAL_MS_MIN};
 
 /// How to start.
@@ -174,9 +174,14 @@ fn status_text(vm: &VmSummary, status: &DirtyStatus) -> String {
         Some(epoch) => format!(", epoch {epoch} outstanding"),
         None => String::new(),
     };
+    // What the hardware marked is in the descriptors until somebody reads them.
+    let not_yet = match log.engine {
+        Engine::Dbm => " so far, the next harvest reads the hardware's dirty bits",
+        Engine::WriteProtect => "",
+    };
     format!(
         "{}: dirty log on, engine {}, granularity {}{outstanding}\n\
-         at least {} pages dirty; {} write faults, {} splits, {} harvests since the start, \
+         {} pages noted{not_yet}; {} write faults, {} splits, {} harvests since the start, \
          which read {} entries{throttle}",
         vm.name,
         log.engine,
