@@ -21,7 +21,7 @@ mod exchange;
 mod threads;
 mod vm;
 
-pub use threads::{ClientGone, Injector};
+pub use threads::{After, ClientGone, Injector};
 pub use vm::Ending;
 
 use crate::link::{Closer, Link, Pace};
@@ -76,8 +76,8 @@ impl Options {
 /// What the target says beside answers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Output<'a> {
-    /// Text outside frames.
-    Text(&'a [u8]),
+    /// Text outside frames, a piece of it, and what stood before that.
+    Text(After, &'a [u8]),
     /// What is readable of a broken frame: a crash that was written into the middle of one, or what the frame carried.
     Wreck(&'a [u8]),
     /// Console output of an attached VM, in order and without gaps.

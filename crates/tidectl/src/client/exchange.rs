@@ -380,7 +380,7 @@ impl Client {
                     }
                 }
             }
-            Incoming::Text(text) => (self.sink)(Output::Text(&text)),
+            Incoming::Text(after, text) => (self.sink)(Output::Text(after, &text)),
             Incoming::Bad(reason, text) => {
                 self.stats.bad_frames += 1;
                 (self.sink)(Output::BadFrame(reason));

@@ -10,10 +10,22 @@ use tidemark_wire::frame::{BadReason, Decoder, Header, Item, Kind, Seq, buffer_l
 /// Items the reader may be ahead of the client; then the line's own flow control holds.
 const AHEAD: usize = 256;
 
+/// What stood before a piece of text that came outside of frames. The line cuts text into pieces as it likes; what ends
+/// it is a delimiter.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum After {
+    /// The text of the piece before it, or the beginning.
+    Text,
+    /// A delimiter.
+    Delimiter,
+    /// A frame that was refused: if a delimiter arose in its middle, the rest of it looks like text.
+    BadFrame,
+}
+
 /// What arrives at the client.
 pub(super) enum Incoming {
     Frame(Header, Vec<u8>),
-    Text(Vec<u8>),
+    Text(After, Vec<u8>),
     Bad(BadReason, Vec<u8>),
     Closed,
     Injected(Vec<u8>),
@@ -128,7 +140,10 @@ fn write(
 fn read(mut reader: Box<dyn Read + Send>, to_client: &SyncSender<Incoming>) {
     let mut decoder = Box::new(Decoder::<{ buffer_len(RESPONSE_PAYLOAD_MAX) }>::new());
     let mut buffer = vec![0; 65536];
-    let mut text = Vec::new();
+    let mut text = Text {
+        after: After::Text,
+        bytes: Vec::new(),
+    };
     loop {
         let got = match reader.read(&mut buffer) {
             Ok(0) => break,
@@ -137,24 +152,29 @@ fn read(mut reader: Box<dyn Read + Send>, to_client: &SyncSender<Incoming>) {
             Err(_) => break,
         };
         for &byte in buffer.iter().take(got) {
-            let said = match decoder.push(byte) {
-                None => continue,
+            let (before_text, said) = match decoder.push(byte) {
+                None if byte != 0 => continue,
                 Some(Item::Text(byte)) => {
-                    text.push(byte);
+                    text.bytes.push(byte);
                     continue;
                 }
+                None => (After::Delimiter, None),
                 Some(Item::Frame(frame))
                     if frame.header.kind == Kind::Response && frame.header.seq == BEAT =>
                 {
-                    continue;
+                    (After::Delimiter, None)
                 }
-                Some(item) => owned(item),
+                Some(item @ Item::Bad(_)) => (After::BadFrame, Some(owned(item))),
+                Some(item) => (After::Delimiter, Some(owned(item))),
             };
-            if flush(&mut text, to_client).is_err() || to_client.send(said).is_err() {
+            if text.flush(to_client).is_err()
+                || said.is_some_and(|said| to_client.send(said).is_err())
+            {
                 return;
             }
+            text.after = before_text;
         }
-        if flush(&mut text, to_client).is_err() {
+        if text.flush(to_client).is_err() {
             return;
         }
     }
@@ -168,16 +188,25 @@ fn owned(item: Item<'_>) -> Incoming {
     match item {
         Item::Frame(frame) => Incoming::Frame(frame.header, frame.payload.to_vec()),
         Item::Bad(bad) => Incoming::Bad(bad.reason, bad.text.to_vec()),
-        Item::Text(byte) => Incoming::Text(vec![byte]),
+        Item::Text(byte) => Incoming::Text(After::Text, vec![byte]),
     }
 }
 
-/// Sends the text gathered so far, so that it keeps its place among the frames.
-fn flush(text: &mut Vec<u8>, to_client: &SyncSender<Incoming>) -> Result<(), ClientGone> {
-    if text.is_empty() {
-        return Ok(());
+/// Text gathered so far, and what stood before it.
+struct Text {
+    after: After,
+    bytes: Vec<u8>,
+}
+
+impl Text {
+    /// Sends it, so that it keeps its place among the frames.
+    fn flush(&mut self, to_client: &SyncSender<Incoming>) -> Result<(), ClientGone> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        let after = std::mem::replace(&mut self.after, After::Text);
+        to_client
+            .send(Incoming::Text(after, std::mem::take(&mut self.bytes)))
+            .map_err(|_| ClientGone)
     }
-    to_client
-        .send(Incoming::Text(std::mem::take(text)))
-        .map_err(|_| ClientGone)
 }

@@ -1,7 +1,7 @@
 //! `monitor`: a VM's console, for people and for scripts.
 
 use super::Context;
-use crate::client::{Client, Output};
+use crate::client::{After, Client, Output};
 use crate::error::DAMAGED;
 use crate::terminal::{Keyboard, LEAVE, RawMode, inject_stdin, with_returns};
 use crate::units::parse_duration;
@@ -54,10 +54,8 @@ pub struct MonitorArgs {
 enum Seen {
     Console(Vec<u8>),
     Words(Vec<u8>),
-    /// Text outside frames, as it was cut by the line.
-    Text(Vec<u8>),
+    Text(After, Vec<u8>),
     Wreck(Vec<u8>),
-    Damage,
     State(VmId, VmState),
     Typed(Vec<u8>),
     TypedEnd,
@@ -77,7 +75,7 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         let seen = match output {
             Output::Console { data, .. } => Seen::Console(data.to_vec()),
             Output::Log(text) => Seen::Words(text.to_vec()),
-            Output::Text(text) => Seen::Text(text.to_vec()),
+            Output::Text(after, text) => Seen::Text(after, text.to_vec()),
             Output::Wreck(text) => Seen::Wreck(text.to_vec()),
             Output::Missed { bytes, .. } => {
                 Seen::Words(format!("\n[{bytes} bytes of output were missed]\n").into_bytes())
@@ -85,7 +83,8 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
             Output::VmState { vm, state } => Seen::State(vm, state),
             Output::Injected(bytes) => Seen::Typed(bytes.to_vec()),
             Output::InjectedEnd => Seen::TypedEnd,
-            Output::BadFrame(_) => Seen::Damage,
+            // What is readable of it comes beside it.
+            Output::BadFrame(_) => return,
         };
         // The receiver lives as long as the client.
         let _ = sender.send(seen);
@@ -127,10 +126,7 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         }),
         over => Ok(over),
     });
-    if over.is_err() {
-        // Nothing whole came after it: this may be how the machine crashed.
-        monitor.words(&monitor.outside.wreck);
-    }
+    monitor.last_words(over.as_ref().err());
     drop(raw);
     let Monitor {
         client,
@@ -169,55 +165,85 @@ fn choose(client: &mut Client, name: Option<&str>) -> Result<VmSummary> {
 }
 
 /// What stands outside of whole frames: the hypervisor's words, and what is left of frames that came broken.
+///
+/// A frame that lost its beginning is text to the decoder, and most of what it carries looks like words. So the text
+/// between two delimiters is judged in one piece: a frame's end has its checksum.
 #[derive(Default)]
 struct Outside {
-    line: LineIs,
-    /// What is readable of frames that came broken since the last whole one.
+    /// Text since the last delimiter, and when it began: nobody waits longer than a [`TICK`] for a delimiter.
+    held: Vec<u8>,
+    since: Option<Instant>,
+    judged: Judged,
+    /// The last [`WRECK_KEPT`] bytes that are readable of frames that came broken, since the guest's last output.
     wreck: Vec<u8>,
 }
 
-/// How the line was last.
+/// What the text since the last delimiter is, as far as it was judged.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
-enum LineIs {
+enum Judged {
     #[default]
-    Whole,
-    /// A frame came broken, and no output of the guest since.
-    Damaged,
+    Words,
+    /// Of a frame that came broken.
+    Wreck,
 }
 
 impl Outside {
-    /// Tells whether text is the hypervisor's words; keeps it if it may be of a broken frame. A frame that lost its
-    /// beginning is text to the decoder, and comes in as many parts as the line cuts it into: the first has the header,
-    /// and the others look like words.
-    fn are_words(&mut self, text: &[u8]) -> bool {
-        if !is_readable(text) {
-            self.line = LineIs::Damaged;
+    /// Takes a piece of text. Gives the words that ended before it.
+    fn take(&mut self, after: After, text: &[u8]) -> Vec<u8> {
+        let words = match after {
+            After::Text => Vec::new(),
+            After::Delimiter | After::BadFrame => self.judge(),
+        };
+        match after {
+            After::Text => {}
+            After::Delimiter => self.judged = Judged::Words,
+            After::BadFrame => self.judged = Judged::Wreck,
         }
-        if self.line == LineIs::Damaged {
-            self.keep(text);
+        self.held.extend_from_slice(text);
+        self.since.get_or_insert_with(Instant::now);
+        words
+    }
+
+    /// Gives the words that no delimiter has ended for a while.
+    fn overdue(&mut self) -> Vec<u8> {
+        match self.since {
+            Some(since) if since.elapsed() >= TICK => self.judge(),
+            _ => Vec::new(),
         }
-        self.line == LineIs::Whole
+    }
+
+    /// Gives what is held if it is words; keeps it otherwise.
+    fn judge(&mut self) -> Vec<u8> {
+        self.since = None;
+        let held = std::mem::take(&mut self.held);
+        if !is_readable(&held) {
+            self.judged = Judged::Wreck;
+        }
+        if self.judged == Judged::Words {
+            return held;
+        }
+        self.keep(&held);
+        Vec::new()
     }
 
     fn keep(&mut self, wreck: &[u8]) {
-        if self.wreck.len() < WRECK_KEPT {
-            self.wreck.extend_from_slice(wreck);
-        }
-    }
-
-    /// Output of the guest came whole.
-    fn mended(&mut self) {
-        self.line = LineIs::Whole;
-        self.wreck.clear();
+        self.wreck.extend_from_slice(wreck);
+        // A crash is what came last.
+        let too_much = self.wreck.len().saturating_sub(WRECK_KEPT);
+        self.wreck.drain(..too_much);
     }
 }
 
 /// Whether text is what a person was meant to read: what the hypervisor says has none of the control characters that
-/// every frame has.
+/// every frame has. A character may be cut at either end.
 fn is_readable(text: &[u8]) -> bool {
     let is_fine =
         |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | 0x08 | 0x1b | b' '..=0x7e | 0x80..);
-    text.iter().all(is_fine) && std::str::from_utf8(text).is_ok()
+    let cut = text.iter().take(3);
+    let cut = cut.take_while(|byte| matches!(byte, 0x80..=0xbf)).count();
+    let whole = text.get(cut..).unwrap_or_default();
+    let is_utf8 = str::from_utf8(whole).map_or_else(|at| at.error_len().is_none(), |_| true);
+    is_utf8 && whole.iter().all(is_fine)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -256,6 +282,8 @@ impl Monitor<'_> {
             if let Some(over) = self.handle()? {
                 return Ok(over);
             }
+            let words = self.outside.overdue();
+            self.words(&words);
             match self.ended {
                 Some((state, LastWords::Read)) => return Ok(Over::Ended(state)),
                 Some((state, LastWords::ToCome)) => {
@@ -295,9 +323,14 @@ impl Monitor<'_> {
     /// Handles all that came.
     fn handle(&mut self) -> Result<Option<Over>> {
         while let Ok(seen) = self.seen.try_recv() {
+            if let Seen::Console(_) | Seen::Words(_) | Seen::Wreck(_) | Seen::State(..) = seen {
+                // Of a frame, whose delimiter ended the text before it.
+                let words = self.outside.judge();
+                self.words(&words);
+            }
             match seen {
                 Seen::Console(data) => {
-                    self.outside.mended();
+                    self.outside.wreck.clear();
                     self.heard = Instant::now();
                     self.context.ui.bytes(&data)?;
                     if self
@@ -308,10 +341,11 @@ impl Monitor<'_> {
                         return Ok(Some(Over::Said));
                     }
                 }
-                Seen::Damage => self.outside.line = LineIs::Damaged,
                 Seen::Words(text) => self.words(&text),
-                Seen::Text(text) if self.outside.are_words(&text) => self.words(&text),
-                Seen::Text(_) => {}
+                Seen::Text(after, text) => {
+                    let words = self.outside.take(after, &text);
+                    self.words(&words);
+                }
                 Seen::Wreck(text) => self.outside.keep(&text),
                 Seen::State(vm, state) if vm == self.vm.id => match state {
                     VmState::Stopped | VmState::Failed => {
@@ -341,6 +375,29 @@ impl Monitor<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// What is left to say at the end. If the line went silent, what it carried last may be how the machine crashed.
+    fn last_words(&mut self, error: Option<&Error>) {
+        // How it ends is known.
+        let _ = self.handle();
+        let words = self.outside.judge();
+        self.words(&words);
+        if let Some(Error::Closed { .. } | Error::NoAnswer { .. }) = error {
+            let is_shown = |byte: &u8| matches!(byte, b'\t' | b'\n' | b' '..=0x7e | 0x80..);
+            let shown: Vec<u8> = self
+                .outside
+                .wreck
+                .iter()
+                .copied()
+                .filter(is_shown)
+                .collect();
+            if !shown.is_empty() {
+                self.words(b"\n[what can be read of the last that came, which is damaged:]\n");
+                self.words(String::from_utf8_lossy(&shown).as_bytes());
+                self.words(b"\n");
+            }
+        }
     }
 
     /// The hypervisor's words, beside the data.
@@ -408,18 +465,81 @@ mod tests {
         assert!(matcher.feed(b"aaab"));
     }
 
+    /// The end of a frame with this payload.
+    const FRAME: &[u8] =
+        b"X\x02\x01\x03\x01\x01\x01 Linux version 6.1\nMachine model: Tidemark\n\x9c\x07\xa5\xf1";
+    const WORDS: &[u8] = b"INFO  cpu0 linux: running\n";
+
+    /// What is shown of pieces, and then a delimiter.
+    fn shown(outside: &mut Outside, pieces: &[(After, &[u8])]) -> Vec<u8> {
+        let mut shown = Vec::new();
+        for (after, piece) in pieces {
+            shown.extend(outside.take(*after, piece));
+        }
+        shown.extend(outside.take(After::Delimiter, b""));
+        shown
+    }
+
     #[test]
     fn a_frame_without_its_beginning_is_no_words_however_it_is_cut() {
-        let frame = b"X\x02\x01\x03\x01\x01\x01 Linux version 6.1\nMachine model: Tidemark\n";
-        for cut in 2..frame.len() {
-            let mut outside = Outside::default();
-            assert!(outside.are_words(b"INFO  cpu0 linux: running\n"));
-            let (first, rest) = frame.split_at(cut);
-            assert!(!outside.are_words(first), "{cut}");
-            assert!(!outside.are_words(rest), "{cut}");
-            assert_eq!(outside.wreck, frame, "{cut}");
-            outside.mended();
-            assert!(outside.are_words(b"INFO  cpu0 linux: stopped\n"));
+        for lost in [0, 1, 7, 20] {
+            let frame = FRAME.get(lost..).expect("so long");
+            for cut in 0..frame.len() {
+                let (first, rest) = frame.split_at(cut);
+                let mut outside = Outside::default();
+                let pieces = [
+                    (After::Delimiter, WORDS),
+                    (After::Delimiter, first),
+                    (After::Text, rest),
+                    (After::Delimiter, WORDS),
+                ];
+                assert_eq!(
+                    shown(&mut outside, &pieces),
+                    WORDS.repeat(2),
+                    "{lost} {cut}"
+                );
+                assert_eq!(outside.wreck, frame);
+            }
         }
+    }
+
+    #[test]
+    fn the_rest_of_a_broken_frame_is_no_words_and_what_follows_is() {
+        let pieces = [
+            (After::BadFrame, b"Machine model: Tidemark\n".as_slice()),
+            (After::Text, b"Linux version 6.1\n"),
+            (After::Delimiter, WORDS),
+            (After::Text, WORDS),
+        ];
+        assert_eq!(shown(&mut Outside::default(), &pieces), WORDS.repeat(2));
+    }
+
+    /// A bell, and a character that is cut in two: another guest's, which a shared terminal shows.
+    #[test]
+    fn what_cannot_be_read_costs_no_words_behind_it() {
+        let pieces = [
+            (
+                After::Text,
+                b"end of a frame of an earlier session\x01\x02".as_slice(),
+            ),
+            (After::Delimiter, b"\x07ping\n"),
+            (After::Delimiter, "EL2 panic: gr\u{fc}n".as_bytes()),
+        ];
+        assert_eq!(
+            shown(&mut Outside::default(), &pieces),
+            "EL2 panic: gr\u{fc}n".as_bytes()
+        );
+        let (first, rest) = "gr\u{fc}n".as_bytes().split_at(3);
+        assert!(is_readable(first) && is_readable(rest));
+        assert!(!is_readable(b"\x01") && !is_readable(b"gr\xfcn"));
+    }
+
+    #[test]
+    fn of_a_long_wreck_the_end_is_kept() {
+        let mut outside = Outside::default();
+        (0..3).for_each(|_| outside.keep(&[b'.'; WRECK_KEPT]));
+        outside.keep(b"EL2 panic");
+        assert_eq!(outside.wreck.len(), WRECK_KEPT);
+        assert!(outside.wreck.ends_with(b"EL2 panic"));
     }
 }
