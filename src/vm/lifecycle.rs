@@ -70,8 +70,6 @@ pub fn loaded(vm: &'static Vm, entry: u64, context: u64) {
         vcpu.reset(entry, context);
     }
     vm.vgic.reset();
-    // First: the UART takes in what waits.
-    vm.console.forget_input();
     device::reset(vm);
     work::guest_loaded(vm);
     {

@@ -13,14 +13,15 @@
 //!   (DDI 0183, 2.8.2), so unmasking it with nothing sent since raises nothing, as on the part and on QEMU.
 //! - RXRIS is set when a byte fills the FIFO to its trigger level and cleared by reading below it;
 //!   RTRIS stands for the receive timeout without a timer: set by every byte that arrives,
-//!   cleared when the FIFO is empty. ICR clears either. A byte is therefore never left without an interrupt.
+//!   cleared when the FIFO is empty. A byte is therefore never left without an interrupt, but by who clears it with ICR
+//!   and leaves a full FIFO as it is.
 //! - No received byte is dropped: a full FIFO refuses, and the sender keeps it. There is no overrun.
 //! - UARTEN, TXE and RXE are stored and not obeyed: kernels' early consoles write to a UART no firmware enabled,
 //!   and QEMU's `virt`, which they were written on, lets them.
 //!
 //! # Concurrency
 //!
-//! `&mut self`; the owner locks. After every `read`, `write`, `push_rx` and `reset` the owner passes
+//! `&mut self`; the owner locks. After every `read`, `write`, `push_rx`, `reset` and `restore` the owner passes
 //! [`Pl011::irq_change`] on to the interrupt controller under the same lock, or levels could arrive in the wrong order.
 //!
 //! Specification: DDI 0183 (PL011), chapter 3.
@@ -116,7 +117,8 @@ pub struct Pl011 {
     state: Pl011State,
     /// Where in `state.fifo` the oldest byte is; below [`FIFO_DEPTH`].
     head: usize,
-    /// What [`Pl011::irq_change`] said last.
+    /// What [`Pl011::irq_change`] said last: what the interrupt controller knows, over a reset of that too, which keeps
+    /// lines.
     told: Option<Level>,
 }
 

@@ -258,10 +258,12 @@ fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
             sched::kick(vcpu, kick);
         }
         Device::Uart(offset) => {
-            let (sent, kick) = with_uart(vm, |uart| uart.write(offset & !3, value as u32));
-            if let Some(byte) = sent {
-                channel::guest_output(vm, byte);
-            }
+            let ((), kick) = with_uart(vm, |uart| {
+                // Before anyone hears of the interrupt, which another vCPU may take for leave to write the next.
+                if let Some(byte) = uart.write(offset & !3, value as u32) {
+                    channel::guest_output(vm, byte);
+                }
+            });
             sched::kick(vcpu, kick);
         }
         Device::Rtc(offset) => {
@@ -339,8 +341,11 @@ pub fn alarm(vm: &'static Vm) {
 
 /// Puts the devices into the state of a machine that was just switched on, their lines too.
 pub fn reset(vm: &Vm) {
-    // Nobody is to be told: no vCPU runs.
-    let ((), _) = with_uart(vm, Pl011::reset);
+    // Nobody is to be told: no vCPU runs. In one step, or a part of what is typed meanwhile would go.
+    let ((), _) = with_uart(vm, |uart| {
+        vm.console.forget_input();
+        uart.reset();
+    });
     if let Some(flash) = &vm.flash {
         flash.reset();
     }
