@@ -176,6 +176,9 @@ fn a_block_is_young_for_all_its_pages() {
         assert_eq!(ask(0, 64), 64);
         assert_eq!(ask(448, 128), 64, "the second block was not accessed");
         assert_eq!(ask(0, 512), 0);
+        // Again of what was in the TLB.
+        s.read(page(3));
+        assert_eq!(ask(0, 512), 512);
         assert_eq!(s.world.stage2.mappings().blocks_2m, 2);
     });
     sim.end();
