@@ -22,6 +22,8 @@ struct Console {
     start: usize,
     len: usize,
     delivery: Delivery,
+    /// Bytes that the UART is sure to take yet: it only gets emptier by itself, so it is not asked before each.
+    room: usize,
     /// What the UART was told last.
     asked_for: Option<InterruptFor>,
 }
@@ -40,6 +42,7 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     start: 0,
     len: 0,
     delivery: Delivery::AtOnce,
+    room: 0,
     asked_for: None,
 });
 
@@ -51,16 +54,26 @@ impl Console {
     fn push(&mut self, byte: u8) {
         let Some(uart) = self.uart else { return };
         if self.delivery == Delivery::AtOnce {
-            uart.send(byte);
+            self.send(uart, byte);
             return;
         }
         if self.len == RING {
-            uart.send(self.ring[self.start]);
+            self.send(uart, self.ring[self.start]);
             self.start = (self.start + 1) % RING;
             self.len -= 1;
         }
         self.ring[(self.start + self.len) % RING] = byte;
         self.len += 1;
+    }
+
+    /// Sends a byte, waiting for room.
+    fn send(&mut self, uart: Pl011, byte: u8) {
+        while self.room == 0 {
+            core::hint::spin_loop();
+            self.room = uart.room();
+        }
+        uart.put(byte);
+        self.room -= 1;
     }
 
     /// Puts a piece into the ring: what fits before its end and then the rest, or byte by byte where it waits.
@@ -87,7 +100,10 @@ impl Console {
         }
         let mut left = STEP.min(self.len);
         while left > 0 {
-            let now = uart.room().min(left);
+            if self.room == 0 {
+                self.room = uart.room();
+            }
+            let now = self.room.min(left);
             if now == 0 {
                 break;
             }
@@ -95,6 +111,7 @@ impl Console {
                 uart.put(self.ring[self.start % RING]);
                 self.start = (self.start + 1) % RING;
             }
+            self.room -= now;
             self.len -= now;
             left -= now;
         }
@@ -123,6 +140,7 @@ pub fn init(uart: Pl011) {
     }
     let mut console = CONSOLE.lock();
     console.uart = Some(uart);
+    console.room = 0;
     console.asked_for = None;
 }
 
