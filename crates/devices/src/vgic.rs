@@ -198,9 +198,13 @@ impl Kick {
 
     /// Goes through them in order.
     pub fn iter(self) -> impl Iterator<Item = VcpuIndex> {
-        (0..crate::MAX_VCPUS)
-            .filter_map(VcpuIndex::new)
-            .filter(move |vcpu| self.contains(*vcpu))
+        let mut left = self.0;
+        core::iter::from_fn(move || {
+            // 32, which no vCPU has, when there are no more.
+            let vcpu = VcpuIndex::new(left.trailing_zeros() as usize);
+            left &= left.wrapping_sub(1);
+            vcpu
+        })
     }
 }
 
