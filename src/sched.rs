@@ -22,11 +22,11 @@ use crate::arch::context::Context;
 use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
 use crate::arch::{barrier, gic, timer, tlb};
 use crate::board;
-use crate::vm::vcpu::{LiveListRegisters, NEVER, Run, Vcpu};
+use crate::vm::vcpu::{LiveListRegisters, NEVER, Request, Run, Taken, Vcpu};
 use crate::vm::{Vm, exits, lifecycle};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicUsize, Ordering::*};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::vgic::Kick;
 use tidemark_stage2::{Count, Turn, Verdict};
@@ -49,6 +49,8 @@ static QUEUES: [Mutex<VecDeque<&'static Vcpu>>; MAX_CPUS] =
 static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] = [const { Mutex::new(Vec::new()) }; MAX_CPUS];
 /// The vCPU whose state is in this CPU's registers.
 static LOADED: PerCpu<Option<&'static Vcpu>> = PerCpu::new(None);
+/// A CPU was called for what is its own and not its vCPU's.
+static CALLED: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
 /// When the running vCPU's slice ends.
 static SLICE_END: PerCpu<u64> = PerCpu::new(NEVER);
 /// When the running vCPU is to ask the throttle again.
@@ -82,7 +84,7 @@ pub fn current() -> Option<&'static Vcpu> {
     LOADED.get()
 }
 
-/// Calls a CPU, if it is another one.
+/// Has a CPU look at its vCPU's requests, if it is another one.
 pub fn kick_cpu(index: usize) {
     if index != cpu::index() {
         gic::send_sgi(KICK, cpu::affinity_of(index));
@@ -93,9 +95,19 @@ pub fn kick_cpu(index: usize) {
 /// it goes back to its guest.
 fn call(index: usize) {
     if index != cpu::index() {
+        CALLED[index].store(true, SeqCst);
         kick_cpu(index);
     } else if let Some(loaded) = current() {
-        loaded.attention.store(true, Relaxed);
+        loaded.requests.make(Request::Schedule);
+    }
+}
+
+/// Another CPU sent [`KICK`]: it called this one, or made a request of the vCPU that runs here.
+pub fn called() {
+    if CALLED[cpu::index()].swap(false, SeqCst)
+        && let Some(loaded) = current()
+    {
+        loaded.requests.make(Request::Schedule);
     }
 }
 
@@ -127,7 +139,7 @@ pub fn wake(vcpu: &'static Vcpu) {
 
 /// The throttle may answer a vCPU otherwise by now: if it waits for its quota or runs, it asks again.
 pub fn ask_again(vcpu: &'static Vcpu) {
-    vcpu.attention.store(true, SeqCst);
+    vcpu.requests.make(Request::Schedule);
     let mut run = vcpu.run.lock();
     match *run {
         Run::Stalled => {
@@ -168,7 +180,7 @@ pub fn kick(vcpu: &'static Vcpu, kick: Kick) {
     }
     if kick.contains(vcpu.index) {
         // Its own is seen to before the guest goes on.
-        vcpu.attention.store(true, Relaxed);
+        vcpu.requests.make(Request::Sync);
     }
     kick_others(vcpu, kick.without(vcpu.index));
 }
@@ -176,7 +188,7 @@ pub fn kick(vcpu: &'static Vcpu, kick: Kick) {
 fn kick_others(vcpu: &'static Vcpu, kick: Kick) {
     for index in kick.iter() {
         if let Some(other) = vcpu.vm.vcpus().get(index.index()) {
-            other.attention.store(true, SeqCst);
+            other.requests.make(Request::Sync);
             wake(other);
         }
     }
@@ -202,16 +214,19 @@ pub fn sync_always(vcpu: &'static Vcpu) {
 /// The end of every exit: the same vCPU goes on unless something else is to be done.
 #[inline]
 pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
-    if !vcpu.attention.load(Relaxed) {
+    if !vcpu.requests.any() {
         return &vcpu.context;
     }
     attend(vcpu)
 }
 
-/// Sees to what `attention` was set for.
+/// Sees to what is asked of a vCPU.
 #[inline(never)]
 fn attend(vcpu: &'static Vcpu) -> &'static Context {
-    vcpu.attention.store(false, Relaxed);
+    if vcpu.requests.take() == Taken::SyncAtMost {
+        sync(vcpu);
+        return &vcpu.context;
+    }
     let mut run = vcpu.run.lock();
     if *run == Run::Running {
         // Under the lock, as everywhere: a resume either finds the vCPU parked or is seen here.
@@ -390,7 +405,8 @@ fn switch_to(vcpu: &'static Vcpu) {
             cpu.set_context(&vcpu.context);
         }
     }
-    vcpu.attention.store(false, Relaxed);
+    // All of them are seen to here.
+    vcpu.requests.take();
     sync_always(vcpu);
     let alone = QUEUES[cpu::index()].lock().is_empty();
     SLICE_END.set(if alone {
@@ -427,7 +443,7 @@ pub fn tick() {
     let now = timer::now();
     if let Some(loaded) = LOADED.get() {
         exits::timer::fire_physical(loaded, now);
-        loaded.attention.store(true, Relaxed);
+        loaded.requests.make(Request::Schedule);
     }
     let mut due: [Option<&'static Vcpu>; 8] = [None; 8];
     {

@@ -6,7 +6,7 @@
 
 use super::exits::device;
 use super::loader::Loader;
-use super::vcpu::{Run, Vcpu};
+use super::vcpu::{Request, Run, Vcpu};
 use super::{Status, Vm, Wish, work};
 use crate::arch::{barrier, timer};
 use crate::board::options::WhenIdle;
@@ -160,7 +160,7 @@ fn hold_for(vm: &'static Vm, mut status: MutexGuard<'static, Status>, wish: Wish
     vm.held.store(true, SeqCst);
     drop(status);
     for vcpu in vm.vcpus() {
-        vcpu.attention.store(true, SeqCst);
+        vcpu.requests.make(Request::Schedule);
         let running = *vcpu.run.lock() == Run::Running;
         if running {
             sched::kick_cpu(vcpu.home.load(Relaxed));

@@ -6,7 +6,7 @@ use crate::arch::cpu;
 use crate::arch::el1::{self, CounterReads, El1State};
 use crate::arch::gic::{self, VirtualInterface, Watch};
 use crate::arch::{timer, tlb};
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::*};
+use core::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::guest_time;
 use tidemark_devices::psci::PowerState;
@@ -25,8 +25,8 @@ pub struct Vcpu {
     pub index: VcpuIndex,
     /// The CPU that it runs on, by index.
     pub home: AtomicUsize,
-    /// Something other than returning to the guest is to be done at the next exit.
-    pub attention: AtomicBool,
+    /// What is to be done before it goes back to its guest.
+    pub requests: Requests,
     /// Where it stands with the scheduler.
     pub run: Mutex<Run>,
     /// The rest of its state, while another vCPU is loaded on its CPU.
@@ -41,6 +41,56 @@ pub struct Vcpu {
     pub meter: Meter,
     /// When it no longer waits for its quota, as a physical count.
     stall_end: AtomicU64,
+}
+
+/// What may be asked of a vCPU, by any CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Request {
+    /// The vGIC has something new for its list registers.
+    Sync = 1,
+    /// It may have to leave its CPU, or the CPU's timer to be set anew.
+    Schedule = 2,
+}
+
+/// What was asked of a vCPU and is not done yet.
+#[derive(Debug)]
+pub struct Requests(AtomicU8);
+
+impl Requests {
+    const fn none() -> Self {
+        Self(AtomicU8::new(0))
+    }
+
+    /// Asks for it. Who then finds the vCPU running has its CPU kicked: it has looked before, or sees this.
+    #[inline]
+    pub fn make(&self, request: Request) {
+        self.0.fetch_or(request as u8, SeqCst);
+    }
+
+    /// Whether anything is asked for.
+    #[inline]
+    pub fn any(&self) -> bool {
+        self.0.load(Relaxed) != 0
+    }
+
+    /// Takes all there are, and tells whether more is asked for than [`Request::Sync`].
+    #[inline]
+    pub fn take(&self) -> Taken {
+        match self.0.swap(0, SeqCst) & Request::Schedule as u8 {
+            0 => Taken::SyncAtMost,
+            _ => Taken::Schedule,
+        }
+    }
+}
+
+/// What was taken of [`Requests`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// A sync, or nothing.
+    SyncAtMost,
+    /// All there is.
+    Schedule,
 }
 
 /// Where a vCPU stands.
@@ -127,7 +177,7 @@ impl Vcpu {
             vm,
             index: VcpuIndex::new(index)?,
             home: AtomicUsize::new(0),
-            attention: AtomicBool::new(false),
+            requests: Requests::none(),
             run: Mutex::new(Run::Off),
             parked: Mutex::new(Parked {
                 el1: El1State::reset(),

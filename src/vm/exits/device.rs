@@ -7,7 +7,7 @@ use crate::channel;
 use crate::sched;
 use crate::vm::flash::{Answer, FlashError, Wanted};
 use crate::vm::memory::ERASED;
-use crate::vm::vcpu::{NEVER, Vcpu};
+use crate::vm::vcpu::{NEVER, Request, Vcpu};
 use crate::vm::{Vm, count, unix_time};
 use alloc::format;
 use core::sync::atomic::Ordering::*;
@@ -368,7 +368,7 @@ pub fn input_arrived(vm: &'static Vm) {
 fn raise(vm: &'static Vm, kick: Kick) {
     for index in kick.iter() {
         if let Some(vcpu) = vm.vcpus().get(index.index()) {
-            vcpu.attention.store(true, SeqCst);
+            vcpu.requests.make(Request::Sync);
             sched::wake(vcpu);
         }
     }

@@ -32,11 +32,7 @@ fn handle(intid: u32) {
     }
     gic::deactivate(intid);
     if intid == sched::KICK {
-        // Looking at the queue and the vCPU is what follows any exit.
-        if let Some(vcpu) = sched::current() {
-            vcpu.attention
-                .store(true, core::sync::atomic::Ordering::Relaxed);
-        }
+        sched::called();
     } else if intid == interrupts.hypervisor_timer {
         sched::tick();
     } else if intid == interrupts.maintenance {

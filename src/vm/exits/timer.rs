@@ -3,7 +3,7 @@
 
 use crate::arch::timer;
 use crate::sched;
-use crate::vm::vcpu::Vcpu;
+use crate::vm::vcpu::{Request, Vcpu};
 use core::sync::atomic::Ordering::Relaxed;
 use tidemark_devices::guest_time;
 use tidemark_devices::vgic::Link;
@@ -69,7 +69,7 @@ pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
     sched::kick(vcpu, kick);
     fire_physical(vcpu, timer::now());
     // The timer of EL2 is set anew at the end of this exit.
-    vcpu.attention.store(true, Relaxed);
+    vcpu.requests.make(Request::Schedule);
 }
 
 /// Raises the interrupt if the time has come. Under the timer's lock to the end, so that the
