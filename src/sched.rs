@@ -18,11 +18,10 @@
 pub mod job;
 pub mod meter;
 
-use crate::arch::context::Context;
 use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
 use crate::arch::{barrier, gic, timer, tlb};
 use crate::board;
-use crate::vm::vcpu::{LiveListRegisters, NEVER, Request, Run, Taken, Vcpu};
+use crate::vm::vcpu::{Context, LiveListRegisters, NEVER, Request, Run, Taken, Vcpu};
 use crate::vm::{Vm, exits, lifecycle};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
@@ -75,6 +74,7 @@ pub fn adopt(vcpu: &'static Vcpu) {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let home = NEXT.fetch_add(1, Relaxed) % cpus();
     vcpu.home.store(home, Relaxed);
+    vcpu.context.set_owner(vcpu);
     HOMED[home].lock().push(vcpu);
 }
 

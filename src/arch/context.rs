@@ -1,32 +1,51 @@
 //! What a guest leaves in the general registers at an exit, as the assembly lays it out.
 
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering::*};
 
-/// A vCPU's general registers and where it goes on.
+/// A vCPU's general registers, where it goes on, and whose they are: an exit has this address in hand, and nothing else
+/// of its vCPU `O`.
 ///
 /// Atomics, read and written relaxed (plain loads and stores), so that a debugger's view
 /// from another CPU is not undefined; the vCPU's own CPU is the only writer while it runs.
 #[repr(C, align(16))]
 #[derive(Debug)]
-pub struct Context {
+pub struct Context<O: 'static> {
     x: [AtomicU64; 31],
     elr: AtomicU64,
     spsr: AtomicU64,
+    owner: AtomicPtr<O>,
 }
 
 // boot/vectors.S: x30 and ELR are one pair at 240, SPSR stands at 256.
-const _: () = assert!(offset_of!(Context, elr) == 248);
-const _: () = assert!(offset_of!(Context, spsr) == 256);
+const _: () = assert!(offset_of!(Context<()>, elr) == 248);
+const _: () = assert!(offset_of!(Context<()>, spsr) == 256);
 
-impl Context {
+impl<O: Sync + 'static> Context<O> {
     /// All zero: EL1h with interrupts masked is set by [`Context::reset`].
     pub const fn new() -> Self {
         Self {
             x: [const { AtomicU64::new(0) }; 31],
             elr: AtomicU64::new(0),
             spsr: AtomicU64::new(0),
+            owner: AtomicPtr::new(null_mut()),
         }
+    }
+
+    /// Says whose it is, before it runs.
+    pub fn set_owner(&self, owner: &'static O) {
+        self.owner
+            .store(core::ptr::from_ref(owner).cast_mut(), Release);
+    }
+
+    /// Whose it is.
+    #[inline]
+    pub fn owner(&self) -> Option<&'static O> {
+        // SAFETY: null, or of the `&'static O` that `set_owner` was given, and never written through. `O` is `Sync`, so
+        // the reference may be had by any CPU. Relaxed: an exit is on the CPU that loaded the vCPU, under locks taken
+        // since.
+        unsafe { self.owner.load(Relaxed).as_ref() }
     }
 
     /// Register `n` of an instruction's 5-bit field; 31 reads as zero (XZR).

@@ -16,7 +16,7 @@ pub const MAX_CPUS: usize = 32;
 #[derive(Debug)]
 pub struct Cpu {
     /// Where the exit path saves the guest's registers; null before the first guest.
-    context: AtomicPtr<Context>,
+    context: AtomicPtr<()>,
     /// Top of the stack on which a fatal exception is reported.
     emergency_stack: AtomicUsize,
     stack_top: AtomicUsize,
@@ -86,9 +86,9 @@ pub fn current() -> Option<&'static Cpu> {
 impl Cpu {
     /// Names the registers that the next exit on this CPU saves.
     #[inline]
-    pub fn set_context(&self, context: &'static Context) {
+    pub fn set_context<O>(&self, context: &'static Context<O>) {
         self.context
-            .store(core::ptr::from_ref(context).cast_mut(), Relaxed);
+            .store(core::ptr::from_ref(context).cast_mut().cast(), Relaxed);
     }
 
     /// Top of this CPU's stack.

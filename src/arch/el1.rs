@@ -241,7 +241,7 @@ const EL1H: u64 = 0b0101;
 
 /// Makes the guest take an exception to EL1 as the architecture would (Arm ARM D1.3):
 /// `esr` is complete, `far` is written when the class has one.
-pub fn inject_sync(context: &super::context::Context, esr: u64, far: Option<u64>) {
+pub fn inject_sync<O: Sync>(context: &super::context::Context<O>, esr: u64, far: Option<u64>) {
     let pstate = context.pstate();
     ESR_EL1.set(esr);
     if let Some(far) = far {

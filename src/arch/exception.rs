@@ -13,16 +13,16 @@ global_asm!(
 global_asm!(include_str!("../../boot/fp.S"));
 
 unsafe extern "C" {
-    fn start_guest(context: &Context, stack_top: usize) -> !;
+    fn start_guest(context: *const (), stack_top: usize) -> !;
 }
 
 /// Leaves EL2 for the first time on this CPU. Later returns to a guest happen at the end
 /// of each exit, in the assembly.
-pub fn enter_first(context: &'static Context) -> ! {
+pub fn enter_first<O>(context: &'static Context<O>) -> ! {
     let stack_top = cpu::current().map_or(0, cpu::Cpu::stack_top);
     // SAFETY: the stack is this CPU's own and nothing on it is needed again: this
     // function does not return. `context` was filled by `Context::reset` or an exit.
-    unsafe { start_guest(context, stack_top) }
+    unsafe { start_guest(core::ptr::from_ref(context).cast(), stack_top) }
 }
 
 /// The registers at a fatal exception, as boot/vectors.S stores them.

@@ -13,9 +13,8 @@ mod sysreg;
 pub mod timer;
 mod walk;
 
-use super::vcpu::Vcpu;
+use super::vcpu::{Context, Vcpu};
 use super::{Wish, count, lifecycle};
-use crate::arch::context::Context;
 use crate::arch::el1;
 use crate::arch::exception::Syndrome;
 use crate::sched;
@@ -43,15 +42,15 @@ fn next(vcpu: &'static Vcpu, next: Next) -> &'static Context {
     }
 }
 
-/// The vCPU that exited. There is one: a guest cannot run before it is loaded.
+/// The vCPU that exited. There is one: it is loaded after it was given a home.
 #[inline]
-fn current() -> &'static Vcpu {
-    sched::current().expect("an exit without a vCPU")
+fn owner(context: &Context) -> &'static Vcpu {
+    context.owner().expect("an exit of no vCPU")
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn guest_sync(_context: &Context) -> &'static Context {
-    let vcpu = current();
+extern "C" fn guest_sync(context: &Context) -> &'static Context {
+    let vcpu = owner(context);
     if vcpu.context.pstate() & AARCH32 != 0 {
         return ran_aarch32(vcpu);
     }
@@ -69,8 +68,8 @@ extern "C" fn guest_sync(_context: &Context) -> &'static Context {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn guest_irq(_context: &Context) -> &'static Context {
-    let vcpu = current();
+extern "C" fn guest_irq(context: &Context) -> &'static Context {
+    let vcpu = owner(context);
     if vcpu.context.pstate() & AARCH32 != 0 {
         return ran_aarch32(vcpu);
     }
@@ -87,8 +86,8 @@ extern "C" fn guest_fiq(context: &Context) -> &'static Context {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn guest_serror(_context: &Context) -> &'static Context {
-    let vcpu = current();
+extern "C" fn guest_serror(context: &Context) -> &'static Context {
+    let vcpu = owner(context);
     let syndrome = Syndrome(el1::esr());
     // An access of the guest's that went wrong on the bus: its own end, nobody else's.
     fail(vcpu, &format!("SError, ESR {:#x}", syndrome.0));
@@ -97,8 +96,8 @@ extern "C" fn guest_serror(_context: &Context) -> &'static Context {
 
 /// From EL1 in AArch32 (D1.3.1: these vectors go by the level below EL2), which HCR_EL2.RW excludes.
 #[unsafe(no_mangle)]
-extern "C" fn guest_aarch32(_context: &Context) -> &'static Context {
-    ran_aarch32(current())
+extern "C" fn guest_aarch32(context: &Context) -> &'static Context {
+    ran_aarch32(owner(context))
 }
 
 /// SPSR.M bit 4: what was left was in AArch32.

@@ -1,7 +1,7 @@
 //! A vCPU: its registers while it does not run, and where it stands with the scheduler.
 
 use super::Vm;
-use crate::arch::context::Context;
+use crate::arch::context;
 use crate::arch::cpu;
 use crate::arch::el1::{self, CounterReads, El1State};
 use crate::arch::gic::{self, VirtualInterface, Watch};
@@ -14,6 +14,9 @@ use tidemark_devices::vgic::{ListRegisters, Shortage};
 use tidemark_devices::virt::PHYSICAL_TIMER;
 use tidemark_devices::{Level, VcpuIndex};
 use tidemark_stage2::{Count, Flush, Meter};
+
+/// A vCPU's general registers, which know whose they are.
+pub type Context = context::Context<Vcpu>;
 
 /// A vCPU.
 pub struct Vcpu {
