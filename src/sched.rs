@@ -182,10 +182,29 @@ pub fn kick(vcpu: &'static Vcpu, kick: Kick) {
         // Its own is seen to before the guest goes on.
         vcpu.requests.make(Request::Sync);
     }
-    kick_others(vcpu, kick.without(vcpu.index));
+    kick_others(vcpu, kick);
 }
 
+/// The same, where `vcpu`'s own interrupt is nearly all there is to be seen to: at once.
+#[inline]
+pub fn kick_now(vcpu: &'static Vcpu, kick: Kick) {
+    if kick.contains(vcpu.index) {
+        sync_always(vcpu);
+    }
+    kick_others(vcpu, kick);
+}
+
+/// Wakes the other vCPUs among them: most often there is none.
+#[inline]
 fn kick_others(vcpu: &'static Vcpu, kick: Kick) {
+    let others = kick.without(vcpu.index);
+    if !others.is_none() {
+        kick_all(vcpu, others);
+    }
+}
+
+#[inline(never)]
+fn kick_all(vcpu: &'static Vcpu, kick: Kick) {
     for index in kick.iter() {
         if let Some(other) = vcpu.vm.vcpus().get(index.index()) {
             other.requests.make(Request::Sync);
@@ -208,7 +227,7 @@ pub fn sync_always(vcpu: &'static Vcpu) {
         return;
     }
     let kick = vcpu.vm.vgic.sync(vcpu.index, &mut LiveListRegisters);
-    kick_others(vcpu, kick.without(vcpu.index));
+    kick_others(vcpu, kick);
 }
 
 /// The end of every exit: the same vCPU goes on unless something else is to be done.
@@ -334,7 +353,7 @@ pub fn stall(vcpu: &'static Vcpu) -> &'static Context {
 pub fn turn_off(vcpu: &'static Vcpu) -> &'static Context {
     // An interrupt that waits in its list registers goes to another vCPU or back to the books.
     let kick = vcpu.vm.vgic.withdraw(vcpu.index, &mut LiveListRegisters);
-    kick_others(vcpu, kick.without(vcpu.index));
+    kick_others(vcpu, kick);
     leave(vcpu, &mut vcpu.run.lock(), Run::Off);
     lifecycle::vcpu_left(vcpu.vm);
     pick_next()

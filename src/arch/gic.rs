@@ -80,6 +80,12 @@ pub fn list_register_count() -> usize {
     (ICH_VTR_EL2.get() & 0x1f) as usize + 1
 }
 
+/// Which of them hold no interrupt and have no maintenance interrupt asserted (ICH_ELRSR_EL2), one bit each.
+#[inline]
+pub fn empty_list_registers() -> u32 {
+    regs::ICH_ELRSR_EL2.get() as u32
+}
+
 macro_rules! list_registers {
     ($($n:literal $register:ident),*) => {
         /// Reads list register `n`.

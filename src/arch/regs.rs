@@ -57,6 +57,8 @@ registers! {
     ICC_BPR1_EL1 = "icc_bpr1_el1";
     /// Group 1 enable.
     ICC_IGRPEN1_EL1 = "icc_igrpen1_el1";
+    /// Which list registers hold nothing, one bit each.
+    ICH_ELRSR_EL2 = "ich_elrsr_el2";
     /// Software-generated interrupt, group 1.
     ICC_SGI1R_EL1 = "icc_sgi1r_el1";
     /// CPU interface control.

@@ -386,6 +386,11 @@ impl ListRegisters for LiveListRegisters {
     }
 
     #[inline]
+    fn empty(&self) -> u32 {
+        gic::empty_list_registers()
+    }
+
+    #[inline]
     fn read(&self, n: usize) -> u64 {
         gic::read_list_register(n)
     }

@@ -168,7 +168,8 @@ impl Kick {
 
     /// One vCPU.
     pub const fn one(vcpu: VcpuIndex) -> Self {
-        Self(1 << vcpu.index())
+        // Below 16: no check.
+        Self(1u32.wrapping_shl(vcpu.index() as u32))
     }
 
     /// Gives one bit a vCPU.
@@ -183,12 +184,12 @@ impl Kick {
 
     /// Says whether `vcpu` is among them.
     pub const fn contains(self, vcpu: VcpuIndex) -> bool {
-        self.0 & 1 << vcpu.index() != 0
+        self.0 & Self::one(vcpu).0 != 0
     }
 
     /// Takes `vcpu` out.
     pub const fn without(self, vcpu: VcpuIndex) -> Self {
-        Self(self.0 & !(1 << vcpu.index()))
+        Self(self.0 & !Self::one(vcpu).0)
     }
 
     /// Gives both.
@@ -257,6 +258,8 @@ pub enum SgiRegister {
 pub trait ListRegisters {
     /// Gives how many there are (`ICH_VTR_EL2.ListRegs` + 1).
     fn count(&self) -> usize;
+    /// Reads `ICH_ELRSR_EL2`: those in no state that raise no maintenance interrupt for it, one bit each.
+    fn empty(&self) -> u32;
     /// Reads `ICH_LR<n>_EL2`.
     fn read(&self, n: usize) -> u64;
     /// Writes `ICH_LR<n>_EL2`.
@@ -285,6 +288,7 @@ struct Bank {
 pub struct Vgic {
     /// One a vCPU.
     banks: Box<[Bank]>,
+    everybody: Kick,
     /// GICD_CTLR's group enables.
     groups: AtomicU32,
     shared: Mutex<Shared>,
@@ -300,6 +304,7 @@ impl Vgic {
         };
         Self {
             banks: (0..vcpus).map(bank).collect(),
+            everybody: Kick((1 << vcpus) - 1),
             groups: AtomicU32::new(0),
             shared: Mutex::new(Shared::new(vcpus)),
         }
@@ -449,7 +454,7 @@ impl Vgic {
 
     /// Everybody.
     fn all(&self) -> Kick {
-        Kick((1 << self.banks.len()) - 1)
+        self.everybody
     }
 
     /// Mails `flags` to everybody in `kick`.

@@ -21,6 +21,12 @@ enum Way {
 pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     count(&vcpu.vm.counters.others);
     let iss = syndrome.0;
+    if iss & REGISTER == WRITES_ICC_SGI1R_EL1 {
+        // Before the others are told apart: the only register here that guests access all the time.
+        send_sgi(vcpu, iss, SgiRegister::Group1);
+        vcpu.context.skip_instruction();
+        return Next::GoOn;
+    }
     let bits = |shift: u32, mask: u64| (iss >> shift & mask) as u8;
     let register = (
         bits(20, 3),
@@ -34,15 +40,8 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     let context = &vcpu.context;
     let value = || context.x(rt);
     match (register, way) {
-        ((3, 0, 12, 11, op2 @ 5..=7), Way::Write) => {
-            let which = match op2 {
-                5 => SgiRegister::Group1,
-                6 => SgiRegister::AliasGroup1,
-                _ => SgiRegister::Group0,
-            };
-            let kick = vcpu.vm.vgic.sgi(vcpu.index, value(), which);
-            sched::kick(vcpu, kick);
-        }
+        ((3, 0, 12, 11, 6), Way::Write) => send_sgi(vcpu, iss, SgiRegister::AliasGroup1),
+        ((3, 0, 12, 11, 7), Way::Write) => send_sgi(vcpu, iss, SgiRegister::Group0),
         ((3, 0, 0, crm @ 1..=7, op2), Way::Read) => {
             let pa_range = pa_range(stage2::features().1);
             context.set_x(rt, id_registers::read(crm, op2, pa_range));
@@ -88,6 +87,19 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     }
     context.skip_instruction();
     Next::GoOn
+}
+
+/// What of the ISS names the register and the way.
+const REGISTER: u64 = 0x3f_fc1f;
+/// op0 3, op2 5, op1 0, CRn 12, CRm 11.
+const WRITES_ICC_SGI1R_EL1: u64 = 3 << 20 | 5 << 17 | 12 << 10 | 11 << 1;
+
+/// Does what an MSR to an SGI register says.
+#[inline]
+fn send_sgi(vcpu: &'static Vcpu, iss: u64, register: SgiRegister) {
+    let value = vcpu.context.x((iss >> 5 & 0x1f) as usize);
+    let kick = vcpu.vm.vgic.sgi(vcpu.index, value, register);
+    sched::kick_now(vcpu, kick);
 }
 
 /// ID_AA64MMFR0_EL1.PARange for an address space this wide.

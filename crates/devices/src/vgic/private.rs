@@ -94,6 +94,14 @@ impl Private {
         }
     }
 
+    /// Takes note that what all list registers in use held has ended, none of them an SPI.
+    #[inline]
+    pub(super) fn all_ended(&mut self) {
+        self.word.listed = 0;
+        self.used = 0;
+        self.pending = 0;
+    }
+
     /// Takes note that list register `n` is empty.
     pub(super) fn let_go(&mut self, n: usize) {
         self.used &= !(1 << n);

@@ -61,7 +61,10 @@ impl Vgic {
         private.word.latch |= mail as u32;
         let about_spis =
             mail & MAIL_SHARED != 0 || private.used_spi != 0 || private.shortage != Shortage::None;
-        if !about_spis && sync_simple(&mut private, self.groups(), registers) == Rest::Nothing {
+        if !about_spis
+            && (sync_latched(&mut private, self.groups(), registers) == Rest::Nothing
+                || sync_simple(&mut private, self.groups(), registers) == Rest::Nothing)
+        {
             return Kick::NONE;
         }
         let shared = about_spis.then(|| self.shared.lock());
@@ -153,18 +156,44 @@ impl Vgic {
     }
 }
 
-/// What [`sync_simple`] left undone.
+/// What a short way left undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
     /// Nothing.
     Nothing,
-    /// A whole sync.
+    /// A longer way.
     All,
+}
+
+/// Syncs a vCPU whose private interrupts have all ended in their list registers, which one register says, and of which
+/// one edge at most is latched: nearly every SGI.
+#[inline]
+fn sync_latched(private: &mut Private, groups: u32, registers: &mut impl ListRegisters) -> Rest {
+    if private.used & !registers.empty() != 0 {
+        return Rest::All;
+    }
+    private.all_ended();
+    if !private.word.has_latched_only() {
+        return Rest::All;
+    }
+    let fresh = private.word.latch & private.word.deliverable(groups);
+    if fresh == 0 {
+        return Rest::Nothing;
+    }
+    if fresh & fresh.wrapping_sub(1) != 0 || fresh & private.word.edge == 0 {
+        return Rest::All;
+    }
+    let intid = fresh.trailing_zeros();
+    let lr = private.word.list_simple(intid, intid);
+    registers.write(0, lr.0);
+    private.hold(0, intid);
+    private.pending = 1;
+    Rest::Nothing
 }
 
 /// Syncs a vCPU that has only private interrupts about, if each list register in use ended without further ado or
 /// is as it was, and at most one interrupt is to be listed. Otherwise what it did so far is what a whole sync begins with.
-#[inline]
+#[inline(never)]
 fn sync_simple(private: &mut Private, groups: u32, registers: &mut impl ListRegisters) -> Rest {
     let mut left = private.used;
     while left != 0 {

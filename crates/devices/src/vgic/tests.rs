@@ -139,6 +139,14 @@ impl ListRegisters for CpuInterface {
         self.lrs.len()
     }
 
+    fn empty(&self) -> u32 {
+        // IHI 0069, ICH_ELRSR_EL2: State is 0, and HW is 1 or EOI is 0.
+        let is_empty =
+            |lr: u64| lr & (PENDING | ACTIVE) == 0 && (lr & HARDWARE != 0 || lr & EOI == 0);
+        let lrs = self.lrs.iter().enumerate();
+        lrs.map(|(n, lr)| u32::from(is_empty(*lr)) << n).sum()
+    }
+
     fn read(&self, n: usize) -> u64 {
         self.lrs[n]
     }

@@ -194,6 +194,13 @@ impl Word {
         self.enabled & allowed
     }
 
+    /// Says whether nothing is to be seen to but what is latched: no list register holds one of these, none is active, and no
+    /// line or physical interrupt is about.
+    #[inline]
+    pub(super) const fn has_latched_only(&self) -> bool {
+        self.listed | self.active | self.left_out | self.hardware | self.release | self.held() == 0
+    }
+
     /// Interrupts held pending by their line.
     #[inline]
     const fn held(&self) -> u32 {

@@ -299,6 +299,9 @@ fn a_sync_with_one_sgi_touches_one_register() {
         fn count(&self) -> usize {
             self.inner.count()
         }
+        fn empty(&self) -> u32 {
+            self.inner.empty()
+        }
         fn read(&self, n: usize) -> u64 {
             self.reads.set(self.reads.get() + 1);
             self.inner.read(n)
@@ -327,8 +330,8 @@ fn a_sync_with_one_sgi_touches_one_register() {
         reads: core::cell::Cell::new(0),
         writes: 0,
     };
-    // In the round after the first the finished register is looked at, and not cleared in vain.
-    for (round, reads) in [(1, 0), (2, 1), (3, 2)] {
+    // That what they held has ended is known without a look at them, and they are not cleared in vain.
+    for (round, reads) in [(1, 0), (2, 0), (3, 0)] {
         let kick = board.vgic.sgi(V0, 5 << 24 | 0b10, SgiRegister::Group1);
         assert_eq!(kick, Kick::one(vcpu(1)));
         // A held SPI lock would hang here if the fast way took it.
