@@ -198,7 +198,8 @@ impl Word {
     /// line or physical interrupt is about.
     #[inline]
     pub(super) const fn has_latched_only(&self) -> bool {
-        self.listed | self.active | self.left_out | self.hardware | self.release | self.held() == 0
+        // What is left out is active, and what is to be released does not outlast the sync that found it.
+        self.listed | self.active | self.hardware | self.held() == 0
     }
 
     /// Interrupts held pending by their line.

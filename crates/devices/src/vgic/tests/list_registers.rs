@@ -345,6 +345,19 @@ fn a_sync_with_one_sgi_touches_one_register() {
 }
 
 #[test]
+fn an_sgi_made_active_by_hand_is_listed_so_and_not_delivered_beside_that() {
+    let mut board = Board::new(1);
+    board.enable(0, 5);
+    board.bit(0, 0x300, 5);
+    board.sync(0);
+    assert_eq!(board.cpus[0].state(5), 2);
+    let _ = board.vgic.sgi(V0, 5 << 24 | 1, SgiRegister::Group1);
+    board.sync(0);
+    assert_eq!(board.cpus[0].state(5), 3);
+    assert_eq!(board.cpu(0).acknowledge(), None);
+}
+
+#[test]
 fn several_sgis_in_one_sync_are_all_listed_the_most_urgent_first() {
     for (count, expected) in [(4, [1, 1, 1]), (2, [0, 1, 1]), (1, [0, 0, 1])] {
         let mut board = Board::with_list_registers(2, count);
