@@ -113,37 +113,51 @@ impl Dirty {
     }
 
     /// Notes one written page.
+    #[inline]
     pub(crate) fn mark(&self, page: u64) {
-        self.mark_run(page, 1);
+        if page < self.pages {
+            self.noting(1 << (page >> self.part & 63), || {
+                u64::from(self.set(page / 64, 1 << (page % 64)) != 0)
+            });
+        }
     }
 
-    /// Notes `count` written pages from `first`; what is past the end of the slot is dropped.
-    pub(crate) fn mark_run(&self, first: u64, count: u64) {
-        let mut new = 0;
-        for (index, mask) in words(first, count, self.pages) {
-            if let Some(word) = self.live.get(index) {
-                let before = word.fetch_or(mask, Ordering::Release);
-                new += u64::from((mask & !before).count_ones());
-            }
-        }
-        self.live_parts
-            .fetch_or(self.parts(first, count), Ordering::Release);
-        self.live_pages.fetch_add(new, Ordering::Relaxed);
+    /// Notes `pages` written pages from `first`; what is past the end of the slot is dropped.
+    pub(crate) fn mark_run(&self, first: u64, pages: u64) {
+        self.noting(self.parts(first, pages), || {
+            let set = |(index, bits)| u64::from(count(self.set(index as u64, bits)));
+            words(first, pages, self.pages).map(set).sum()
+        });
     }
 
     /// Notes those pages of a word that bits of `pages` say, the word's first being `first`.
     pub(crate) fn mark_word(&self, first: u64, pages: u64) {
-        let index = (first / 64) as usize;
-        let pages = pages & self.valid(index);
-        if let Some(word) = self.live.get(index)
-            && pages != 0
-        {
-            let new = pages & !word.fetch_or(pages, Ordering::Release);
-            self.live_parts
-                .fetch_or(self.parts(first, 64), Ordering::Release);
-            self.live_pages
-                .fetch_add(count(new).into(), Ordering::Relaxed);
+        let word = first / 64;
+        let pages = pages & self.valid(word as usize);
+        if pages != 0 {
+            self.noting(self.parts(first, 64), || {
+                count(self.set(word, pages)).into()
+            });
         }
+    }
+
+    /// Notes what `set` does to the bits of `parts`, which says how many were not set before. The parts come last: who
+    /// finds one there finds its bits.
+    #[inline]
+    fn noting(&self, parts: u64, set: impl FnOnce() -> u64) {
+        let new = set();
+        self.live_parts.fetch_or(parts, Ordering::Release);
+        if new != 0 {
+            self.live_pages.fetch_add(new, Ordering::Relaxed);
+        }
+    }
+
+    /// Sets live bits of a word, and returns those that were not set.
+    #[inline]
+    fn set(&self, word: u64, pages: u64) -> u64 {
+        self.live
+            .get(word as usize)
+            .map_or(0, |word| pages & !word.fetch_or(pages, Ordering::Release))
     }
 
     /// Begins a harvest of all live bits. Those set from now on may be left to the next one.
