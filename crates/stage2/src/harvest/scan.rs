@@ -15,7 +15,7 @@
 use crate::control::Stretch;
 use crate::dirty::{Bits, Moved, count, low_bits};
 use crate::engine::Round;
-use crate::hardware::Hardware;
+use crate::hardware::{Hardware, Table};
 use crate::protect::arm;
 use crate::pte::{CLEAR_WRITE, Kind, Permission, Pte};
 use crate::slot::{Layout, LogMode, Scope, Slot};
@@ -199,11 +199,7 @@ impl<H: Hardware> Stage2<H> {
                 // A table that may be put back, with the pages in it.
                 (Kind::Busy, _) => Err(Stall { at }),
                 (_, Level::L3) => {
-                    let (base, mut stale) = (Level::L3.index(ipa), 0);
-                    for page in Bits(group) {
-                        let index = base + page as usize;
-                        stale |= u64::from(protect_page(place.table.entry(index))) << page;
-                    }
+                    let stale = protect_pages(place.table, Level::L3.index(ipa), group);
                     harvest.round.dirty += u64::from(count(stale));
                     harvest.pending.push_pages(ipa, stale);
                     Ok(())
@@ -484,6 +480,24 @@ impl Harvest<'_> {
     }
 }
 
+/// Makes the pages of live bits clean again, whose leaves begin at `base`. Which of them may some TLB still hold as
+/// writable?
+fn protect_pages(table: &Table, base: usize, pages: u64) -> u64 {
+    if pages == u64::MAX
+        && let Some(entries) = table.0.get(base..base + 64)
+    {
+        return gather(entries, protect_page);
+    }
+    let protect = |page: u32| u64::from(protect_page(table.entry(base + page as usize))) << page;
+    Bits(pages).fold(0, |stale, page| stale | protect(page))
+}
+
+/// Asks of each entry, and returns the answers as bits. All in a row takes half of what one by one by their bits does.
+fn gather(entries: &[AtomicU64], ask: impl Fn(&AtomicU64) -> bool) -> u64 {
+    let answers = entries.iter().rev().map(ask);
+    answers.fold(0, |bits, answer| bits << 1 | u64::from(answer))
+}
+
 /// Makes the page of a live bit clean again. May some TLB still hold it as writable?
 fn protect_page(entry: &AtomicU64) -> bool {
     // Memory nobody tracks has live bits too, from writes by EL2; its permission is not ours to take.
@@ -514,12 +528,16 @@ fn collect_line(line: &[AtomicU64; 8], wanted: u64) -> u64 {
     for (bit, entry) in line.iter().enumerate() {
         dirty |= Pte(entry.load(Ordering::Relaxed)).dirty_bit() << bit;
     }
+    // The load above only said where to look. This value decides.
+    let clean = |entry: &AtomicU64| Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel)).is_dirty();
+    let wanted = dirty & wanted;
+    if wanted == 0xff {
+        return gather(line, clean);
+    }
     let mut found = 0;
-    for bit in Bits(dirty & wanted) {
+    for bit in Bits(wanted) {
         if let Some(entry) = line.get(bit as usize) {
-            // The load above only said where to look. This value decides.
-            let old = Pte(entry.fetch_and(CLEAR_WRITE, Ordering::AcqRel));
-            found |= u64::from(old.is_dirty()) << bit;
+            found |= u64::from(clean(entry)) << bit;
         }
     }
     found
