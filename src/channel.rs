@@ -130,7 +130,8 @@ pub fn interrupt() {
 /// Takes one byte. A whole request is copied out, so that the receiver is free while it is
 /// carried out; then the next look for an interrupt is due.
 fn receive(byte: u8) -> Appetite {
-    let mut payload = [0; REQUEST_PAYLOAD];
+    // Zeroed for a frame, not for each of its bytes.
+    let mut payload;
     let mut receiver = RECEIVER.lock();
     let (decoder, text) = &mut *receiver;
     if byte == 0 {
@@ -146,6 +147,7 @@ fn receive(byte: u8) -> Appetite {
         }
         Some(Item::Frame(frame)) => {
             let len = frame.payload.len().min(REQUEST_PAYLOAD);
+            payload = [0; REQUEST_PAYLOAD];
             payload[..len].copy_from_slice(&frame.payload[..len]);
             (frame.header, len)
         }

@@ -64,10 +64,10 @@ impl Encoder {
     }
 
     /// Ends the frame.
-    pub fn finish(self, sink: &mut impl FnMut(&[u8])) {
-        let mut blocks = self.blocks;
-        blocks.push(&self.crc.finish().to_le_bytes(), sink);
-        blocks.finish(sink);
+    pub fn finish(mut self, sink: &mut impl FnMut(&[u8])) {
+        let crc = self.crc.finish();
+        self.blocks.push(&crc.to_le_bytes(), sink);
+        self.blocks.finish(sink);
         sink(&[0]);
     }
 }
@@ -142,7 +142,7 @@ impl Blocks {
         (self.code, self.used) = (code, used);
     }
 
-    fn finish(mut self, sink: &mut impl FnMut(&[u8])) {
+    fn finish(&mut self, sink: &mut impl FnMut(&[u8])) {
         let open = self.used - self.code;
         if open > 1 || self.after == After::Zero {
             self.out[self.code] = open as u8;
