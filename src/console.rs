@@ -22,7 +22,8 @@ struct Console {
     start: usize,
     len: usize,
     delivery: Delivery,
-    /// Bytes that the UART is sure to take yet: it only gets emptier by itself, so it is not asked before each.
+    /// Bytes that the UART is sure to take yet: nobody else writes to it once this goes by interrupts (firmware is not
+    /// called then but to turn the machine off), so it only gets emptier, and is not asked before each.
     room: usize,
     /// What the UART was told last.
     asked_for: Option<InterruptFor>,
@@ -54,7 +55,7 @@ impl Console {
     fn push(&mut self, byte: u8) {
         let Some(uart) = self.uart else { return };
         if self.delivery == Delivery::AtOnce {
-            self.send(uart, byte);
+            uart.send(byte);
             return;
         }
         if self.len == RING {
@@ -153,6 +154,7 @@ pub fn raw_uart() -> Option<Pl011> {
 pub fn use_interrupts() {
     let mut console = CONSOLE.lock();
     console.delivery = Delivery::Interrupts;
+    console.room = 0;
     console.interrupt_for(InterruptFor::Input);
 }
 

@@ -30,7 +30,7 @@ use spin::Mutex;
 use tidemark_devices::vgic::Kick;
 use tidemark_stage2::{Count, Turn, Verdict};
 
-/// The SGI that makes another CPU look at its queue and its vCPU.
+/// The SGI that makes another CPU look at the requests of its vCPU, and at [`CALLED`].
 pub const KICK: u32 = 0;
 
 /// How long a vCPU runs while another waits for its CPU, in microseconds.
@@ -242,8 +242,10 @@ pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
 /// Sees to what is asked of a vCPU.
 #[inline(never)]
 fn attend(vcpu: &'static Vcpu) -> &'static Context {
+    // First: it may hand an interrupt to a vCPU that then waits for this CPU, which is a request. One that comes from
+    // another CPU meanwhile has its kick behind it.
+    sync(vcpu);
     if vcpu.requests.take() == Taken::SyncAtMost {
-        sync(vcpu);
         return &vcpu.context;
     }
     let mut run = vcpu.run.lock();
@@ -259,7 +261,6 @@ fn attend(vcpu: &'static Vcpu) -> &'static Context {
             QUEUES[cpu::index()].lock().push_back(vcpu);
         } else {
             drop(run);
-            sync(vcpu);
             arm_timer();
             return &vcpu.context;
         }
@@ -383,6 +384,9 @@ fn take_ready() -> Option<&'static Vcpu> {
     loop {
         let vcpu = QUEUES[cpu::index()].lock().pop_front()?;
         let mut run = vcpu.run.lock();
+        // Before a look at what they may be about. Who made one and then finds it running, under this lock, made it
+        // after this, and it is there when the kick comes; who made it before is heard here.
+        vcpu.requests.take();
         match *run {
             Run::Queued | Run::Starting if lifecycle::is_held(vcpu.vm) => {
                 *run = Run::Parked;
@@ -424,8 +428,6 @@ fn switch_to(vcpu: &'static Vcpu) {
             cpu.set_context(&vcpu.context);
         }
     }
-    // All of them are seen to here.
-    vcpu.requests.take();
     sync_always(vcpu);
     let alone = QUEUES[cpu::index()].lock().is_empty();
     SLICE_END.set(if alone {

@@ -5,7 +5,7 @@ use crate::arch::context;
 use crate::arch::cpu;
 use crate::arch::el1::{self, CounterReads, El1State};
 use crate::arch::gic::{self, VirtualInterface, Watch};
-use crate::arch::{timer, tlb};
+use crate::arch::{barrier, timer, tlb};
 use core::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::guest_time;
@@ -65,7 +65,8 @@ impl Requests {
         Self(AtomicU8::new(0))
     }
 
-    /// Asks for it. Who then finds the vCPU running has its CPU kicked: it has looked before, or sees this.
+    /// Asks for it. Who then finds the vCPU running, under its `run`, has its CPU kicked: requests are taken before it
+    /// is made to run, and before each return to its guest.
     #[inline]
     pub fn make(&self, request: Request) {
         self.0.fetch_or(request as u8, SeqCst);
@@ -387,6 +388,9 @@ impl ListRegisters for LiveListRegisters {
 
     #[inline]
     fn empty(&self) -> u32 {
+        // Another register than those that may have been written since the guest ran (a load, an earlier sync), and
+        // nothing orders the two but a context synchronization.
+        barrier::isb();
         gic::empty_list_registers()
     }
 

@@ -46,12 +46,12 @@ const RATIO: &str = "ratio";
 
 /// Every row that a complete run has. A missing one is a failure.
 pub const ROWS: &[Row] = &[
-    row("hypercall", COUNT, Some(1367.0), Some(477.0), Some(200.0)),
+    row("hypercall", COUNT, Some(1367.0), Some(477.0), Some(100.0)),
     row("vgic_read", COUNT, Some(2210.0), Some(596.0), Some(450.0)),
-    row("ipi", COUNT, Some(5219.0), Some(2175.0), Some(1500.0)),
-    row("write_fault_wp", A_PAGE, Some(13400.0), None, Some(800.0)),
+    row("ipi", COUNT, Some(5219.0), Some(2175.0), Some(800.0)),
+    row("write_fault_wp", A_PAGE, Some(13400.0), None, Some(450.0)),
     row("harvest_clean", A_PAGE, None, None, Some(6.0)),
-    row("harvest_dirty", A_PAGE, Some(136.0), None, Some(30.0)),
+    row("harvest_dirty", A_PAGE, Some(136.0), None, Some(24.0)),
     row("log_get_64m", COUNT, Some(1928.0), None, Some(1500.0)),
     row(
         "log_enable_256m",
@@ -86,12 +86,12 @@ pub const ROWS: &[Row] = &[
     ),
     row("hypercall_unknown", COUNT, Some(1367.0), None, None),
     row("vgic_typer", COUNT, None, Some(601.0), None),
-    row("uart_read", COUNT, Some(6994.0), Some(625.0), None),
+    row("uart_read", COUNT, Some(6994.0), Some(625.0), Some(300.0)),
     row("uart_read_post", COUNT, None, None, None),
     row("idreg_read", COUNT, None, Some(412.0), None),
-    row("sgi_self", COUNT, None, Some(1105.0), None),
+    row("sgi_self", COUNT, None, Some(1105.0), Some(280.0)),
     row("ipi_return", COUNT, None, None, None),
-    row("timer", COUNT, None, Some(925.0), None),
+    row("timer", COUNT, None, Some(925.0), Some(700.0)),
     row("timer_wfi", COUNT, None, Some(4258.0), None),
     row("loop_64m_untracked", COUNT, Some(3_470_000.0), None, None),
     row("loop_64m_dbm", COUNT, None, None, None),

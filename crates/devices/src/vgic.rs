@@ -258,7 +258,8 @@ pub enum SgiRegister {
 pub trait ListRegisters {
     /// Gives how many there are (`ICH_VTR_EL2.ListRegs` + 1).
     fn count(&self) -> usize;
-    /// Reads `ICH_ELRSR_EL2`: those in no state that raise no maintenance interrupt for it, one bit each.
+    /// Reads `ICH_ELRSR_EL2`: those in no state that raise no maintenance interrupt for it, one bit each; what was written
+    /// to a list register before counts.
     fn empty(&self) -> u32;
     /// Reads `ICH_LR<n>_EL2`.
     fn read(&self, n: usize) -> u64;

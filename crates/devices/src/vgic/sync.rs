@@ -169,10 +169,12 @@ enum Rest {
 /// one edge at most is latched: nearly every SGI.
 #[inline]
 fn sync_latched(private: &mut Private, groups: u32, registers: &mut impl ListRegisters) -> Rest {
-    if private.used & !registers.empty() != 0 {
-        return Rest::All;
+    if private.used != 0 {
+        if private.used & !registers.empty() != 0 {
+            return Rest::All;
+        }
+        private.all_ended();
     }
-    private.all_ended();
     if !private.word.has_latched_only() {
         return Rest::All;
     }

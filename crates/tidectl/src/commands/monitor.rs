@@ -110,6 +110,7 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         seen,
         pending: Vec::new(),
         outside: Outside::default(),
+        line: LineIs::Alive,
         input: Input::Open,
         ended: None,
         heard: Instant::now(),
@@ -126,7 +127,10 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         }),
         over => Ok(over),
     });
-    monitor.last_words(over.as_ref().err());
+    monitor.last_words(match over {
+        Err(_) => LineIs::Silent,
+        Ok(_) => monitor.line,
+    });
     drop(raw);
     let Monitor {
         client,
@@ -246,6 +250,13 @@ fn is_readable(text: &[u8]) -> bool {
     is_utf8 && whole.iter().all(is_fine)
 }
 
+/// Whether the target still answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LineIs {
+    Alive,
+    Silent,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Input {
     Open,
@@ -268,6 +279,7 @@ struct Monitor<'c> {
     /// Typed, but not taken by the guest yet.
     pending: Vec<u8>,
     outside: Outside,
+    line: LineIs,
     input: Input,
     ended: Option<(VmState, LastWords)>,
     /// When the guest last printed or took something.
@@ -315,7 +327,10 @@ impl Monitor<'_> {
     fn has_last_words(&mut self) -> Result<bool> {
         match self.client.catch_up(self.vm.id) {
             // The machine may have gone with its last guest.
-            Err(Error::Closed { .. } | Error::NoAnswer { .. }) => Ok(true),
+            Err(Error::Closed { .. } | Error::NoAnswer { .. }) => {
+                self.line = LineIs::Silent;
+                Ok(true)
+            }
             other => other,
         }
     }
@@ -328,6 +343,9 @@ impl Monitor<'_> {
                 let words = self.outside.judge();
                 self.words(&words);
             }
+            let Some(seen) = self.beside(seen) else {
+                continue;
+            };
             match seen {
                 Seen::Console(data) => {
                     self.outside.wreck.clear();
@@ -341,12 +359,6 @@ impl Monitor<'_> {
                         return Ok(Some(Over::Said));
                     }
                 }
-                Seen::Words(text) => self.words(&text),
-                Seen::Text(after, text) => {
-                    let words = self.outside.take(after, &text);
-                    self.words(&words);
-                }
-                Seen::Wreck(text) => self.outside.keep(&text),
                 Seen::State(vm, state) if vm == self.vm.id => match state {
                     VmState::Stopped | VmState::Failed => {
                         self.ended = Some((state, LastWords::ToCome));
@@ -356,7 +368,8 @@ impl Monitor<'_> {
                         self.words(format!("[{} {state}]\n", self.vm.name).as_bytes());
                     }
                 },
-                Seen::State(..) => {}
+                // The rest is not the guest's.
+                Seen::State(..) | Seen::Words(_) | Seen::Text(..) | Seen::Wreck(_) => {}
                 Seen::Typed(bytes) => {
                     self.heard = Instant::now();
                     let leave = bytes.iter().position(|&byte| byte == LEAVE);
@@ -377,27 +390,44 @@ impl Monitor<'_> {
         Ok(None)
     }
 
-    /// What is left to say at the end. If the line went silent, what it carried last may be how the machine crashed.
-    fn last_words(&mut self, error: Option<&Error>) {
-        // How it ends is known.
-        let _ = self.handle();
+    /// What is left to say at the end. If nothing whole came any more, what came last may be how the machine crashed.
+    fn last_words(&mut self, line: LineIs) {
+        if line == LineIs::Silent {
+            // All that came before. How it ends is known.
+            let _ = self.handle();
+        }
+        while let Ok(seen) = self.seen.try_recv() {
+            self.beside(seen);
+        }
         let words = self.outside.judge();
         self.words(&words);
-        if let Some(Error::Closed { .. } | Error::NoAnswer { .. }) = error {
-            let is_shown = |byte: &u8| matches!(byte, b'\t' | b'\n' | b' '..=0x7e | 0x80..);
-            let shown: Vec<u8> = self
-                .outside
-                .wreck
-                .iter()
-                .copied()
-                .filter(is_shown)
-                .collect();
-            if !shown.is_empty() {
-                self.words(b"\n[what can be read of the last that came, which is damaged:]\n");
-                self.words(String::from_utf8_lossy(&shown).as_bytes());
-                self.words(b"\n");
-            }
+        let is_shown = |byte: &u8| matches!(byte, b'\t' | b'\n' | b' '..=0x7e | 0x80..);
+        let shown: Vec<u8> = self
+            .outside
+            .wreck
+            .iter()
+            .copied()
+            .filter(is_shown)
+            .collect();
+        if line == LineIs::Silent && !shown.is_empty() {
+            self.words(b"\n[what can be read of the last that came, which is damaged:]\n");
+            self.words(String::from_utf8_lossy(&shown).as_bytes());
+            self.words(b"\n");
         }
+    }
+
+    /// Handles what is not the guest's; gives back what is.
+    fn beside(&mut self, seen: Seen) -> Option<Seen> {
+        match seen {
+            Seen::Words(text) => self.words(&text),
+            Seen::Text(after, text) => {
+                let words = self.outside.take(after, &text);
+                self.words(&words);
+            }
+            Seen::Wreck(text) => self.outside.keep(&text),
+            seen => return Some(seen),
+        }
+        None
     }
 
     /// The hypervisor's words, beside the data.
