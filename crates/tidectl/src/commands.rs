@@ -89,7 +89,7 @@ pub enum Command {
     /// Restart a VM from its bundle.
     #[command(after_help = "Example:\n  tidectl reset debian")]
     Reset(VmArg),
-    /// Stop a VM for good.
+    /// Stop a VM; `reset` starts it again.
     #[command(after_help = "Example:\n  tidectl stop debian")]
     Stop(VmArg),
     /// Power the machine off.

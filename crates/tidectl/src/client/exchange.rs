@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
-use tidemark_wire::frame::{Header, Kind, Seq, encode};
+use tidemark_wire::frame::{BadReason, Header, Kind, Seq, encode};
 use tidemark_wire::message::{ErrorReply, Event, Request, Response};
 use tidemark_wire::{CONSOLE_WRITE_MAX, PATIENCE_MS_MAX, PATIENCE_MS_MIN, REQUEST_PAYLOAD_MAX};
 
@@ -382,7 +382,10 @@ impl Client {
             }
             Incoming::Text(after, text) => (self.sink)(Output::Text(after, &text)),
             Incoming::Bad(reason, text) => {
-                self.stats.bad_frames += 1;
+                // One that was under way when the line was closed is not the line's fault.
+                if reason != BadReason::Ended {
+                    self.stats.bad_frames += 1;
+                }
                 (self.sink)(Output::BadFrame(reason));
                 if !text.is_empty() {
                     (self.sink)(Output::Wreck(&text));

@@ -45,7 +45,7 @@ pub struct CopyArgs {
     #[arg(long, value_name = "FILE")]
     memory_file: Option<PathBuf>,
     /// Physical address of the file's first byte.
-    #[arg(long, value_name = "PA", default_value = "0x40000000", value_parser = parse_address)]
+    #[arg(long, value_name = "PA", default_value = "0x40000000", requires = "memory_file", value_parser = parse_address)]
     memory_base: u64,
     /// When the copy is compared with the VM's memory.
     #[arg(long, value_enum, default_value = "running", value_name = "WHEN")]
