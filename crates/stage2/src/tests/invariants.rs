@@ -599,6 +599,29 @@ fn invariant_18_every_write_by_el2_is_marked_whatever_the_engine() {
     }
 }
 
+/// Sixty-four pages that EL2 noted, of which the guest had written one: its leaf alone is to be invalidated, and is.
+#[test]
+fn invariant_03_of_pages_noted_in_a_row_the_dirty_one_is_invalidated() {
+    for (engine, features) in engines() {
+        for dirty in [0, 3, 62, 63] {
+            let world = World::sized(features, 39, 64, 2);
+            // The memory is one page off, so only pages fit.
+            world.slot(0, IPA, P2M, Access::ReadWrite, RAM + PAGE_SIZE);
+            world.map_all(0);
+            world.start(engine, Granularity::Page);
+            world.harvest();
+            let page = IPA + dirty * PAGE_SIZE;
+            world.write(0, page);
+            let len = 64 * PAGE_SIZE;
+            world.stage2.mark_dirty(Ipa::new(IPA), len).unwrap();
+            assert_eq!(world.harvest(), span(IPA, len), "{engine:?} {dirty}");
+            // Through a translation that is still writable this would be seen by nobody.
+            world.write(0, page);
+            assert_eq!(world.harvest(), set([page]), "{engine:?} {dirty}");
+        }
+    }
+}
+
 #[test]
 fn invariant_18_marking_takes_any_range_and_names_what_is_no_memory() {
     let world = World::sized(Features::BASELINE, 39, 64, 2);
