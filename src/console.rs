@@ -67,11 +67,18 @@ impl Console {
         self.len += 1;
     }
 
+    /// How many bytes the UART is sure to take now.
+    fn room(&mut self, uart: Pl011) -> usize {
+        if self.room == 0 {
+            self.room = uart.room();
+        }
+        self.room
+    }
+
     /// Sends a byte, waiting for room.
     fn send(&mut self, uart: Pl011, byte: u8) {
-        while self.room == 0 {
+        while self.room(uart) == 0 {
             core::hint::spin_loop();
-            self.room = uart.room();
         }
         uart.put(byte);
         self.room -= 1;
@@ -101,10 +108,7 @@ impl Console {
         }
         let mut left = STEP.min(self.len);
         while left > 0 {
-            if self.room == 0 {
-                self.room = uart.room();
-            }
-            let now = self.room.min(left);
+            let now = self.room(uart).min(left);
             if now == 0 {
                 break;
             }

@@ -110,7 +110,7 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         seen,
         pending: Vec::new(),
         outside: Outside::default(),
-        line: LineIs::Alive,
+        ending: Ending::AsMeant,
         input: Input::Open,
         ended: None,
         heard: Instant::now(),
@@ -127,10 +127,10 @@ pub(super) fn run(context: &mut Context, args: &MonitorArgs) -> Result<()> {
         }),
         over => Ok(over),
     });
-    monitor.last_words(match over {
-        Err(_) => LineIs::Silent,
-        Ok(_) => monitor.line,
-    });
+    if over.is_err() {
+        monitor.ending = Ending::CutShort;
+    }
+    monitor.last_words();
     drop(raw);
     let Monitor {
         client,
@@ -250,11 +250,12 @@ fn is_readable(text: &[u8]) -> bool {
     is_utf8 && whole.iter().all(is_fine)
 }
 
-/// Whether the target still answers.
+/// How the command ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum LineIs {
-    Alive,
-    Silent,
+enum Ending {
+    AsMeant,
+    /// By an error, or with a machine that answers no more.
+    CutShort,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -279,7 +280,7 @@ struct Monitor<'c> {
     /// Typed, but not taken by the guest yet.
     pending: Vec<u8>,
     outside: Outside,
-    line: LineIs,
+    ending: Ending,
     input: Input,
     ended: Option<(VmState, LastWords)>,
     /// When the guest last printed or took something.
@@ -328,7 +329,7 @@ impl Monitor<'_> {
         match self.client.catch_up(self.vm.id) {
             // The machine may have gone with its last guest.
             Err(Error::Closed { .. } | Error::NoAnswer { .. }) => {
-                self.line = LineIs::Silent;
+                self.ending = Ending::CutShort;
                 Ok(true)
             }
             other => other,
@@ -343,9 +344,6 @@ impl Monitor<'_> {
                 let words = self.outside.judge();
                 self.words(&words);
             }
-            let Some(seen) = self.beside(seen) else {
-                continue;
-            };
             match seen {
                 Seen::Console(data) => {
                     self.outside.wreck.clear();
@@ -368,8 +366,6 @@ impl Monitor<'_> {
                         self.words(format!("[{} {state}]\n", self.vm.name).as_bytes());
                     }
                 },
-                // The rest is not the guest's.
-                Seen::State(..) | Seen::Words(_) | Seen::Text(..) | Seen::Wreck(_) => {}
                 Seen::Typed(bytes) => {
                     self.heard = Instant::now();
                     let leave = bytes.iter().position(|&byte| byte == LEAVE);
@@ -385,14 +381,15 @@ impl Monitor<'_> {
                     self.input = Input::Ended;
                     self.heard = Instant::now();
                 }
+                seen => self.beside(seen),
             }
         }
         Ok(None)
     }
 
-    /// What is left to say at the end. If nothing whole came any more, what came last may be how the machine crashed.
-    fn last_words(&mut self, line: LineIs) {
-        if line == LineIs::Silent {
+    /// What is left to say at the end. If that is none that was meant, what came last may be how the machine crashed.
+    fn last_words(&mut self) {
+        if self.ending == Ending::CutShort {
             // All that came before. How it ends is known.
             let _ = self.handle();
         }
@@ -409,15 +406,15 @@ impl Monitor<'_> {
             .copied()
             .filter(is_shown)
             .collect();
-        if line == LineIs::Silent && !shown.is_empty() {
+        if self.ending == Ending::CutShort && !shown.is_empty() {
             self.words(b"\n[what can be read of the last that came, which is damaged:]\n");
             self.words(String::from_utf8_lossy(&shown).as_bytes());
             self.words(b"\n");
         }
     }
 
-    /// Handles what is not the guest's; gives back what is.
-    fn beside(&mut self, seen: Seen) -> Option<Seen> {
+    /// Handles the hypervisor's words and what is left of broken frames, and nothing else.
+    fn beside(&mut self, seen: Seen) {
         match seen {
             Seen::Words(text) => self.words(&text),
             Seen::Text(after, text) => {
@@ -425,9 +422,8 @@ impl Monitor<'_> {
                 self.words(&words);
             }
             Seen::Wreck(text) => self.outside.keep(&text),
-            seen => return Some(seen),
+            _ => {}
         }
-        None
     }
 
     /// The hypervisor's words, beside the data.
