@@ -97,13 +97,17 @@ tools: toolchain ## the host's programs: target/debug/{tidectl,mkimage}
 
 # What is checked
 
-check: lint fmt-check clippy doc-check host-test ## formatting, lints, documentation, tests of the crates
+check: lint fmt-check rooms clippy doc-check host-test ## formatting, rooms, lints, documentation, tests of the crates
 
-.PHONY: fmt-check doc-check
+.PHONY: fmt-check doc-check rooms
 fmt-check: toolchain
 	$(say) "formatting"
 	@$(HOST) fmt --all -- --check
 	@for script in .ci/run tools/cargo tools/bare-root tools/loom tools/plants tools/soak tools/setup tools/test-setup tools/mkinitramfs tools/lib/*.sh; do bash -n $$script || exit 1; done
+
+rooms: toolchain
+	$(say) "rooms: who uses whom"
+	@$(HOST) run $(Q) -p xtask -- rooms
 
 fmt: lint ## put every source file into its form
 	@$(HOST) fmt --all

@@ -5,8 +5,8 @@
 
 use crate::arch::exception::{FatalFrame, Syndrome};
 use crate::arch::{barrier, cpu, el1, smc};
-use crate::console;
-use crate::memory::layout;
+use crate::mm::layout;
+use crate::platform::console;
 use core::fmt::{self, Write};
 use core::sync::atomic::{
     AtomicUsize,
@@ -114,7 +114,7 @@ fn backtrace(out: &mut CrashConsole, pc: usize, mut frame: usize) {
         print_address(out, 0, pc);
     }
     for depth in 1..DEEPEST {
-        let Some([next, return_address]) = crate::memory::stage1::read_stack(frame) else {
+        let Some([next, return_address]) = crate::mm::stage1::read_stack(frame) else {
             break;
         };
         if return_address == 0 {
@@ -174,7 +174,7 @@ fn symbol_table() -> &'static [u8] {
 pub fn provoke(name: &str) {
     match name {
         "panic" => panic!("asked for by selftest=panic"),
-        "fault" => crate::memory::stage1::touch_unmapped(),
+        "fault" => crate::mm::stage1::touch_unmapped(),
         "overflow" => {
             overflow(0);
         }

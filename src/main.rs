@@ -7,49 +7,41 @@
 extern crate alloc;
 
 mod arch;
-mod board;
-mod channel;
-mod console;
+mod control;
 mod crash;
-mod memory;
+mod entry;
+mod host;
+mod mm;
+mod platform;
 mod sched;
 mod smp;
+mod task;
 mod vm;
 
 use alloc::string::String;
 use arch::features::{DirtyState, Features};
-use board::map::MemoryMap;
-use board::options::{self, Autostart, DirtyEngine, LeafSize, Options, WhenIdle};
-use board::{Board, BoardError};
 use log::{info, warn};
-use spin::Once;
+use platform::options::{self, Autostart, DirtyEngine, LeafSize, Options, WhenIdle};
+use platform::{Board, BoardError, console};
 use tidemark_errata::Verdict;
 use tidemark_stage2::{Leaves, Support};
 use tidemark_wire::bundle::WhenAllStopped;
 
-static FEATURES: Once<Features> = Once::new();
-
-/// What all CPUs can do.
-pub fn features() -> &'static Features {
-    FEATURES
-        .get()
-        .expect("features are read before the guests are made")
-}
-
 /// The boot CPU's way, from boot/head.S: MMU on, the devicetree mapped.
 #[unsafe(no_mangle)]
 extern "C" fn boot_main() -> ! {
-    console::init(board::early_uart());
-    let fdt = board::devicetree().unwrap_or_else(|error| unusable(&error));
-    let map = MemoryMap::read(fdt).unwrap_or_else(|error| unusable(&error));
-    memory::init(&map);
+    console::init(platform::early_uart());
+    let fdt = platform::devicetree().unwrap_or_else(|error| unusable(&error));
+    let map = platform::memory_map(fdt).unwrap_or_else(|error| unusable(&error));
+    mm::init(&map);
     let board = Board::read(fdt).unwrap_or_else(|error| unusable(&error));
     smp::adopt_boot_cpu();
-    board
+    let uart = board
         .init()
         .unwrap_or_else(|error| panic!("mapping the devices: {error:?}"));
+    console::init(uart);
 
-    let options = Options::parse(board::command_line(fdt));
+    let options = Options::parse(platform::command_line(fdt));
     console::init_log(options.log);
     info!("tidemark {} on {}", env!("CARGO_PKG_VERSION"), board.model);
     for word in &options.unknown {
@@ -61,12 +53,12 @@ extern "C" fn boot_main() -> ! {
             ),
         }
     }
-    board::init_cpu().unwrap_or_else(|error| panic!("the boot CPU: {error}"));
+    platform::init_cpu().unwrap_or_else(|error| panic!("the boot CPU: {error}"));
     if let Some(time) = board.time() {
         vm::set_time(time);
     }
 
-    let features = FEATURES.call_once(|| smp::start_others(&board));
+    let features = arch::features::set_system(smp::start_others(&board));
     if !features.stage2_4k {
         unusable(&BoardError::NoStage2Granule);
     }
@@ -77,8 +69,8 @@ extern "C" fn boot_main() -> ! {
         options.last_vmid,
     );
     report(&board, features, options.dirty);
-    if let Some(costs) = memory::frames::choose_zeroing() {
-        let each = |ticks| arch::timer::in_nanoseconds(ticks) / memory::frames::MEASURED as u64;
+    if let Some(costs) = mm::frames::choose_zeroing() {
+        let each = |ticks| arch::timer::in_nanoseconds(ticks) / mm::frames::MEASURED as u64;
         info!(
             "memory is zeroed by {:?}: {} ns a page by stores, {} ns by DC ZVA",
             costs.chosen,
@@ -91,23 +83,29 @@ extern "C" fn boot_main() -> ! {
         crash::provoke(name);
     }
 
-    vm::random::init(board::seeds(fdt));
-    let manifest = vm::bundle::read(&map);
-    vm::work::set_default_engine(options.dirty);
-    vm::lifecycle::when_idle(match (options.when_idle, manifest) {
+    vm::random::init(platform::seeds(fdt));
+    let bundle = control::bundle::read(&map);
+    if let Some(bundle) = bundle {
+        control::guests::make(bundle);
+    }
+    let manifest = bundle.map_or(WhenAllStopped::default(), |bundle| {
+        bundle.manifest().machine.when_all_stopped
+    });
+    control::work::set_default_engine(options.dirty);
+    control::lifecycle::when_idle(match (options.when_idle, manifest) {
         (None, WhenAllStopped::PowerOff) => WhenIdle::PowerOff,
         (when, _) => when.unwrap_or_default(),
     });
-    board::gic().enable_shared(board.uart.intid);
+    platform::gic().enable_shared(board.uart.intid);
     console::use_interrupts();
-    channel::start(&options.terminal);
+    host::start(&options.terminal);
     smp::release_others();
     for vm in vm::all() {
         if vm.spec.autostart && options.autostart == Autostart::Manifest {
-            vm::lifecycle::start(vm);
+            control::lifecycle::start(vm);
         }
     }
-    sched::run()
+    entry::run::forever()
 }
 
 /// The machine is not one that this image runs on: says why, and stops.
@@ -133,11 +131,11 @@ fn choose_leaves(told: LeafSize) -> Leaves {
         }
         LeafSize::Auto => {}
     }
-    match memory::reach::measure() {
+    match mm::reach::measure() {
         Some(reach) if reach.drops_the_block() => {
             info!(
                 "memory is mapped in pages: after an invalidation of one, {} others of its block take {} ns, {} before",
-                memory::reach::NEIGHBOURS,
+                mm::reach::NEIGHBOURS,
                 arch::timer::in_nanoseconds(reach.after),
                 arch::timer::in_nanoseconds(reach.before)
             );
@@ -151,8 +149,8 @@ fn choose_leaves(told: LeafSize) -> Leaves {
 fn report(board: &Board, features: &Features, dirty: DirtyEngine) {
     info!(
         "{} CPUs, {} MiB of memory free, {} virtio-mmio transports",
-        sched::cpus(),
-        memory::frames::free_pages() >> 8,
+        arch::cpu::count(),
+        mm::frames::free_pages() >> 8,
         board.virtio.len()
     );
     info!(

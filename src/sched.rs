@@ -1,28 +1,23 @@
-//! Which vCPU a CPU runs, and what it does when none wants to.
+//! Which vCPU a CPU runs.
 //!
 //! Each vCPU has a home CPU and a place in that CPU's queue when it is ready. An exit that
-//! needs no change of vCPU never comes here. `pick_next` ends by naming the registers that
-//! the assembly loads: with a vCPU, or after idling until there is one.
-//!
-//! Idling is work: jobs (`job`) take bounded steps between looks for an interrupt. Busy
-//! CPUs take a step at each tick while there are jobs.
+//! needs no change of vCPU never comes here. What is decided here is returned ([`Decision`]); the loop above
+//! (`entry::run`) acts.
 //!
 //! A vCPU stays loaded on its CPU while it waits; only another vCPU's turn unloads it. So a
 //! guest that waits and wakes pays for no switch.
 //!
-//! A vCPU whose quota is used up (`vm::throttle`) waits as well, but for the time alone: interrupts
+//! A vCPU whose quota is used up (`control::throttle`) waits as well, but for the time alone: interrupts
 //! that come meanwhile it takes afterwards.
 //!
 //! Locks: a queue's lock is a leaf, taken inside a vCPU's `run`.
 
-pub mod job;
-pub mod meter;
-
 use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
+use crate::arch::timer::NEVER;
 use crate::arch::{barrier, gic, timer, tlb};
-use crate::board;
-use crate::vm::vcpu::{Context, LiveListRegisters, NEVER, Request, Run, Taken, Vcpu};
-use crate::vm::{Vm, exits, lifecycle};
+use crate::task::job::{self, Job};
+use crate::vm::Vm;
+use crate::vm::vcpu::{Request, Run, Taken, Vcpu};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
@@ -37,9 +32,6 @@ pub const KICK: u32 = 0;
 const SLICE: u64 = 4_000;
 /// How often a busy CPU takes a step of a job, in microseconds.
 const JOB_TICK: u64 = 1_000;
-/// When a visit to the jobs ends, in microseconds: it begins no further step then. A step
-/// itself is bounded in work, not in time.
-const JOB_BUDGET: u64 = 150;
 
 /// Ready vCPUs of a CPU, in order.
 static QUEUES: [Mutex<VecDeque<&'static Vcpu>>; MAX_CPUS] =
@@ -56,23 +48,20 @@ static SLICE_END: PerCpu<u64> = PerCpu::new(NEVER);
 static TURN_END: PerCpu<u64> = PerCpu::new(NEVER);
 /// When this CPU takes its next step of a job although it is busy.
 static JOB_DUE: PerCpu<u64> = PerCpu::new(NEVER);
-/// CPUs that run, in all.
-static CPUS: AtomicUsize = AtomicUsize::new(1);
-
-/// Says how many CPUs there are to share the vCPUs among.
-pub fn set_cpus(count: usize) {
-    CPUS.store(count, Relaxed);
-}
-
-/// How many CPUs run.
-pub fn cpus() -> usize {
-    CPUS.load(Relaxed)
+/// What a CPU does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Decision {
+    /// The same vCPU goes on.
+    GoOn,
+    /// The vCPU has left its CPU. A change of its VM may have waited for that, and then another one is to be picked.
+    Left,
 }
 
 /// Gives a vCPU its home: CPUs in turn.
 pub fn adopt(vcpu: &'static Vcpu) {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let home = NEXT.fetch_add(1, Relaxed) % cpus();
+    let home = NEXT.fetch_add(1, Relaxed) % cpu::count();
     vcpu.home.store(home, Relaxed);
     vcpu.context.set_owner(vcpu);
     HOMED[home].lock().push(vcpu);
@@ -111,9 +100,30 @@ pub fn called() {
     }
 }
 
-/// There is a job: every CPU looks, the busy ones at their next tick.
-fn call_for_work() {
-    (0..cpus()).for_each(call);
+/// Gives the CPUs a job: every one looks, the busy ones at their next tick.
+pub fn submit(job: Job) {
+    job::enqueue(job);
+    (0..cpu::count()).for_each(call);
+}
+
+/// Gives each CPU a job, for work that is divided among them.
+pub fn submit_to_all(job: impl Fn() -> Job) {
+    (0..cpu::count()).for_each(|_| job::enqueue(job()));
+    (0..cpu::count()).for_each(call);
+}
+
+/// Gives this CPU a small job, for its next tick at the latest, and calls no other: for what
+/// guests cause all the time.
+pub fn submit_here(job: Job) {
+    job::enqueue(job);
+    call(cpu::index());
+}
+
+/// Gives the CPUs a job that begins when the count is `due`: this CPU's timer sees to that, and any other's that is set
+/// meanwhile.
+pub fn submit_at(due: u64, job: Job) {
+    job::enqueue_at(due, job);
+    call(cpu::index());
 }
 
 /// The alarm of a VM's clock was set: the CPU that watches it sets its timer anew.
@@ -157,7 +167,7 @@ pub fn ask_again(vcpu: &'static Vcpu) {
 
 /// Puts a vCPU that may run into its CPU's queue, or aside if its VM is paused.
 pub fn make_ready(vcpu: &'static Vcpu, run: &mut Run) {
-    if lifecycle::is_held(vcpu.vm) {
+    if vcpu.vm.is_held() {
         *run = Run::Parked;
         return;
     }
@@ -185,73 +195,54 @@ pub fn kick(vcpu: &'static Vcpu, kick: Kick) {
     kick_others(vcpu, kick);
 }
 
-/// The same, where `vcpu`'s own interrupt is nearly all there is to be seen to: at once.
-#[inline]
-pub fn kick_now(vcpu: &'static Vcpu, kick: Kick) {
-    if kick.contains(vcpu.index) {
-        sync_always(vcpu);
-    }
-    kick_others(vcpu, kick);
-}
-
 /// Wakes the other vCPUs among them: most often there is none.
 #[inline]
 fn kick_others(vcpu: &'static Vcpu, kick: Kick) {
     let others = kick.without(vcpu.index);
     if !others.is_none() {
-        kick_all(vcpu, others);
+        raise(vcpu.vm, others);
     }
 }
 
+/// The same from anywhere but an exit of one of them.
 #[inline(never)]
-fn kick_all(vcpu: &'static Vcpu, kick: Kick) {
+pub fn raise(vm: &'static Vm, kick: Kick) {
     for index in kick.iter() {
-        if let Some(other) = vcpu.vm.vcpus().get(index.index()) {
-            other.requests.make(Request::Sync);
-            wake(other);
+        if let Some(vcpu) = vm.vcpus().get(index.index()) {
+            vcpu.requests.make(Request::Sync);
+            wake(vcpu);
         }
     }
 }
 
 /// Brings a loaded vCPU's list registers up to date.
+#[inline]
 pub fn sync(vcpu: &'static Vcpu) {
-    if vcpu.vm.vgic.needs_sync(vcpu.index) {
+    if vcpu.needs_sync() {
         sync_always(vcpu);
     }
 }
 
 /// The same, whether or not something is known to be new: for the maintenance interrupt.
 pub fn sync_always(vcpu: &'static Vcpu) {
-    if vcpu.is_fresh() {
-        // Reset since it was loaded: what these list registers hold is of an earlier life.
-        return;
+    let others = vcpu.sync();
+    if !others.is_none() {
+        raise(vcpu.vm, others);
     }
-    let kick = vcpu.vm.vgic.sync(vcpu.index, &mut LiveListRegisters);
-    kick_others(vcpu, kick);
-}
-
-/// The end of every exit: the same vCPU goes on unless something else is to be done.
-#[inline]
-pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
-    if !vcpu.requests.any() {
-        return &vcpu.context;
-    }
-    attend(vcpu)
 }
 
 /// Sees to what is asked of a vCPU.
-#[inline(never)]
-fn attend(vcpu: &'static Vcpu) -> &'static Context {
+pub fn attend(vcpu: &'static Vcpu) -> Decision {
     // First: it may hand an interrupt to a vCPU that then waits for this CPU, which is a request. One that comes from
     // another CPU meanwhile has its kick behind it.
     sync(vcpu);
     if vcpu.requests.take() == Taken::SyncAtMost {
-        return &vcpu.context;
+        return Decision::GoOn;
     }
     let mut run = vcpu.run.lock();
     if *run == Run::Running {
         // Under the lock, as everywhere: a resume either finds the vCPU parked or is seen here.
-        if lifecycle::is_held(vcpu.vm) {
+        if vcpu.vm.is_held() {
             leave(vcpu, &mut run, Run::Parked);
         } else if let Turn::StallUntil(end) = next_turn(vcpu) {
             leave(vcpu, &mut run, Run::Stalled);
@@ -262,12 +253,10 @@ fn attend(vcpu: &'static Vcpu) -> &'static Context {
         } else {
             drop(run);
             arm_timer();
-            return &vcpu.context;
+            return Decision::GoOn;
         }
     }
-    drop(run);
-    lifecycle::vcpu_left(vcpu.vm);
-    pick_next()
+    Decision::Left
 }
 
 /// Whether another vCPU waits for this CPU and the running one has had its time.
@@ -310,7 +299,7 @@ fn leave(vcpu: &'static Vcpu, run: &mut Run, to: Run) {
 }
 
 /// The vCPU waits for an interrupt: its CPU goes to another, or idles.
-pub fn block(vcpu: &'static Vcpu) -> &'static Context {
+pub fn block(vcpu: &'static Vcpu) {
     {
         let mut run = vcpu.run.lock();
         if *run == Run::Running {
@@ -323,60 +312,42 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
     if vcpu.vm.vgic.has_deliverable(vcpu.index) {
         wake(vcpu);
     }
-    lifecycle::vcpu_left(vcpu.vm);
-    pick_next()
 }
 
 /// The vCPU may dirty no page for now: its CPU goes to another, or idles.
-#[inline(never)]
-pub fn stall(vcpu: &'static Vcpu) -> &'static Context {
-    {
-        let mut run = vcpu.run.lock();
-        // Asked again, under the lock: a limit that changes meanwhile is seen here, or finds it waiting.
-        let verdict = match vcpu.vm.quota.limit() {
-            Some(limit) => vcpu.meter.admit(limit, Count(timer::now())),
-            None => Verdict::Go,
-        };
-        let Verdict::StallUntil(end) = verdict else {
-            drop(run);
-            return go_on(vcpu);
-        };
-        if *run == Run::Running {
-            leave(vcpu, &mut run, Run::Stalled);
-            vcpu.begin_stall(&mut run, end);
-        }
+pub fn stall(vcpu: &'static Vcpu) -> Decision {
+    let mut run = vcpu.run.lock();
+    // Asked again, under the lock: a limit that changes meanwhile is seen here, or finds it waiting.
+    let verdict = match vcpu.vm.quota.limit() {
+        Some(limit) => vcpu.meter.admit(limit, Count(timer::now())),
+        None => Verdict::Go,
+    };
+    let Verdict::StallUntil(end) = verdict else {
+        return Decision::GoOn;
+    };
+    if *run == Run::Running {
+        leave(vcpu, &mut run, Run::Stalled);
+        vcpu.begin_stall(&mut run, end);
     }
-    lifecycle::vcpu_left(vcpu.vm);
-    pick_next()
+    Decision::Left
 }
 
 /// The vCPU is off, or its VM has ended: it does not come back by itself.
-pub fn turn_off(vcpu: &'static Vcpu) -> &'static Context {
-    // An interrupt that waits in its list registers goes to another vCPU or back to the books.
-    let kick = vcpu.vm.vgic.withdraw(vcpu.index, &mut LiveListRegisters);
-    kick_others(vcpu, kick);
+pub fn turn_off(vcpu: &'static Vcpu) {
+    kick_others(vcpu, vcpu.withdraw());
     leave(vcpu, &mut vcpu.run.lock(), Run::Off);
-    lifecycle::vcpu_left(vcpu.vm);
-    pick_next()
 }
 
-/// Finds what to run next, idling until there is something.
-pub fn pick_next() -> &'static Context {
-    loop {
-        exits::interrupt::take_all();
-        if let Some(vcpu) = take_ready() {
-            switch_to(vcpu);
-            return &vcpu.context;
-        }
+/// The next vCPU for this CPU, loaded and marked as running. If there is none, EL2's timer is set for what may come.
+pub fn pick() -> Option<&'static Vcpu> {
+    let Some(vcpu) = take_ready() else {
         SLICE_END.set(NEVER);
         TURN_END.set(NEVER);
         arm_timer();
-        if job::run_for(timer::now(), timer::ticks(JOB_BUDGET)) == job::Found::Nothing
-            && !gic::interrupt_pending()
-        {
-            barrier::wfi();
-        }
-    }
+        return None;
+    };
+    switch_to(vcpu);
+    Some(vcpu)
 }
 
 /// The next ready vCPU of this CPU that may run, marked as running.
@@ -388,11 +359,8 @@ fn take_ready() -> Option<&'static Vcpu> {
         // after this, and it is there when the kick comes; who made it before is heard here.
         vcpu.requests.take();
         match *run {
-            Run::Queued | Run::Starting if lifecycle::is_held(vcpu.vm) => {
-                *run = Run::Parked;
-                drop(run);
-                lifecycle::vcpu_left(vcpu.vm);
-            }
+            // No change waited for it: it did not run.
+            Run::Queued | Run::Starting if vcpu.vm.is_held() => *run = Run::Parked,
             Run::Queued | Run::Starting => {
                 let now = Count(timer::now());
                 if let Turn::StallUntil(end) = turn(vcpu, now) {
@@ -458,47 +426,22 @@ fn arm_timer() {
     timer::set_deadline((deadline != NEVER).then_some(deadline));
 }
 
-/// EL2's timer fired: time slices, sleepers, emulated timers, jobs.
-pub fn tick() {
+/// EL2's timer fired, which is not set any more: the running vCPU and the CPU are looked at, and the timer is set anew.
+pub fn timer_fired() {
     timer::set_deadline(None);
-    let now = timer::now();
-    if let Some(loaded) = LOADED.get() {
-        exits::timer::fire_physical(loaded, now);
-        loaded.requests.make(Request::Schedule);
-    }
-    let mut due: [Option<&'static Vcpu>; 8] = [None; 8];
-    {
-        let homed = HOMED[cpu::index()].lock();
-        let late = homed.iter().filter(|vcpu| vcpu.next_deadline() <= now);
-        for (place, vcpu) in due.iter_mut().zip(late) {
-            *place = Some(vcpu);
-        }
-    }
-    for vcpu in due.into_iter().flatten() {
-        if vcpu.alarm() <= now {
-            exits::device::alarm(vcpu.vm);
-        }
-        if vcpu.deadline.load(Relaxed) <= now {
-            vcpu.deadline.store(NEVER, Relaxed);
-            exits::timer::fire_physical(vcpu, now);
-            wake(vcpu);
-        }
-        if vcpu.stall_end() <= now {
-            ask_again(vcpu);
-        }
-    }
     JOB_DUE.set(NEVER);
-    job::begin_due(now);
-    if job::waiting() {
-        job::run_for(now, timer::ticks(JOB_BUDGET));
+    if let Some(loaded) = LOADED.get() {
+        loaded.requests.make(Request::Schedule);
     }
 }
 
-/// The end of a CPU's bring-up: it looks for work for good.
-pub fn run() -> ! {
-    board::gic().enable_private(board::interrupts().hypervisor_timer);
-    board::gic().enable_private(board::interrupts().virtual_timer);
-    board::gic().enable_private(board::interrupts().maintenance);
-    let context = pick_next();
-    crate::arch::exception::enter_first(context)
+/// Some of the vCPUs of this CPU whose [`Vcpu::next_deadline`] has come. The timer fires again for more.
+pub fn due(now: u64) -> impl Iterator<Item = &'static Vcpu> {
+    let mut due: [Option<&'static Vcpu>; 8] = [None; 8];
+    let homed = HOMED[cpu::index()].lock();
+    let late = homed.iter().filter(|vcpu| vcpu.next_deadline() <= now);
+    for (place, vcpu) in due.iter_mut().zip(late) {
+        *place = Some(vcpu);
+    }
+    due.into_iter().flatten()
 }

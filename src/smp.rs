@@ -5,10 +5,10 @@ use crate::arch::boot::{self, Answer, Progress, SecondaryBoot};
 use crate::arch::features::Features;
 use crate::arch::stage1::EnableMmu;
 use crate::arch::{barrier, cpu, el1, timer, tlb};
-use crate::board::{self, Board};
-use crate::memory::frames::Run;
-use crate::memory::{PAGE, layout, stage1};
-use crate::sched;
+use crate::entry::run;
+use crate::mm::frames::Run;
+use crate::mm::{PAGE, layout, stage1};
+use crate::platform::{self, Board};
 use crate::vm;
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
@@ -66,7 +66,7 @@ pub fn start_others(board: &Board) -> Features {
             warn!("CPU {mpidr:#x} does not come up ({reason}) and is left out");
         }
     }
-    sched::set_cpus(UP.load(Acquire));
+    cpu::set_count(UP.load(Acquire));
     JOINED.lock().unwrap_or_else(Features::read)
 }
 
@@ -119,7 +119,7 @@ extern "C" fn secondary_main(boot: &'static SecondaryBoot) -> ! {
     if !boot.answer.begin() {
         halt();
     }
-    if let Err(error) = board::init_cpu() {
+    if let Err(error) = platform::init_cpu() {
         warn!("CPU {:#x}: {error}", cpu::affinity());
         boot.answer.unfit();
         halt();
@@ -136,7 +136,7 @@ extern "C" fn secondary_main(boot: &'static SecondaryBoot) -> ! {
     if let Some(controls) = CONTROLS.get() {
         el1::init_controls(controls.hcr, controls.vtcr);
     }
-    sched::run()
+    run::forever()
 }
 
 /// A CPU that is left out waits for nothing.

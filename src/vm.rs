@@ -3,31 +3,27 @@
 //! A VM is made once, from the bundle's manifest, and stays in the table until the machine
 //! stops; what starts and ends are its runs. The order of its locks is in ARCHITECTURE.md.
 
-pub mod bundle;
 pub mod console;
 pub mod exits;
 pub mod flash;
-mod id_registers;
-pub mod lifecycle;
-mod loader;
+pub mod id_registers;
 pub mod memory;
 pub mod random;
-mod slots;
 pub mod stage2;
-pub mod throttle;
-mod tree;
 pub mod vcpu;
-pub mod work;
 
 use crate::arch::cpu::MAX_CPUS;
 use crate::arch::timer;
 use alloc::boxed::Box;
 use alloc::string::String;
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use flash::Flash;
 use memory::GuestMemory;
 use spin::{Mutex, Once};
-use tidemark_devices::fw_cfg::FwCfg;
+use tidemark_devices::fw_cfg::{FwCfg, Kernel};
 use tidemark_devices::guest_time::GuestTime;
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
@@ -38,7 +34,6 @@ use tidemark_ownership::Generation;
 use tidemark_stage2::Quota;
 use tidemark_wire::bundle::{Boot, VmSpec};
 use tidemark_wire::message::{VmId, VmState};
-use tree::TreeError;
 use vcpu::Vcpu;
 
 /// A guest and all that is kept for it.
@@ -66,8 +61,6 @@ pub struct Vm {
     pub console: console::GuestConsole,
     /// What each vCPU may dirty while a log is on. It stays until a host lifts it.
     pub quota: Quota,
-    /// What is being done for a host.
-    pub work: Mutex<work::VmWork>,
     /// How it is, and why.
     pub status: Mutex<Status>,
     /// The vCPU that ran last on each CPU: its index plus one, 0 for none.
@@ -88,8 +81,6 @@ pub struct Vm {
     /// What its random numbers come from, another at each start.
     pub random: Mutex<Generator>,
     vcpus: Once<Box<[Vcpu]>>,
-    /// The devicetree that it gets at every start, with other seeds.
-    tree: Once<Result<tree::Tree, TreeError>>,
 }
 
 /// How a VM is.
@@ -151,16 +142,18 @@ pub fn count(counter: &AtomicU64) {
 }
 
 impl Vm {
-    /// A VM with memory but without a run.
-    pub fn new(id: VmId, spec: VmSpec, memory: GuestMemory) -> &'static Self {
+    /// A VM with memory but without a run. `payload` is what its firmware is given to start.
+    pub fn new(
+        id: VmId,
+        spec: VmSpec,
+        memory: GuestMemory,
+        payload: Option<Kernel<'static>>,
+    ) -> &'static Self {
         let vcpus = usize::from(spec.vcpus);
         let flash = memory::FlashSize::of(&spec.boot);
         let flash = flash.map(|size| Flash::new(size.variables));
         let fw_cfg = match &spec.boot {
-            Boot::Firmware(firmware) => Some(Mutex::new(FwCfg::new(
-                spec.vcpus.into(),
-                firmware.kernel.as_ref().and_then(bundle::payload),
-            ))),
+            Boot::Firmware(_) => Some(Mutex::new(FwCfg::new(spec.vcpus.into(), payload))),
             Boot::Kernel(_) => None,
         };
         let vm = Box::leak(Box::new(Self {
@@ -171,10 +164,9 @@ impl Vm {
             clock: Mutex::new(Pl031::new()),
             flash,
             fw_cfg,
-            alarm: AtomicU64::new(vcpu::NEVER),
+            alarm: AtomicU64::new(timer::NEVER),
             console: console::GuestConsole::new(),
             quota: Quota::new(),
-            work: Mutex::new(work::VmWork::default()),
             status: Mutex::new(Status {
                 state: VmState::Stopped,
                 reason: "not started".into(),
@@ -193,7 +185,6 @@ impl Vm {
             life: Mutex::new(Generation::FIRST),
             random: Mutex::new(Generator::new()),
             vcpus: Once::new(),
-            tree: Once::new(),
             spec,
         }));
         let vm: &'static Self = vm;
@@ -205,6 +196,12 @@ impl Vm {
     /// Its vCPUs.
     pub fn vcpus(&self) -> &[Vcpu] {
         self.vcpus.get().map_or(&[], |vcpus| vcpus)
+    }
+
+    /// Whether its vCPUs must stay off their CPUs for now.
+    #[inline]
+    pub fn is_held(&self) -> bool {
+        self.held.load(SeqCst)
     }
 
     /// Its name.

@@ -39,6 +39,19 @@ static CPUS: [Cpu; MAX_CPUS] = [const {
     }
 }; MAX_CPUS];
 
+/// CPUs that run, in all.
+static COUNT: AtomicUsize = AtomicUsize::new(1);
+
+/// How many CPUs run. Their indices are below it.
+pub fn count() -> usize {
+    COUNT.load(Relaxed)
+}
+
+/// Says how many CPUs run, before there is more than one to ask.
+pub fn set_count(count: usize) {
+    COUNT.store(count, Relaxed);
+}
+
 /// The affinity fields of an MPIDR: what names a CPU to PSCI and to the GIC.
 pub const AFFINITY: u64 = 0xff_00ff_ffff;
 

@@ -2,6 +2,7 @@
 
 use super::regs;
 use aarch64_cpu::registers::{ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, MIDR_EL1};
+use spin::Once;
 use tidemark_errata::{Errata, Midr, Verdict};
 use tock_registers::interfaces::Readable;
 
@@ -103,6 +104,20 @@ impl Features {
             Verdict::Sound => DirtyState::Sound,
         }
     }
+}
+
+static SYSTEM: Once<Features> = Once::new();
+
+/// Says what all CPUs have in common. Once, when they have come up.
+pub fn set_system(features: Features) -> &'static Features {
+    SYSTEM.call_once(|| features)
+}
+
+/// What all CPUs have in common.
+pub fn system() -> &'static Features {
+    SYSTEM
+        .get()
+        .expect("asked for before the CPUs have come up")
 }
 
 /// ID_AA64MMFR0.TGran4_2 of a CPU, which may leave it to TGran4.

@@ -6,6 +6,9 @@ use super::{barrier, regs};
 use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0, CNTV_CTL_EL0};
 use tock_registers::interfaces::{Readable, Writeable};
 
+/// A deadline that never comes.
+pub const NEVER: u64 = u64::MAX;
+
 /// The physical count.
 #[inline]
 pub fn now() -> u64 {

@@ -21,6 +21,8 @@ pub struct History {
     pub end: u64,
     /// Position up to which an attached host was told.
     pub sent: u64,
+    /// Position up to which a plain terminal was shown it.
+    shown: u64,
 }
 
 impl History {
@@ -40,6 +42,19 @@ impl History {
             len += 1;
         }
         (from, len)
+    }
+
+    /// The next byte for a plain terminal.
+    pub fn next_to_show(&mut self) -> Option<u8> {
+        let from = self.shown.max(self.oldest());
+        let byte = *self.bytes.get((from - self.oldest()) as usize)?;
+        self.shown = from + 1;
+        Some(byte)
+    }
+
+    /// A plain terminal is shown what comes from now on.
+    pub fn show_from_now(&mut self) {
+        self.shown = self.end;
     }
 
     fn push(&mut self, byte: u8) {
@@ -77,6 +92,7 @@ impl GuestConsole {
                 bytes: VecDeque::with_capacity(HISTORY),
                 end: 0,
                 sent: 0,
+                shown: 0,
             }),
             input: Mutex::new(Input {
                 waiting: VecDeque::with_capacity(INPUT),

@@ -1,129 +1,161 @@
-//! Exits: why a guest came to EL2, and what is done about it. One file a class.
+//! What is done about an exit that a VM can answer by itself. One file a class.
 //!
-//! The functions named here are where boot/vectors.S goes. Each ends with the registers to
-//! go on with. Nothing a guest does stops EL2: what it may not do becomes the exception
-//! that the architecture has for it, or, where there is none, the end of that VM.
+//! A handler changes the VM's own state and returns what the rooms above are to do ([`Effects`]).
 
-mod abort;
+pub mod abort;
 pub mod device;
-mod hypercall;
+mod external;
+pub mod hypercall;
 mod instruction;
-pub mod interrupt;
-mod sysreg;
+pub mod sysreg;
 pub mod timer;
 mod walk;
 
-use super::vcpu::{Context, Vcpu};
-use super::{Wish, count, lifecycle};
+use super::count;
+use super::flash::FlashError;
+use super::vcpu::Vcpu;
 use crate::arch::el1;
 use crate::arch::exception::Syndrome;
-use crate::sched;
-use alloc::format;
+use alloc::boxed::Box;
+use core::fmt;
 use log::debug;
+use tidemark_devices::vgic::Kick;
 
-/// What a handler decided.
+/// What is to be done after an exit.
+///
+/// ```text
+///  63      48 47  40 39     34   33     32  31             0
+/// +----------+------+---------+-------+----+----------------+
+/// |    0     | next |    0    | alarm | out|      kick      |
+/// +----------+------+---------+-------+----+----------------+
+/// ```
+///
+/// One register, so that an exit that asks for nothing is told by one comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "vCPUs wait for what is named here"]
+pub struct Effects(u64);
+
+/// How a vCPU goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Next {
-    /// The guest goes on.
+    /// Its guest goes on.
     GoOn,
-    /// The guest waits for an interrupt.
+    /// It waits for an interrupt.
     Block,
-    /// The vCPU is off.
-    Off,
-    /// The vCPU waits for its quota, and then tries again.
+    /// It waits for its quota, and then tries again.
     Stall,
+    /// It made a call (SMCCC) that is about other vCPUs or the whole VM; its registers say which.
+    Call,
 }
 
-fn next(vcpu: &'static Vcpu, next: Next) -> &'static Context {
-    match next {
-        Next::GoOn => sched::go_on(vcpu),
-        Next::Block => sched::block(vcpu),
-        Next::Off => sched::turn_off(vcpu),
-        Next::Stall => sched::stall(vcpu),
+const OUTPUT: u64 = 1 << 32;
+const ALARM: u64 = 1 << 33;
+const NEXT_SHIFT: u32 = 40;
+
+impl Effects {
+    /// Nothing: the guest goes on.
+    pub const NONE: Self = Self(0);
+
+    /// These vCPUs of its VM have something new in the vGIC.
+    #[inline]
+    pub const fn kick(kick: Kick) -> Self {
+        Self(kick.mask() as u64)
+    }
+
+    /// It goes on like this.
+    pub const fn next(next: Next) -> Self {
+        Self((next as u64) << NEXT_SHIFT)
+    }
+
+    /// And it wrote to its console.
+    pub const fn with_output(self) -> Self {
+        Self(self.0 | OUTPUT)
+    }
+
+    /// And its VM's alarm was set.
+    pub const fn with_alarm(self) -> Self {
+        Self(self.0 | ALARM)
+    }
+
+    /// These and those of another access of the same instruction.
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether nothing is to be done.
+    #[inline]
+    pub const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether nothing is to be done but to kick vCPUs.
+    #[inline]
+    pub const fn is_kick(self) -> bool {
+        self.0 >> 32 == 0
+    }
+
+    /// Which vCPUs have something new.
+    #[inline]
+    pub const fn kicked(self) -> Kick {
+        Kick::of_mask(self.0 as u32)
+    }
+
+    /// Whether there is output.
+    pub const fn has_output(self) -> bool {
+        self.0 & OUTPUT != 0
+    }
+
+    /// Whether the VM's alarm was set.
+    pub const fn has_alarm(self) -> bool {
+        self.0 & ALARM != 0
+    }
+
+    /// How the vCPU goes on.
+    #[inline]
+    pub const fn how(self) -> Next {
+        match (self.0 >> NEXT_SHIFT) as u8 {
+            1 => Next::Block,
+            2 => Next::Stall,
+            3 => Next::Call,
+            _ => Next::GoOn,
+        }
     }
 }
 
-/// The vCPU that exited. There is one: it is loaded after it was given a home.
-#[inline]
-fn owner(context: &Context) -> &'static Vcpu {
-    context.owner().expect("an exit of no vCPU")
+/// Why a VM cannot be carried on.
+#[derive(Clone, Copy, Debug)]
+pub enum Failure {
+    /// No memory is left for its translation tables.
+    OutOfTables,
+    /// Its flash could not do what it is there for.
+    Flash(FlashError),
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn guest_sync(context: &Context) -> &'static Context {
-    let vcpu = owner(context);
-    if vcpu.context.pstate() & AARCH32 != 0 {
-        return ran_aarch32(vcpu);
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfTables => f.write_str("no memory is left for its translation tables"),
+            Self::Flash(error) => error.fmt(f),
+        }
     }
-    let syndrome = Syndrome(el1::esr());
-    let decision = match syndrome.class() {
-        0x16 => hypercall::hvc(vcpu),
-        0x24 => abort::data(vcpu, syndrome),
-        0x18 => sysreg::access(vcpu, syndrome),
-        0x01 => wait(vcpu, syndrome),
-        0x20 => abort::instruction(vcpu, syndrome),
-        0x17 => hypercall::smc(vcpu),
-        _ => undefined(vcpu, syndrome),
-    };
-    next(vcpu, decision)
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn guest_irq(context: &Context) -> &'static Context {
-    let vcpu = owner(context);
-    if vcpu.context.pstate() & AARCH32 != 0 {
-        return ran_aarch32(vcpu);
-    }
-    count(&vcpu.vm.counters.interrupts);
-    interrupt::take_all();
-    sched::sync(vcpu);
-    sched::go_on(vcpu)
-}
-
-/// Group 0 is the firmware's; should one arrive, there is nothing to take it for.
-#[unsafe(no_mangle)]
-extern "C" fn guest_fiq(context: &Context) -> &'static Context {
-    guest_irq(context)
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn guest_serror(context: &Context) -> &'static Context {
-    let vcpu = owner(context);
-    let syndrome = Syndrome(el1::esr());
-    // An access of the guest's that went wrong on the bus: its own end, nobody else's.
-    fail(vcpu, &format!("SError, ESR {:#x}", syndrome.0));
-    sched::go_on(vcpu)
-}
-
-/// From EL1 in AArch32 (D1.3.1: these vectors go by the level below EL2), which HCR_EL2.RW excludes.
-#[unsafe(no_mangle)]
-extern "C" fn guest_aarch32(context: &Context) -> &'static Context {
-    ran_aarch32(owner(context))
-}
-
-/// SPSR.M bit 4: what was left was in AArch32.
-const AARCH32: u64 = 1 << 4;
-
-/// AArch32 is not offered (ID_AA64PFR0_EL1.EL0), but EL0 of a CPU that has it cannot be kept from it. Its
-/// instructions and exceptions are others, so it is not carried on.
-#[cold]
-fn ran_aarch32(vcpu: &'static Vcpu) -> &'static Context {
-    interrupt::take_all();
-    fail(vcpu, "it ran AArch32 code, which its CPU does not have");
-    sched::go_on(vcpu)
-}
+/// What is to be done, or why the VM ends. Boxed, so that it comes in two registers.
+pub type Answer = Result<Effects, Box<Failure>>;
 
 /// WFI gives the CPU away; WFE does not trap. WFIT (ISS.TI 0b10) is not offered: its timeout would need a timer.
-fn wait(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+pub fn wait(vcpu: &'static Vcpu, syndrome: Syndrome) -> Effects {
     if syndrome.0 & 0b10 != 0 {
         return undefined(vcpu, syndrome);
     }
     count(&vcpu.vm.counters.wfi);
     vcpu.context.skip_instruction();
-    Next::Block
+    Effects::next(Next::Block)
 }
 
 /// What the guest's CPU does not have is undefined to it.
-fn undefined(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+pub fn undefined(vcpu: &'static Vcpu, syndrome: Syndrome) -> Effects {
     count(&vcpu.vm.counters.others);
     debug!(
         "{}: vCPU {}: {syndrome} at {:#x}: undefined",
@@ -133,16 +165,5 @@ fn undefined(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     );
     // EC 0, IL.
     el1::inject_sync(&vcpu.context, 1 << 25, None);
-    Next::GoOn
-}
-
-/// Ends the VM: it did what cannot be answered.
-fn fail(vcpu: &'static Vcpu, reason: &str) {
-    let reason = format!(
-        "vCPU {} at {:#x}: {reason}",
-        vcpu.index.index(),
-        vcpu.context.pc()
-    );
-    // It runs, so it can be ended.
-    let _ = lifecycle::wish(vcpu.vm, Wish::Fail, &reason);
+    Effects::NONE
 }

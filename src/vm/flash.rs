@@ -15,7 +15,7 @@
 //! Where stage 2 needs more than a step the instruction is begun again, and the bank is as it was.
 
 use super::memory::{ERASED, FLASH, GuestMemory, OutOfMemoryRange, VARIABLES};
-use crate::memory::PAGE;
+use crate::mm::PAGE;
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use spin::{Mutex, MutexGuard};
 use tidemark_devices::AccessSize;

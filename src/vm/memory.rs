@@ -8,8 +8,8 @@
 //! frames are not given back under a reader; it is held for less than a step, and stage 2 comes after it.
 
 use super::stage2::{Hw, features, vmids};
-use crate::memory::PAGE;
-use crate::memory::frames::{self, Run};
+use crate::mm::PAGE;
+use crate::mm::frames::{self, Run};
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Deref;

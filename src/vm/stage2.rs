@@ -2,9 +2,8 @@
 
 use crate::arch::features::{DirtyState, Features};
 use crate::arch::{barrier, cache, cpu, tlb};
-use crate::board::options::DirtyEngine;
-use crate::memory::frames::{self, Run};
-use crate::sched;
+use crate::mm::frames::{self, Run};
+use crate::platform::options::DirtyEngine;
 use core::sync::atomic::AtomicU64;
 use spin::Once;
 use tidemark_stage2::{
@@ -26,7 +25,7 @@ impl Hardware for Hw {
     }
 
     fn cpus(&self) -> usize {
-        sched::cpus()
+        cpu::count()
     }
 
     #[inline]
@@ -186,7 +185,7 @@ pub fn init(cpus: &Features, told: DirtyEngine, leaves: Leaves, last_vmid: Optio
     });
     let width = features().0.vmid;
     let last = u64::from(last_vmid.unwrap_or(u16::MAX));
-    VMIDS.call_once(|| Vmids::with_numbers(width, last, sched::cpus()));
+    VMIDS.call_once(|| Vmids::with_numbers(width, last, cpu::count()));
 }
 
 /// What the CPUs have in common, and the width of guests' address spaces.

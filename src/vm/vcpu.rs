@@ -5,13 +5,14 @@ use crate::arch::context;
 use crate::arch::cpu;
 use crate::arch::el1::{self, CounterReads, El1State};
 use crate::arch::gic::{self, VirtualInterface, Watch};
+use crate::arch::timer::NEVER;
 use crate::arch::{barrier, timer, tlb};
 use core::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::*};
 use spin::Mutex;
 use tidemark_devices::guest_time;
 use tidemark_devices::psci::PowerState;
-use tidemark_devices::vgic::{ListRegisters, Shortage};
-use tidemark_devices::virt::PHYSICAL_TIMER;
+use tidemark_devices::vgic::{Kick, Link, ListRegisters, Shortage};
+use tidemark_devices::virt::{PHYSICAL_TIMER, VIRTUAL_TIMER};
 use tidemark_devices::{Level, VcpuIndex};
 use tidemark_stage2::{Count, Flush, Meter};
 
@@ -116,6 +117,19 @@ pub enum Run {
     Stalled,
 }
 
+impl Run {
+    /// What PSCI says of it.
+    pub const fn power(self) -> PowerState {
+        match self {
+            Self::Off => PowerState::Off,
+            Self::Starting => PowerState::OnPending,
+            Self::Blocked | Self::Queued | Self::Running | Self::Parked | Self::Stalled => {
+                PowerState::On
+            }
+        }
+    }
+}
+
 /// CNTP as the guest sees it; EL2 keeps the hardware's for itself.
 #[derive(Clone, Copy, Debug)]
 pub struct PhysicalTimer {
@@ -169,9 +183,6 @@ struct Parked {
     interface: VirtualInterface,
     list_registers: [u64; 16],
 }
-
-/// A deadline that never comes.
-pub const NEVER: u64 = u64::MAX;
 
 impl Vcpu {
     /// A vCPU that is off; `None` past the most that a VM may have.
@@ -271,7 +282,7 @@ impl Vcpu {
         parked.interface.load();
         for n in 0..gic::list_register_count() {
             if let Some(physical) = hardware_link(parked.list_registers[n]) {
-                crate::board::gic().set_private_active(physical);
+                crate::platform::gic().set_private_active(physical);
             }
             gic::write_list_register(n, parked.list_registers[n]);
         }
@@ -338,6 +349,35 @@ impl Vcpu {
         self.parked_is.load(Acquire) != OLDER
     }
 
+    /// Whether something is known to be new for its list registers.
+    #[inline]
+    pub fn needs_sync(&self) -> bool {
+        self.vm.vgic.needs_sync(self.index)
+    }
+
+    /// Brings its list registers up to date. It is loaded on this CPU. Gives who else is to be kicked.
+    #[inline]
+    pub fn sync(&self) -> Kick {
+        if self.is_fresh() {
+            // Reset since it was loaded: what these list registers hold is of an earlier life.
+            return Kick::NONE;
+        }
+        let kick = self.vm.vgic.sync(self.index, &mut LiveListRegisters);
+        kick.without(self.index)
+    }
+
+    /// An interrupt that waits in its list registers goes to another vCPU or back to the books. Gives who is to be kicked.
+    pub fn withdraw(&self) -> Kick {
+        let kick = self.vm.vgic.withdraw(self.index, &mut LiveListRegisters);
+        kick.without(self.index)
+    }
+
+    /// Its virtual timer fired, as the physical interrupt `intid`. It is loaded on this CPU, running or waiting.
+    pub fn virtual_timer_fired(&self, intid: u32) -> Kick {
+        let link = Link::Hardware(intid as u16);
+        self.vm.vgic.raise_ppi(self.index, VIRTUAL_TIMER, link)
+    }
+
     /// Its VM's time stands still. It does not run, and its virtual timer is looked at before that has an effect; the physical
     /// one is EL2's to fire.
     pub fn time_stops(&self) {
@@ -357,11 +397,7 @@ impl Vcpu {
 
     /// What PSCI says of it.
     pub fn power(&self) -> PowerState {
-        match *self.run.lock() {
-            Run::Off => PowerState::Off,
-            Run::Starting => PowerState::OnPending,
-            _ => PowerState::On,
-        }
+        self.run.lock().power()
     }
 }
 
@@ -369,7 +405,7 @@ impl Vcpu {
 /// ended its interrupt, which may be in a list register, wait for one, or have been
 /// forgotten by a reset.
 fn release_timer() {
-    crate::board::gic().clear_private_active(crate::board::interrupts().virtual_timer);
+    crate::platform::gic().clear_private_active(crate::platform::interrupts().virtual_timer);
 }
 
 /// The physical interrupt that a list register holds active, if it does.
@@ -378,7 +414,7 @@ fn hardware_link(register: u64) -> Option<u32> {
 }
 
 /// The list registers of the vCPU that is loaded on this CPU.
-pub struct LiveListRegisters;
+struct LiveListRegisters;
 
 impl ListRegisters for LiveListRegisters {
     #[inline]

@@ -34,6 +34,7 @@ pub mod pl031;
 mod primecell;
 pub mod psci;
 pub mod random;
+mod status;
 pub mod trng;
 pub mod vgic;
 pub mod virt;

@@ -19,6 +19,7 @@
 //!
 //! Specification: DEN 0022 (PSCI), chapter 5; DEN 0028 (SMCCC), chapter 7.
 
+pub use crate::status::Status;
 use crate::{VcpuIndex, trng};
 
 #[cfg(test)]
@@ -28,35 +29,6 @@ mod tests;
 pub const PSCI_VERSION: u64 = 0x0001_0001;
 /// SMCCC 1.1 as SMCCC_VERSION gives it. Not later: 1.2 promises more result registers than are written.
 pub const SMCCC_VERSION: u64 = 0x0001_0001;
-
-/// Return codes (DEN 0022, 5.2.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Status {
-    /// Done.
-    Success = 0,
-    /// The function is not known.
-    NotSupported = -1,
-    /// An argument is wrong.
-    InvalidParameters = -2,
-    /// The state does not allow it.
-    Denied = -3,
-    /// The CPU is on.
-    AlreadyOn = -4,
-    /// The CPU is about to be on.
-    OnPending = -5,
-    /// It failed inside.
-    InternalFailure = -6,
-    /// The entry point is not memory the guest can run from.
-    InvalidAddress = -9,
-}
-
-impl Status {
-    /// Gives the value of x0: sign-extended, so that it is right read as w0 and as x0.
-    pub const fn register(self) -> u64 {
-        self as i32 as i64 as u64
-    }
-}
 
 /// What a vCPU's power controller thinks of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

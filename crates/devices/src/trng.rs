@@ -4,7 +4,7 @@
 //! [`Request::answer`] puts as many bits of them as were asked for where the guest looks for
 //! them. Pure functions, no concurrency. Any register contents decode.
 
-use crate::psci::Status;
+use crate::status::Status;
 
 /// TRNG_VERSION: 1.0.
 pub const VERSION: u64 = 0x1_0000;

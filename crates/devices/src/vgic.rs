@@ -177,6 +177,11 @@ impl Kick {
         self.0
     }
 
+    /// Takes what [`Kick::mask`] gave.
+    pub const fn of_mask(mask: u32) -> Self {
+        Self(mask)
+    }
+
     /// Says whether nobody is to be kicked.
     pub const fn is_none(self) -> bool {
         self.0 == 0

@@ -1,15 +1,13 @@
 //! Accesses to the emulated devices.
 
-use super::{Next, abort};
+use super::{Effects, external, instruction};
+use crate::arch::el1;
 use crate::arch::exception::Syndrome;
-use crate::arch::{el1, timer};
-use crate::channel;
-use crate::sched;
+use crate::arch::timer::{self, NEVER};
 use crate::vm::flash::{Answer, FlashError, Wanted};
 use crate::vm::memory::ERASED;
-use crate::vm::vcpu::{NEVER, Request, Vcpu};
+use crate::vm::vcpu::Vcpu;
 use crate::vm::{Vm, count, unix_time};
-use alloc::format;
 use core::sync::atomic::Ordering::*;
 use tidemark_devices::AccessSize;
 use tidemark_devices::pl011::Pl011;
@@ -20,21 +18,38 @@ use tidemark_stage2::FaultAccess;
 
 /// It is an access by a walk of stage 1 (data abort ISS).
 const S1PTW: u64 = 1 << 7;
+/// It is a store.
+const WRITE: u64 = 1 << 6;
 
 /// Does what a load or store to a device says (data abort ISS: SAS, SSE, SRT, SF, WnR).
-#[inline]
-pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Next {
+#[inline(never)]
+pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome, device: Device) -> Effects {
     if matches!(device, Device::FwCfg(_)) && vcpu.vm.fw_cfg.is_none() {
-        return abort::external(vcpu, syndrome);
+        external::abort(vcpu, syndrome);
+        return Effects::NONE;
     }
     let size = AccessSize::from_sas(syndrome.0 >> 22);
-    emulate(vcpu, syndrome, size, |write_value| match write_value {
-        Some(value) => {
-            write(vcpu, device, size, value);
-            0
-        }
+    begin(vcpu);
+    if syndrome.0 & WRITE != 0 {
+        return write(vcpu, device, size, operand(vcpu, syndrome, size));
+    }
+    let (value, effects) = read(vcpu, device, size);
+    set_operand(vcpu, syndrome, size, value);
+    effects
+}
+
+/// One access: takes a store's value, gives a load's.
+#[inline(always)]
+fn one(
+    vcpu: &'static Vcpu,
+    device: Device,
+    size: AccessSize,
+    value: Option<u64>,
+) -> (u64, Effects) {
+    match value {
+        Some(value) => (0, write(vcpu, device, size, value)),
         None => read(vcpu, device, size),
-    })
+    }
 }
 
 /// What a load or store to flash is that no syndrome tells more of than `access`.
@@ -52,27 +67,18 @@ fn flash_wanted(vcpu: &Vcpu, syndrome: Syndrome, access: FaultAccess) -> Wanted 
     }
 }
 
-/// An access to flash, on the page at `page`, that stage 2 does not let through.
+/// Does an access to flash, on the page at `page`, that stage 2 does not let through: by the syndrome or, if that says
+/// too little, by the instruction.
+///
+/// # Errors
+///
+/// The VM cannot go on.
 pub fn flash(
     vcpu: &'static Vcpu,
     syndrome: Syndrome,
     page: u64,
     access: FaultAccess,
-) -> Option<Next> {
-    flash_instruction(vcpu, syndrome, page, access).unwrap_or_else(|error| {
-        // The bank is free again: what ends a VM takes other locks.
-        super::fail(vcpu, &format!("{error}"));
-        Some(Next::GoOn)
-    })
-}
-
-/// Does it, by the syndrome or, if that says too little, by the instruction. `None`: nothing answers.
-fn flash_instruction(
-    vcpu: &'static Vcpu,
-    syndrome: Syndrome,
-    page: u64,
-    access: FaultAccess,
-) -> Result<Option<Next>, FlashError> {
+) -> Result<(), FlashError> {
     let ipa = page | el1::far() & 0xfff;
     // Without firmware in it a bank is erased, and nothing changes that.
     let mut bank = match &vcpu.vm.flash {
@@ -87,16 +93,21 @@ fn flash_instruction(
     match answer(ipa, flash_wanted(vcpu, syndrome, access))? {
         Answer::Done(value) => {
             let size = AccessSize::from_sas(syndrome.0 >> 22);
-            return Ok(Some(emulate(vcpu, syndrome, size, |_| value)));
+            begin(vcpu);
+            if access != FaultAccess::Write {
+                set_operand(vcpu, syndrome, size, value);
+            }
+            return Ok(());
         }
-        Answer::Again => return Ok(Some(Next::GoOn)),
+        Answer::Again => return Ok(()),
         Answer::Nothing => {}
     }
     if access == FaultAccess::Execute || syndrome.0 & S1PTW != 0 {
-        return Ok(None);
+        external::abort(vcpu, syndrome);
+        return Ok(());
     }
     let mut failed = None;
-    let done = abort::without_syndrome(vcpu, syndrome, page, |ipa, size, value| {
+    instruction::access(vcpu, syndrome, page, |ipa, size, value| {
         let wanted = value.map_or(Wanted::Load(size), |value| Wanted::Store(size, value));
         match answer(ipa, wanted) {
             Ok(Answer::Done(value)) => value,
@@ -108,7 +119,7 @@ fn flash_instruction(
             }
         }
     });
-    failed.map_or(Ok(Some(done)), Err)
+    failed.map_or(Ok(()), Err)
 }
 
 /// What a store puts there.
@@ -116,6 +127,13 @@ fn operand(vcpu: &Vcpu, syndrome: Syndrome, size: AccessSize) -> u64 {
     let register = (syndrome.0 >> 16 & 0x1f) as usize;
     let bits = 8 * size.bytes() as u32;
     vcpu.context.x(register) & (u64::MAX >> (64 - bits))
+}
+
+/// Gives a load what it reads.
+#[inline(always)]
+fn set_operand(vcpu: &Vcpu, syndrome: Syndrome, size: AccessSize, value: u64) {
+    let register = (syndrome.0 >> 16 & 0x1f) as usize;
+    vcpu.context.set_x(register, extend(value, size, syndrome));
 }
 
 /// What answers at `ipa` that is not memory. A page may hold less than a page of it.
@@ -127,9 +145,10 @@ pub fn at(vm: &Vm, ipa: u64) -> Option<Device> {
 /// what is known of list registers after this. To ask each time would be up to 16 syncs of this CPU's, and as many interrupts to
 /// others, in one exit.
 #[inline(never)]
-pub fn prepare_load(vcpu: &'static Vcpu, device: Device) {
-    if let Device::Gic(frame, offset) = device {
-        refresh(vcpu, frame, offset);
+pub fn prepare_load(vcpu: &'static Vcpu, device: Device) -> Effects {
+    match device {
+        Device::Gic(frame, offset) => Effects::kick(refresh(vcpu, frame, offset)),
+        _ => Effects::NONE,
     }
 }
 
@@ -137,58 +156,40 @@ pub fn prepare_load(vcpu: &'static Vcpu, device: Device) {
 ///
 /// What is 64 bits wide is two accesses to a device whose registers have 32, as on QEMU and on such a bus.
 #[inline(never)]
-pub fn bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) -> u64 {
+pub fn bus(vcpu: &'static Vcpu, ipa: u64, size: AccessSize, value: Option<u64>) -> (u64, Effects) {
     let Some(device) = virt::decode(ipa) else {
-        return ERASED;
-    };
-    let one = |device, size, value: Option<u64>| match value {
-        Some(value) => {
-            write(vcpu, device, size, value);
-            0
-        }
-        None => read(vcpu, device, size),
+        return (ERASED, Effects::NONE);
     };
     match device {
         Device::Gic(frame, offset) if value.is_none() => {
-            vcpu.vm.vgic.mmio_read(vcpu.index, frame, offset, size)
+            let value = vcpu.vm.vgic.mmio_read(vcpu.index, frame, offset, size);
+            (value, Effects::NONE)
         }
-        Device::Gic(..) | Device::FwCfg(_) => one(device, size, value),
+        Device::Gic(..) | Device::FwCfg(_) => one(vcpu, device, size, value),
         _ if size == AccessSize::Double => {
-            let low = one(
+            let (low, first) = one(
+                vcpu,
                 device,
                 AccessSize::Word,
                 value.map(|value| value & 0xffff_ffff),
             );
-            let high = bus(
+            let (high, second) = bus(
                 vcpu,
                 ipa + 4,
                 AccessSize::Word,
                 value.map(|value| value >> 32),
             );
-            low & 0xffff_ffff | high << 32
+            (low & 0xffff_ffff | high << 32, first.and(second))
         }
-        _ => one(device, size, value),
+        _ => one(vcpu, device, size, value),
     }
 }
 
-/// Steps over a load or store whose data `with` takes (a store's value) or gives.
-#[inline]
-fn emulate(
-    vcpu: &'static Vcpu,
-    syndrome: Syndrome,
-    size: AccessSize,
-    with: impl FnOnce(Option<u64>) -> u64,
-) -> Next {
+/// Steps over a load or store, and counts it.
+#[inline(always)]
+fn begin(vcpu: &Vcpu) {
     count(&vcpu.vm.counters.mmio);
-    let register = (syndrome.0 >> 16 & 0x1f) as usize;
     vcpu.context.skip_instruction();
-    if syndrome.0 & 1 << 6 != 0 {
-        with(Some(operand(vcpu, syndrome, size)));
-    } else {
-        let value = extend(with(None), size, syndrome);
-        vcpu.context.set_x(register, value);
-    }
-    Next::GoOn
 }
 
 /// What a load of `size` leaves in its register (ISS.SSE and ISS.SF).
@@ -208,76 +209,79 @@ fn extend(value: u64, size: AccessSize, syndrome: Syndrome) -> u64 {
     }
 }
 
-/// Has those vCPUs tell what is in their list registers that a read there is about.
+/// Has those vCPUs tell what is in their list registers that a read there is about: this one at once, the others are to be
+/// kicked.
 #[inline(always)]
-fn refresh(vcpu: &'static Vcpu, frame: Frame, offset: u64) {
+fn refresh(vcpu: &'static Vcpu, frame: Frame, offset: u64) -> Kick {
     let stale = vcpu.vm.vgic.refresh(frame, offset);
-    if !stale.is_none() {
-        sched::sync_always(vcpu);
-        sched::kick(vcpu, stale.without(vcpu.index));
+    if stale.is_none() {
+        return Kick::NONE;
     }
+    vcpu.sync().union(stale.without(vcpu.index))
 }
 
 // Always a part of its two callers: the way of an access with a syndrome is the frequent one, and makes no call.
 #[inline(always)]
-fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> u64 {
+fn read(vcpu: &'static Vcpu, device: Device, size: AccessSize) -> (u64, Effects) {
     let vm = vcpu.vm;
     match device {
         Device::Gic(frame, offset) => {
-            refresh(vcpu, frame, offset);
-            vm.vgic.mmio_read(vcpu.index, frame, offset, size)
+            let kick = refresh(vcpu, frame, offset);
+            let value = vm.vgic.mmio_read(vcpu.index, frame, offset, size);
+            (value, Effects::kick(kick))
         }
         Device::Uart(offset) => {
             let (value, kick) = with_uart(vm, |uart| uart.read(offset & !3));
-            sched::kick(vcpu, kick);
-            u64::from(value)
+            (u64::from(value), Effects::kick(kick))
         }
         Device::Rtc(offset) => {
-            let mut value = 0;
-            let kick = with_clock(vm, |clock, now| value = clock.read(offset & !3, now));
-            sched::kick(vcpu, kick);
-            u64::from(value)
+            let (value, effects) = with_clock(vm, |clock, now| clock.read(offset & !3, now));
+            (u64::from(value), effects)
         }
         Device::FwCfg(offset) => {
             let fw_cfg = vm.fw_cfg.as_ref();
-            fw_cfg.map_or(0, |fw_cfg| fw_cfg.lock().read(offset, size))
+            let value = fw_cfg.map_or(0, |fw_cfg| fw_cfg.lock().read(offset, size));
+            (value, Effects::NONE)
         }
         // A transport with no device: virtio 1.2, 4.2.3.1: device id 0 is to be ignored.
-        Device::Virtio(_, 0x000) => 0x7472_6976,
-        Device::Virtio(_, 0x004) => 2,
-        Device::Virtio(..) => 0,
+        Device::Virtio(_, 0x000) => (0x7472_6976, Effects::NONE),
+        Device::Virtio(_, 0x004) => (2, Effects::NONE),
+        Device::Virtio(..) => (0, Effects::NONE),
     }
 }
 
 #[inline(always)]
-fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) {
+fn write(vcpu: &'static Vcpu, device: Device, size: AccessSize, value: u64) -> Effects {
     let vm = vcpu.vm;
     match device {
         Device::Gic(frame, offset) => {
-            let kick = vm.vgic.mmio_write(vcpu.index, frame, offset, size, value);
-            sched::kick(vcpu, kick);
+            Effects::kick(vm.vgic.mmio_write(vcpu.index, frame, offset, size, value))
         }
         Device::Uart(offset) => {
-            let ((), kick) = with_uart(vm, |uart| {
-                // Before anyone hears of the interrupt, which another vCPU may take for leave to write the next.
-                if let Some(byte) = uart.write(offset & !3, value as u32) {
-                    channel::guest_output(vm, byte);
-                }
+            // Kept before anyone hears of the interrupt, which another vCPU may take for leave to write the next.
+            let (output, kick) = with_uart(vm, |uart| {
+                let byte = uart.write(offset & !3, value as u32)?;
+                vm.console.put(byte);
+                Some(())
             });
-            sched::kick(vcpu, kick);
+            match output {
+                Some(()) => Effects::kick(kick).with_output(),
+                None => Effects::kick(kick),
+            }
         }
         Device::Rtc(offset) => {
-            let kick = with_clock(vm, |clock, now| {
+            let ((), effects) = with_clock(vm, |clock, now| {
                 clock.write(offset & !3, value as u32, now);
             });
-            sched::kick(vcpu, kick);
+            effects
         }
         Device::FwCfg(offset) => {
             if let Some(fw_cfg) = &vm.fw_cfg {
                 fw_cfg.lock().write(offset, size, value);
             }
+            Effects::NONE
         }
-        Device::Virtio(..) => {}
+        Device::Virtio(..) => Effects::NONE,
     }
 }
 
@@ -318,25 +322,29 @@ fn receive(vm: &Vm, uart: &mut Pl011) {
 /// alarm's own second was rejected: a guest that sets another one all the time would have the
 /// watching CPU interrupted each time, whomever it runs.
 #[inline(always)]
-fn with_clock(vm: &Vm, action: impl FnOnce(&mut Pl031, UnixSeconds)) -> Kick {
+fn with_clock<T>(vm: &Vm, action: impl FnOnce(&mut Pl031, UnixSeconds) -> T) -> (T, Effects) {
     let mut clock = vm.clock.lock();
     let second = timer::seconds();
     let now = unix_time(second);
-    action(&mut clock, now);
-    if clock.next_alarm(now).is_some() && vm.alarm.load(Relaxed) == NEVER {
+    let value = action(&mut clock, now);
+    let sets = clock.next_alarm(now).is_some() && vm.alarm.load(Relaxed) == NEVER;
+    if sets {
         vm.alarm.store(timer::count_at(second + 1), Relaxed);
-        sched::alarm_set(vm);
     }
-    vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level())
+    let effects = Effects::kick(vm.vgic.set_spi_level(RTC_INTERRUPT, clock.irq_level()));
+    match sets {
+        true => (value, effects.with_alarm()),
+        false => (value, effects),
+    }
 }
 
 /// A second has begun in which a VM's alarm may be due.
-pub fn alarm(vm: &'static Vm) {
-    let kick = with_clock(vm, |clock, now| {
+pub fn alarm(vm: &Vm) -> Effects {
+    let ((), effects) = with_clock(vm, |clock, now| {
         vm.alarm.store(NEVER, Relaxed);
         clock.tick(now);
     });
-    raise(vm, kick);
+    effects
 }
 
 /// Puts the devices into the state of a machine that was just switched on, their lines too.
@@ -359,17 +367,7 @@ pub fn reset(vm: &Vm) {
 }
 
 /// Input came for a guest: its FIFO is filled and its interrupt raised, from any CPU.
-pub fn input_arrived(vm: &'static Vm) {
+pub fn input_arrived(vm: &Vm) -> Kick {
     let ((), kick) = with_uart(vm, |uart| receive(vm, uart));
-    raise(vm, kick);
-}
-
-/// Wakes the vCPUs that the vGIC named, from any CPU.
-fn raise(vm: &'static Vm, kick: Kick) {
-    for index in kick.iter() {
-        if let Some(vcpu) = vm.vcpus().get(index.index()) {
-            vcpu.requests.make(Request::Sync);
-            sched::wake(vcpu);
-        }
-    }
+    kick
 }

@@ -9,14 +9,19 @@
 //! Not done, and then an external abort as nothing were there (KVM does so with all of them): exclusives and atomics, DC ZVA, and an
 //! access that leaves its page.
 
+use super::external;
+use crate::arch::exception::Syndrome;
 use crate::arch::{el1, vector};
 use crate::vm::count;
 use crate::vm::vcpu::Vcpu;
 use tidemark_a64::{self as a64, Access, Direction, Endianness, Register, Registers};
 use tidemark_devices::AccessSize;
 
+/// ISS.WnR.
+const WRITE: u64 = 1 << 6;
+
 /// What became of an access.
-pub enum Emulated {
+enum Emulated {
     /// It is done and the instruction over.
     Done,
     /// The instruction is not there any more: the guest is to go on with what is.
@@ -25,10 +30,30 @@ pub enum Emulated {
     Refused,
 }
 
-/// Does the access that the guest aborted on, in the page at `page`, if its instruction can be had.
+/// Does the access that the guest aborted on, in the page at `page`, by its instruction; has it tried again; or aborts it as
+/// nothing were there.
 ///
 /// `bus` gets each of its accesses, at most [`a64::MAX_ELEMENTS`]: (IPA, size, a store's value), and gives what is loaded.
-pub fn emulate(
+#[cold]
+#[inline(never)]
+pub fn access(
+    vcpu: &'static Vcpu,
+    syndrome: Syndrome,
+    page: u64,
+    bus: impl FnMut(u64, AccessSize, Option<u64>) -> u64,
+) {
+    let direction = if syndrome.0 & WRITE != 0 {
+        Direction::Store
+    } else {
+        Direction::Load
+    };
+    match emulate(vcpu, direction, page, bus) {
+        Emulated::Done | Emulated::Changed => {}
+        Emulated::Refused => external::abort(vcpu, syndrome),
+    }
+}
+
+fn emulate(
     vcpu: &'static Vcpu,
     direction: Direction,
     page: u64,

@@ -1,10 +1,9 @@
 //! Trapped system registers.
 
 use super::timer::{self, Register};
-use super::{Next, undefined};
+use super::{Effects, undefined};
 use crate::arch::exception::Syndrome;
 use crate::arch::{el1, gic};
-use crate::sched;
 use crate::vm::vcpu::Vcpu;
 use crate::vm::{count, id_registers, stage2};
 use tidemark_devices::vgic::SgiRegister;
@@ -18,14 +17,13 @@ enum Way {
 
 /// Does what a trapped MRS or MSR says (ISS: op0 21:20, op2 19:17, op1 16:14, CRn 13:10,
 /// Rt 9:5, CRm 4:1).
-pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
+pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Effects {
     count(&vcpu.vm.counters.others);
     let iss = syndrome.0;
     if iss & REGISTER == WRITES_ICC_SGI1R_EL1 {
         // Before the others are told apart: the only register here that guests access all the time.
-        send_sgi(vcpu, iss, SgiRegister::Group1);
         vcpu.context.skip_instruction();
-        return Next::GoOn;
+        return send_sgi(vcpu, iss, SgiRegister::Group1);
     }
     let bits = |shift: u32, mask: u64| (iss >> shift & mask) as u8;
     let register = (
@@ -39,9 +37,14 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
     let way = if iss & 1 == 1 { Way::Read } else { Way::Write };
     let context = &vcpu.context;
     let value = || context.x(rt);
+    let mut effects = Effects::NONE;
     match (register, way) {
-        ((3, 0, 12, 11, 6), Way::Write) => send_sgi(vcpu, iss, SgiRegister::AliasGroup1),
-        ((3, 0, 12, 11, 7), Way::Write) => send_sgi(vcpu, iss, SgiRegister::Group0),
+        ((3, 0, 12, 11, 6), Way::Write) => {
+            effects = send_sgi(vcpu, iss, SgiRegister::AliasGroup1);
+        }
+        ((3, 0, 12, 11, 7), Way::Write) => {
+            effects = send_sgi(vcpu, iss, SgiRegister::Group0);
+        }
         ((3, 0, 0, crm @ 1..=7, op2), Way::Read) => {
             let pa_range = pa_range(stage2::features().1);
             context.set_x(rt, id_registers::read(crm, op2, pa_range));
@@ -52,16 +55,19 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
                 1 => Register::Control,
                 _ => Register::Compare,
             };
-            match way {
-                Way::Read => context.set_x(rt, timer::read(vcpu, which)),
+            effects = Effects::kick(match way {
+                Way::Read => {
+                    let (value, kick) = timer::read(vcpu, which);
+                    context.set_x(rt, value);
+                    kick
+                }
                 Way::Write => timer::write(vcpu, which, value()),
-            }
+            });
         }
         // ICC_DIR_EL1: it traps while something is active that is in no list register. With EOImode 0 it does nothing.
         ((3, 0, 12, 11, 1), Way::Write) if gic::splits_ends() => {
             let intid = value() as u32 & 0xff_ffff;
-            let kick = vcpu.vm.vgic.deactivate(vcpu.index, intid);
-            sched::kick(vcpu, kick);
+            effects = Effects::kick(vcpu.vm.vgic.deactivate(vcpu.index, intid));
         }
         ((3, 0, 12, 11, 1), Way::Write) => {}
         // ICC_CTLR_EL1, ICC_PMR_EL1, ICC_RPR_EL1 trap with it where it does not alone.
@@ -86,7 +92,7 @@ pub fn access(vcpu: &'static Vcpu, syndrome: Syndrome) -> Next {
         _ => return undefined(vcpu, syndrome),
     }
     context.skip_instruction();
-    Next::GoOn
+    effects
 }
 
 /// What of the ISS names the register and the way.
@@ -96,10 +102,15 @@ const WRITES_ICC_SGI1R_EL1: u64 = 3 << 20 | 5 << 17 | 12 << 10 | 11 << 1;
 
 /// Does what an MSR to an SGI register says.
 #[inline]
-fn send_sgi(vcpu: &'static Vcpu, iss: u64, register: SgiRegister) {
+fn send_sgi(vcpu: &'static Vcpu, iss: u64, register: SgiRegister) -> Effects {
     let value = vcpu.context.x((iss >> 5 & 0x1f) as usize);
     let kick = vcpu.vm.vgic.sgi(vcpu.index, value, register);
-    sched::kick_now(vcpu, kick);
+    let others = kick.without(vcpu.index);
+    Effects::kick(match kick.contains(vcpu.index) {
+        // At once: its own interrupt is nearly all there is to be seen to.
+        true => others.union(vcpu.sync()),
+        false => others,
+    })
 }
 
 /// ID_AA64MMFR0_EL1.PARange for an address space this wide.

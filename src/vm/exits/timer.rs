@@ -2,11 +2,10 @@
 //! virtual timer (CNTV) is the guest's own and does not trap.
 
 use crate::arch::timer;
-use crate::sched;
 use crate::vm::vcpu::{Request, Vcpu};
 use core::sync::atomic::Ordering::Relaxed;
 use tidemark_devices::guest_time;
-use tidemark_devices::vgic::Link;
+use tidemark_devices::vgic::{Kick, Link};
 use tidemark_devices::virt::PHYSICAL_TIMER;
 
 const ENABLE: u64 = 1;
@@ -34,24 +33,25 @@ fn count(vcpu: &Vcpu, now: u64) -> u64 {
 }
 
 /// Reads one.
-pub fn read(vcpu: &'static Vcpu, register: Register) -> u64 {
+pub fn read(vcpu: &'static Vcpu, register: Register) -> (u64, Kick) {
     let now = timer::now();
     // What ISTATUS says the controller has been told: EL2's own timer may come a little later.
-    fire_physical(vcpu, now);
+    let kick = fire_physical(vcpu, now).unwrap_or_default();
     let state = *vcpu.physical_timer.lock();
     let count = count(vcpu, now);
-    match register {
+    let value = match register {
         Register::Value => state.compare.wrapping_sub(count) & 0xffff_ffff,
         Register::Control => {
             let fired = state.control & ENABLE != 0 && count >= state.compare;
             state.control | if fired { FIRED } else { 0 }
         }
         Register::Compare => state.compare,
-    }
+    };
+    (value, kick)
 }
 
 /// Writes one.
-pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
+pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) -> Kick {
     let kick = {
         let mut state = vcpu.physical_timer.lock();
         match register {
@@ -66,28 +66,22 @@ pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) {
         state.arm(vcpu.vm.physical_offset.load(Relaxed));
         vcpu.vm.vgic.lower_ppi(vcpu.index, PHYSICAL_TIMER)
     };
-    sched::kick(vcpu, kick);
-    fire_physical(vcpu, timer::now());
     // The timer of EL2 is set anew at the end of this exit.
     vcpu.requests.make(Request::Schedule);
+    kick.union(fire_physical(vcpu, timer::now()).unwrap_or_default())
 }
 
-/// Raises the interrupt if the time has come. Under the timer's lock to the end, so that the
+/// Raises the interrupt if the time has come, and gives who is to be kicked then. Under the timer's lock to the end, so that the
 /// line is told in the order in which it changed.
-pub fn fire_physical(vcpu: &'static Vcpu, now: u64) {
-    let kick = {
-        let mut state = vcpu.physical_timer.lock();
-        if state.deadline().is_none_or(|deadline| deadline > now) {
-            return;
-        }
-        // The line stays high until the guest writes a register; until then there is
-        // nothing to wait for.
-        state.raised = true;
-        state.stop();
-        vcpu.vm
-            .vgic
-            .raise_ppi(vcpu.index, PHYSICAL_TIMER, Link::Software)
-    };
-    sched::kick(vcpu, kick);
-    sched::wake(vcpu);
+pub fn fire_physical(vcpu: &Vcpu, now: u64) -> Option<Kick> {
+    let mut state = vcpu.physical_timer.lock();
+    if state.deadline().is_none_or(|deadline| deadline > now) {
+        return None;
+    }
+    // The line stays high until the guest writes a register; until then there is
+    // nothing to wait for.
+    state.raised = true;
+    state.stop();
+    let vgic = &vcpu.vm.vgic;
+    Some(vgic.raise_ppi(vcpu.index, PHYSICAL_TIMER, Link::Software))
 }

@@ -179,7 +179,7 @@ mod guest {
         // are counted, a CPU that sleeps lets time run ahead of whoever types.
         let idle = match up {
             1 => console::pause,
-            _ => counter::nap,
+            _ => gic::nap,
         };
         loop {
             let mut buffer = [0; 128];
@@ -322,7 +322,7 @@ mod guest {
         loop {
             // Asleep, not waiting for an event: in between, whoever emulates this machine has time for the host.
             while ROUND.load(Ordering::Acquire) == seen {
-                counter::nap();
+                gic::nap();
             }
             seen = ROUND.load(Ordering::Acquire);
             if seen & LOSE != 0 {

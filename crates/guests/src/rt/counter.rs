@@ -2,9 +2,6 @@
 
 use core::arch::asm;
 
-use crate::rt::exceptions;
-use crate::rt::gic::{self, Private};
-
 /// The counter, not read ahead of what comes before.
 #[inline(always)]
 #[must_use]
@@ -47,18 +44,6 @@ pub fn set_timer(at: u64) {
             "msr cntv_cval_el0, {}", "msr cntv_ctl_el0, {}", "isb",
             in(reg) at, in(reg) 1_u64, options(nomem, nostack, preserves_flags)
         );
-    }
-}
-
-/// Sleeps for 5 milliseconds, or less. The virtual timer's interrupt must be enabled, and all must be masked.
-pub fn nap() {
-    set_timer(now().wrapping_add(frequency() / 200));
-    exceptions::wait_for_interrupt();
-    stop_timer();
-    // Else it would still be pending the next time.
-    let interrupt = gic::acknowledge();
-    if interrupt == Private::VIRTUAL_TIMER {
-        gic::end(interrupt);
     }
 }
 

@@ -7,7 +7,7 @@ use core::arch::asm;
 use core::ptr;
 
 use crate::fdt::Mpidr;
-use crate::rt::counter;
+use crate::rt::{counter, exceptions};
 
 const DISTRIBUTOR: usize = 0x0800_0000;
 const DISTRIBUTOR_TYPER: usize = DISTRIBUTOR + 0x4;
@@ -182,4 +182,16 @@ pub fn end(interrupt: Private) {
     unsafe {
         asm!("msr icc_eoir1_el1, {}", "isb", in(reg) u64::from(interrupt.0), options(nostack, preserves_flags))
     };
+}
+
+/// Sleeps for 5 milliseconds, or less. The virtual timer's interrupt must be enabled, and all must be masked.
+pub fn nap() {
+    counter::set_timer(counter::now().wrapping_add(counter::frequency() / 200));
+    exceptions::wait_for_interrupt();
+    counter::stop_timer();
+    // Else it would still be pending the next time.
+    let interrupt = acknowledge();
+    if interrupt == Private::VIRTUAL_TIMER {
+        end(interrupt);
+    }
 }
