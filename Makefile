@@ -35,7 +35,7 @@ run: qemu image guests tools ## the demo: boot Debian's Linux, track its dirty p
 	$(say) "demo"
 	@$(HOST) run $(Q) --bin demo -- $(ARGS)
 
-test: host-test loom serial-test ## every test: the crates here, then the image in QEMU over its serial line
+test: host-test loom serial-test lock-test ## every test: the crates here, then the image in QEMU over its serial line
 
 shell: qemu image guests tools ## boot the guests and give you the machine's serial line
 	@$(HOST) run $(Q) --bin shell -- $(ARGS)
@@ -69,6 +69,18 @@ soak: toolchain ## look for what the tests have not found yet, by other seeds (S
 serial-test: qemu image guests tools
 	$(say) "tests over the serial line"
 	@$(HOST) test $(Q) --test serial -- $(ARGS)
+
+# Some of the same tests on an image that checks the order of its locks at each that is taken (arch/lock.rs)
+LOCK_TESTS := hostile_max session_ quota_ pause_stops slots_ copy_of_flash edk2_to_shell linux_reset kernel_of_noise
+
+.PHONY: lock-test
+lock-test: qemu image guests tools
+	$(say) "tests over the serial line, the order of locks checked"
+	@$(IMAGE) build $(Q) --profile checked -p tidemark
+	@$(MKIMAGE) $(TARGET)/el2/$(TRIPLE)/checked/tidemark $(TARGET)/image/checked.img
+	@for name in $(LOCK_TESTS); do \
+		TIDEMARK_IMAGE=image/checked.img $(HOST) test $(Q) --test serial -- $$name || exit 1; \
+	done 2>&1 | $(BRIEF)
 
 # What is built
 

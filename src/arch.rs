@@ -16,6 +16,7 @@ pub mod el1;
 pub mod exception;
 pub mod features;
 pub mod gic;
+pub mod lock;
 pub mod mmio;
 pub mod random;
 pub mod regs;

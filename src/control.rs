@@ -11,14 +11,15 @@ pub mod throttle;
 mod tree;
 pub mod work;
 
+use crate::arch::lock::{Mutex, rank};
 use crate::vm::Vm;
 use alloc::boxed::Box;
-use spin::{Mutex, Once};
+use spin::Once;
 
 /// What is kept of each VM here, by its number.
 struct Kept {
     /// What is being done for a host.
-    work: Mutex<work::VmWork>,
+    work: Mutex<work::VmWork, { rank::WORK }>,
     /// The devicetree that it gets at every start, with other seeds.
     tree: Once<Result<tree::Tree, tree::TreeError>>,
 }

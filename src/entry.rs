@@ -13,11 +13,12 @@ use crate::arch::exception::Syndrome;
 use crate::control::lifecycle;
 use crate::host;
 use crate::sched;
+use crate::vm::count;
 use crate::vm::exits::{Effects, Next, abort, hypercall, sysreg, undefined, wait};
 use crate::vm::vcpu::{Context, Vcpu};
-use crate::vm::{Wish, count};
 use alloc::format;
 use core::fmt;
+use tidemark_sched::Transition;
 
 /// Does what a handler asks for.
 #[inline]
@@ -58,7 +59,7 @@ fn fail(vcpu: &'static Vcpu, why: fmt::Arguments<'_>) -> &'static Context {
         vcpu.context.pc()
     );
     // It runs, so it can be ended.
-    let _ = lifecycle::wish(vcpu.vm, Wish::Fail, &reason);
+    let _ = lifecycle::request(vcpu.vm, Transition::Fail, &reason);
     run::go_on(vcpu)
 }
 

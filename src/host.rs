@@ -14,9 +14,11 @@ mod commands;
 mod lease;
 mod shell;
 
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::timer;
 use crate::control::event::{self, Event};
 use crate::control::lifecycle;
+use crate::control::refusal::told;
 use crate::platform::console::{self, Appetite};
 use crate::platform::options::Terminal;
 use crate::sched;
@@ -28,7 +30,6 @@ use alloc::boxed::Box;
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
 use log::warn;
-use spin::Mutex;
 use tidemark_lease::Lease;
 use tidemark_wire::frame::{self, BadReason, Decoder, Header, Item, Kind, Seq, Session};
 use tidemark_wire::message::{self, CONSOLE_OVERHEAD, Task, VmId};
@@ -42,7 +43,8 @@ const EVENT_TEXT: usize = 200;
 
 type Receiver = Decoder<{ frame::buffer_len(REQUEST_PAYLOAD) }>;
 
-static RECEIVER: Mutex<(Receiver, Text)> = Mutex::new((Decoder::new(), Text::Typed));
+static RECEIVER: Mutex<(Receiver, Text), { rank::RECEIVER }> =
+    Mutex::new((Decoder::new(), Text::Typed));
 
 /// What bytes outside frames are.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -54,7 +56,7 @@ enum Text {
     Wreckage,
 }
 
-static SESSION: Mutex<Option<Open>> = Mutex::new(None);
+static SESSION: Mutex<Option<Open>, { rank::SESSION }> = Mutex::new(None);
 
 /// An open session.
 #[derive(Debug, Clone, Copy)]
@@ -100,14 +102,22 @@ pub fn start(terminal: &Terminal) {
 fn attach_terminal(vm: &Vm) {
     vm.console.history().show_from_now();
     TERMINAL.store(vm.id.0, Relaxed);
+    // What came in between.
+    show(vm, vm.id.0);
 }
 
 /// Every guest's lines are shown from now on.
 fn attach_terminal_to_all() {
-    for vm in vm::all() {
-        vm.console.history().show_from_now();
-    }
+    let each = |action: fn(&Vm)| vm::all().iter().for_each(|vm| action(vm));
+    each(|vm| vm.console.history().show_from_now());
     TERMINAL.store(ALL, Relaxed);
+    each(|vm| show(vm, ALL));
+}
+
+/// A host no longer has a guest's output as events. The terminal shows what comes from now on, and not all that went there.
+fn detach(vm: &Vm) {
+    vm.console.history().show_from_now();
+    vm.console.attached.store(false, Relaxed);
 }
 
 /// Forgets a frame that nobody goes on with: its sender is gone, and whoever comes next
@@ -313,7 +323,10 @@ pub fn tell() {
 fn tell_all() {
     while let Some(event) = event::take() {
         match event {
-            Event::State(vm, state) => send_event(&message::Event::VmState { vm, state }),
+            Event::State(vm, state) => {
+                let state = told(state);
+                send_event(&message::Event::VmState { vm, state });
+            }
             Event::Over => lifecycle::power_off(),
         }
     }

@@ -1,4 +1,4 @@
-//! Which vCPU a CPU runs.
+//! Which vCPU a CPU runs: `crates/sched` on this machine, with its timers.
 //!
 //! Each vCPU has a home CPU and a place in that CPU's queue when it is ready. An exit that
 //! needs no change of vCPU never comes here. What is decided here is returned ([`Decision`]); the loop above
@@ -9,23 +9,22 @@
 //!
 //! A vCPU whose quota is used up (`control::throttle`) waits as well, but for the time alone: interrupts
 //! that come meanwhile it takes afterwards.
-//!
-//! Locks: a queue's lock is a leaf, taken inside a vCPU's `run`.
 
 use crate::arch::cpu::{self, MAX_CPUS, PerCpu};
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::timer::NEVER;
 use crate::arch::{barrier, gic, timer, tlb};
 use crate::task::job::{self, Job};
 use crate::vm::Vm;
-use crate::vm::vcpu::{Request, Run, Taken, Vcpu};
-use alloc::collections::VecDeque;
+use crate::vm::vcpu::Vcpu;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
-use spin::Mutex;
+use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use tidemark_devices::vgic::Kick;
-use tidemark_stage2::{Count, Turn, Verdict};
+pub use tidemark_sched::Decision;
+use tidemark_sched::{Entity, Lifecycle, Machine, Request, Scheduler, Turn};
+use tidemark_stage2::{self as stage2, Count, Verdict};
 
-/// The SGI that makes another CPU look at the requests of its vCPU, and at [`CALLED`].
+/// The SGI that makes another CPU look at the requests of its vCPU, and at what it is called for.
 pub const KICK: u32 = 0;
 
 /// How long a vCPU runs while another waits for its CPU, in microseconds.
@@ -33,36 +32,162 @@ const SLICE: u64 = 4_000;
 /// How often a busy CPU takes a step of a job, in microseconds.
 const JOB_TICK: u64 = 1_000;
 
-/// Ready vCPUs of a CPU, in order.
-static QUEUES: [Mutex<VecDeque<&'static Vcpu>>; MAX_CPUS] =
-    [const { Mutex::new(VecDeque::new()) }; MAX_CPUS];
+/// The scheduler.
+pub static SCHEDULER: Scheduler<Vcpu, Cpus, MAX_CPUS> = Scheduler::new(Cpus);
+
 /// All vCPUs whose home a CPU is.
-static HOMED: [Mutex<Vec<&'static Vcpu>>; MAX_CPUS] = [const { Mutex::new(Vec::new()) }; MAX_CPUS];
+static HOMED: [Mutex<Vec<&'static Vcpu>, { rank::HOMED }>; MAX_CPUS] =
+    [const { Mutex::new(Vec::new()) }; MAX_CPUS];
 /// The vCPU whose state is in this CPU's registers.
 static LOADED: PerCpu<Option<&'static Vcpu>> = PerCpu::new(None);
-/// A CPU was called for what is its own and not its vCPU's.
-static CALLED: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
 /// When the running vCPU's slice ends.
 static SLICE_END: PerCpu<u64> = PerCpu::new(NEVER);
 /// When the running vCPU is to ask the throttle again.
 static TURN_END: PerCpu<u64> = PerCpu::new(NEVER);
 /// When this CPU takes its next step of a job although it is busy.
 static JOB_DUE: PerCpu<u64> = PerCpu::new(NEVER);
-/// What a CPU does next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub enum Decision {
-    /// The same vCPU goes on.
-    GoOn,
-    /// The vCPU has left its CPU. A change of its VM may have waited for that, and then another one is to be picked.
-    Left,
+
+/// This machine's CPUs.
+pub struct Cpus;
+
+impl Machine<Vcpu> for Cpus {
+    #[inline]
+    fn cpu(&self) -> usize {
+        cpu::index()
+    }
+
+    #[inline]
+    fn now(&self) -> u64 {
+        timer::now()
+    }
+
+    #[inline]
+    fn kick(&self, cpu: usize) {
+        gic::send_sgi(KICK, cpu::affinity_of(cpu));
+    }
+
+    #[inline]
+    fn publish(&self) {
+        barrier::dsb_sy();
+    }
+
+    #[inline]
+    fn loaded(&self) -> Option<&'static Vcpu> {
+        LOADED.get()
+    }
+
+    fn slice_is_over(&self) -> bool {
+        let now = timer::now();
+        if SLICE_END.get() == NEVER {
+            SLICE_END.set(now + timer::ticks(SLICE));
+        }
+        now >= SLICE_END.get()
+    }
+}
+
+impl tidemark_sched::Vcpu for Vcpu {
+    type Vm = Vm;
+
+    #[inline]
+    fn entity(&self) -> &Entity {
+        &self.entity
+    }
+
+    #[inline]
+    fn vm(&self) -> &'static Vm {
+        self.vm
+    }
+
+    fn turn(&self) -> Turn {
+        let turn = self.meter.pace(self.vm.quota.duty(), Count(timer::now()));
+        TURN_END.set(match turn {
+            stage2::Turn::Until(end) => end.0,
+            stage2::Turn::Free | stage2::Turn::StallUntil(_) => NEVER,
+        });
+        match turn {
+            stage2::Turn::Free | stage2::Turn::Until(_) => Turn::Go,
+            stage2::Turn::StallUntil(end) => Turn::StallUntil(end.0),
+        }
+    }
+
+    #[inline]
+    fn next_turn(&self) -> Turn {
+        if TURN_END.get() == NEVER && !self.vm.quota.is_set() {
+            return Turn::Go;
+        }
+        self.turn()
+    }
+
+    fn admit(&self, now: u64) -> Turn {
+        let verdict = match self.vm.quota.limit() {
+            Some(limit) => self.meter.admit(limit, Count(now)),
+            None => Verdict::Go,
+        };
+        match verdict {
+            Verdict::Go => Turn::Go,
+            Verdict::StallUntil(end) => Turn::StallUntil(end.0),
+        }
+    }
+
+    #[inline]
+    fn entered(&self, now: u64) {
+        self.meter.entered(Count(now));
+    }
+
+    #[inline]
+    fn left(&self, now: u64) {
+        self.meter.left(Count(now));
+    }
+
+    fn stall_began(&self, now: u64) {
+        self.meter.stall_began(Count(now));
+    }
+
+    fn stall_ended(&self, now: u64) {
+        self.meter.stall_ended(Count(now));
+    }
+
+    #[inline]
+    fn has_interrupt(&self) -> bool {
+        self.vm.vgic.has_deliverable(self.index)
+    }
+
+    fn must_be_loaded(&self) -> bool {
+        Self::must_be_loaded(self)
+    }
+}
+
+impl tidemark_sched::Vm for Vm {
+    type Vcpu = Vcpu;
+
+    #[inline]
+    fn lifecycle(&self) -> &Lifecycle {
+        &self.lifecycle
+    }
+
+    #[inline]
+    fn vcpus(&self) -> &[Vcpu] {
+        Self::vcpus(self)
+    }
+
+    fn paused(&self, now: u64) {
+        self.time_stops(now);
+    }
+
+    fn resumed(&self, now: u64) {
+        self.time_goes_on(now);
+    }
+
+    fn started(&self, now: u64) {
+        self.time_begins(now);
+    }
 }
 
 /// Gives a vCPU its home: CPUs in turn.
 pub fn adopt(vcpu: &'static Vcpu) {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let home = NEXT.fetch_add(1, Relaxed) % cpu::count();
-    vcpu.home.store(home, Relaxed);
+    vcpu.entity.set_home(home);
     vcpu.context.set_owner(vcpu);
     HOMED[home].lock().push(vcpu);
 }
@@ -73,31 +198,8 @@ pub fn current() -> Option<&'static Vcpu> {
     LOADED.get()
 }
 
-/// Has a CPU look at its vCPU's requests, if it is another one.
-pub fn kick_cpu(index: usize) {
-    if index != cpu::index() {
-        gic::send_sgi(KICK, cpu::affinity_of(index));
-    }
-}
-
-/// Has a CPU look at its queue, its timers and the jobs: another one now, this one before
-/// it goes back to its guest.
-fn call(index: usize) {
-    if index != cpu::index() {
-        CALLED[index].store(true, SeqCst);
-        kick_cpu(index);
-    } else if let Some(loaded) = current() {
-        loaded.requests.make(Request::Schedule);
-    }
-}
-
-/// Another CPU sent [`KICK`]: it called this one, or made a request of the vCPU that runs here.
-pub fn called() {
-    if CALLED[cpu::index()].swap(false, SeqCst)
-        && let Some(loaded) = current()
-    {
-        loaded.requests.make(Request::Schedule);
-    }
+fn call(cpu: usize) {
+    SCHEDULER.call(cpu);
 }
 
 /// Gives the CPUs a job: every one looks, the busy ones at their next tick.
@@ -129,57 +231,8 @@ pub fn submit_at(due: u64, job: Job) {
 /// The alarm of a VM's clock was set: the CPU that watches it sets its timer anew.
 pub fn alarm_set(vm: &Vm) {
     if let Some(first) = vm.vcpus().first() {
-        call(first.home.load(Relaxed));
+        call(first.entity.home());
     }
-}
-
-/// Something changed for `vcpu`: it is woken if it waits, and looked at if it runs.
-pub fn wake(vcpu: &'static Vcpu) {
-    let mut run = vcpu.run.lock();
-    match *run {
-        Run::Blocked => make_ready(vcpu, &mut run),
-        Run::Running => {
-            let home = vcpu.home.load(Relaxed);
-            drop(run);
-            kick_cpu(home);
-        }
-        Run::Off | Run::Starting | Run::Queued | Run::Parked | Run::Stalled => {}
-    }
-}
-
-/// The throttle may answer a vCPU otherwise by now: if it waits for its quota or runs, it asks again.
-pub fn ask_again(vcpu: &'static Vcpu) {
-    vcpu.requests.make(Request::Schedule);
-    let mut run = vcpu.run.lock();
-    match *run {
-        Run::Stalled => {
-            vcpu.end_stall(&mut run);
-            make_ready(vcpu, &mut run);
-        }
-        Run::Running => {
-            let home = vcpu.home.load(Relaxed);
-            drop(run);
-            kick_cpu(home);
-        }
-        Run::Off | Run::Starting | Run::Blocked | Run::Queued | Run::Parked => {}
-    }
-}
-
-/// Puts a vCPU that may run into its CPU's queue, or aside if its VM is paused.
-pub fn make_ready(vcpu: &'static Vcpu, run: &mut Run) {
-    if vcpu.vm.is_held() {
-        *run = Run::Parked;
-        return;
-    }
-    *run = if *run == Run::Off {
-        Run::Starting
-    } else {
-        Run::Queued
-    };
-    let home = vcpu.home.load(Relaxed);
-    QUEUES[home].lock().push_back(vcpu);
-    // Whoever runs there now must not keep the CPU past a slice.
-    call(home);
 }
 
 /// Wakes the vCPUs of `vm` that the vGIC named.
@@ -190,7 +243,7 @@ pub fn kick(vcpu: &'static Vcpu, kick: Kick) {
     }
     if kick.contains(vcpu.index) {
         // Its own is seen to before the guest goes on.
-        vcpu.requests.make(Request::Sync);
+        vcpu.entity.requests.make(Request::Sync);
     }
     kick_others(vcpu, kick);
 }
@@ -209,8 +262,8 @@ fn kick_others(vcpu: &'static Vcpu, kick: Kick) {
 pub fn raise(vm: &'static Vm, kick: Kick) {
     for index in kick.iter() {
         if let Some(vcpu) = vm.vcpus().get(index.index()) {
-            vcpu.requests.make(Request::Sync);
-            wake(vcpu);
+            vcpu.entity.requests.make(Request::Sync);
+            SCHEDULER.wake(vcpu);
         }
     }
 }
@@ -231,116 +284,30 @@ pub fn sync_always(vcpu: &'static Vcpu) {
     }
 }
 
-/// Sees to what is asked of a vCPU.
+/// Sees to what is asked of a vCPU, at the end of an exit.
 pub fn attend(vcpu: &'static Vcpu) -> Decision {
-    // First: it may hand an interrupt to a vCPU that then waits for this CPU, which is a request. One that comes from
-    // another CPU meanwhile has its kick behind it.
     sync(vcpu);
-    if vcpu.requests.take() == Taken::SyncAtMost {
-        return Decision::GoOn;
+    let decision = SCHEDULER.attend(vcpu);
+    if decision == Decision::Rearm {
+        arm_timer();
     }
-    let mut run = vcpu.run.lock();
-    if *run == Run::Running {
-        // Under the lock, as everywhere: a resume either finds the vCPU parked or is seen here.
-        if vcpu.vm.is_held() {
-            leave(vcpu, &mut run, Run::Parked);
-        } else if let Turn::StallUntil(end) = next_turn(vcpu) {
-            leave(vcpu, &mut run, Run::Stalled);
-            vcpu.begin_stall(&mut run, end);
-        } else if slice_is_over() {
-            leave(vcpu, &mut run, Run::Queued);
-            QUEUES[cpu::index()].lock().push_back(vcpu);
-        } else {
-            drop(run);
-            arm_timer();
-            return Decision::GoOn;
-        }
-    }
-    Decision::Left
+    decision
 }
 
-/// Whether another vCPU waits for this CPU and the running one has had its time.
-fn slice_is_over() -> bool {
-    if QUEUES[cpu::index()].lock().is_empty() {
-        return false;
-    }
-    let now = timer::now();
-    if SLICE_END.get() == NEVER {
-        SLICE_END.set(now + timer::ticks(SLICE));
-    }
-    now >= SLICE_END.get()
-}
-
-/// Asks the throttle for the running vCPU's next turn, if it has to do with it at all.
-fn next_turn(vcpu: &'static Vcpu) -> Turn {
-    if TURN_END.get() == NEVER && !vcpu.vm.quota.is_set() {
-        return Turn::Free;
-    }
-    turn(vcpu, Count(timer::now()))
-}
-
-/// Asks the throttle for a vCPU's turn on this CPU.
-fn turn(vcpu: &'static Vcpu, now: Count) -> Turn {
-    let turn = vcpu.meter.pace(vcpu.vm.quota.duty(), now);
-    TURN_END.set(match turn {
-        Turn::Until(end) => end.0,
-        Turn::Free | Turn::StallUntil(_) => NEVER,
-    });
-    turn
-}
-
-/// A vCPU leaves its CPU. What it wrote, and what the hardware noted of it, is seen by all
-/// before anyone can see that it left (invariant 13: a barrier on its own CPU, before a
-/// last harvest trusts the tables).
-fn leave(vcpu: &'static Vcpu, run: &mut Run, to: Run) {
-    barrier::dsb_sy();
-    vcpu.meter.left(Count(timer::now()));
-    *run = to;
-}
-
-/// The vCPU waits for an interrupt: its CPU goes to another, or idles.
+/// The vCPU waits for an interrupt, and has left its CPU.
 pub fn block(vcpu: &'static Vcpu) {
-    {
-        let mut run = vcpu.run.lock();
-        if *run == Run::Running {
-            leave(vcpu, &mut run, Run::Blocked);
-        }
-    }
-    // A sender that saw it running before this only kicked; look again (D: state, then
-    // `run`; here: `run`, then state).
-    sync_always(vcpu);
-    if vcpu.vm.vgic.has_deliverable(vcpu.index) {
-        wake(vcpu);
-    }
+    SCHEDULER.block(vcpu, || sync_always(vcpu));
 }
 
-/// The vCPU may dirty no page for now: its CPU goes to another, or idles.
-pub fn stall(vcpu: &'static Vcpu) -> Decision {
-    let mut run = vcpu.run.lock();
-    // Asked again, under the lock: a limit that changes meanwhile is seen here, or finds it waiting.
-    let verdict = match vcpu.vm.quota.limit() {
-        Some(limit) => vcpu.meter.admit(limit, Count(timer::now())),
-        None => Verdict::Go,
-    };
-    let Verdict::StallUntil(end) = verdict else {
-        return Decision::GoOn;
-    };
-    if *run == Run::Running {
-        leave(vcpu, &mut run, Run::Stalled);
-        vcpu.begin_stall(&mut run, end);
-    }
-    Decision::Left
-}
-
-/// The vCPU is off, or its VM has ended: it does not come back by itself.
+/// The vCPU turned itself off, and has left its CPU.
 pub fn turn_off(vcpu: &'static Vcpu) {
     kick_others(vcpu, vcpu.withdraw());
-    leave(vcpu, &mut vcpu.run.lock(), Run::Off);
+    SCHEDULER.turn_off(vcpu);
 }
 
 /// The next vCPU for this CPU, loaded and marked as running. If there is none, EL2's timer is set for what may come.
 pub fn pick() -> Option<&'static Vcpu> {
-    let Some(vcpu) = take_ready() else {
+    let Some(vcpu) = SCHEDULER.take() else {
         SLICE_END.set(NEVER);
         TURN_END.set(NEVER);
         arm_timer();
@@ -348,33 +315,6 @@ pub fn pick() -> Option<&'static Vcpu> {
     };
     switch_to(vcpu);
     Some(vcpu)
-}
-
-/// The next ready vCPU of this CPU that may run, marked as running.
-fn take_ready() -> Option<&'static Vcpu> {
-    loop {
-        let vcpu = QUEUES[cpu::index()].lock().pop_front()?;
-        let mut run = vcpu.run.lock();
-        // Before a look at what they may be about. Who made one and then finds it running, under this lock, made it
-        // after this, and it is there when the kick comes; who made it before is heard here.
-        vcpu.requests.take();
-        match *run {
-            // No change waited for it: it did not run.
-            Run::Queued | Run::Starting if vcpu.vm.is_held() => *run = Run::Parked,
-            Run::Queued | Run::Starting => {
-                let now = Count(timer::now());
-                if let Turn::StallUntil(end) = turn(vcpu, now) {
-                    vcpu.begin_stall(&mut run, end);
-                    continue;
-                }
-                *run = Run::Running;
-                vcpu.meter.entered(now);
-                return Some(vcpu);
-            }
-            // Turned off, or parked, while it stood in the queue.
-            _ => {}
-        }
-    }
 }
 
 fn switch_to(vcpu: &'static Vcpu) {
@@ -397,7 +337,7 @@ fn switch_to(vcpu: &'static Vcpu) {
         }
     }
     sync_always(vcpu);
-    let alone = QUEUES[cpu::index()].lock().is_empty();
+    let alone = SCHEDULER.is_alone(cpu::index());
     SLICE_END.set(if alone {
         NEVER
     } else {
@@ -431,7 +371,7 @@ pub fn timer_fired() {
     timer::set_deadline(None);
     JOB_DUE.set(NEVER);
     if let Some(loaded) = LOADED.get() {
-        loaded.requests.make(Request::Schedule);
+        loaded.entity.requests.make(Request::Schedule);
     }
 }
 

@@ -3,6 +3,7 @@
 
 use crate::arch::boot::{self, Answer, Progress, SecondaryBoot};
 use crate::arch::features::Features;
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::stage1::EnableMmu;
 use crate::arch::{barrier, cpu, el1, timer, tlb};
 use crate::entry::run;
@@ -13,7 +14,7 @@ use crate::vm;
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use log::warn;
-use spin::{Mutex, Once};
+use spin::Once;
 use tidemark_errata::walks::OutOfContext;
 use tidemark_ownership::Owner;
 
@@ -23,7 +24,7 @@ const PATIENCE: u64 = 5_000_000;
 const EMERGENCY_PAGES: usize = 2;
 
 /// What the CPUs that came up can do, and how many there are.
-static JOINED: Mutex<Option<Features>> = Mutex::new(None);
+static JOINED: Mutex<Option<Features>, { rank::JOINED }> = Mutex::new(None);
 static UP: AtomicUsize = AtomicUsize::new(1);
 static RELEASED: AtomicBool = AtomicBool::new(false);
 static CONTROLS: Once<Controls> = Once::new();

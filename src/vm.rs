@@ -13,27 +13,24 @@ pub mod stage2;
 pub mod vcpu;
 
 use crate::arch::cpu::MAX_CPUS;
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::timer;
 use alloc::boxed::Box;
-use alloc::string::String;
-use core::sync::atomic::{
-    AtomicBool, AtomicU8, AtomicU64,
-    Ordering::{Relaxed, SeqCst},
-};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use flash::Flash;
 use memory::GuestMemory;
-use spin::{Mutex, Once};
+use spin::{MutexGuard, Once};
 use tidemark_devices::fw_cfg::{FwCfg, Kernel};
 use tidemark_devices::guest_time::GuestTime;
 use tidemark_devices::pl011::Pl011;
 use tidemark_devices::pl031::{Pl031, UnixSeconds};
 use tidemark_devices::random::Generator;
 use tidemark_devices::vgic::Vgic;
-use tidemark_lease::Holds;
 use tidemark_ownership::Generation;
+use tidemark_sched::{Lifecycle, Status};
 use tidemark_stage2::Quota;
-use tidemark_wire::bundle::{Boot, VmSpec};
-use tidemark_wire::message::{VmId, VmState};
+use tidemark_wire::bundle::{Boot, Clock, VmSpec};
+use tidemark_wire::message::VmId;
 use vcpu::Vcpu;
 
 /// A guest and all that is kept for it.
@@ -47,13 +44,13 @@ pub struct Vm {
     /// Its interrupt controller.
     pub vgic: Vgic,
     /// Its UART.
-    pub uart: Mutex<Pl011>,
+    pub uart: Mutex<Pl011, { rank::UART }>,
     /// Its clock.
-    pub clock: Mutex<Pl031>,
+    pub clock: Mutex<Pl031, { rank::CLOCK }>,
     /// Its flash, if it starts from firmware.
     pub flash: Option<Flash>,
     /// What it has to say to its firmware.
-    pub fw_cfg: Option<Mutex<FwCfg>>,
+    pub fw_cfg: Option<Mutex<FwCfg, { rank::FW_CFG }>>,
     /// When the clock is to be looked at for its alarm, as a physical count: its first vCPU's
     /// CPU wakes for it.
     pub alarm: AtomicU64,
@@ -62,11 +59,11 @@ pub struct Vm {
     /// What each vCPU may dirty while a log is on. It stays until a host lifts it.
     pub quota: Quota,
     /// How it is, and why.
-    pub status: Mutex<Status>,
+    pub lifecycle: Lifecycle,
+    /// Where its counters are. Changed while its status is held.
+    pub time: Mutex<GuestTime, { rank::TIME }>,
     /// The vCPU that ran last on each CPU: its index plus one, 0 for none.
     pub last_on: [AtomicU8; MAX_CPUS],
-    /// Its vCPUs stay off their CPUs.
-    pub held: AtomicBool,
     /// What it has cost.
     pub counters: Counters,
     /// What the machine's count is ahead of its virtual counter. Changes only while none of its vCPUs runs, as `physical_offset`.
@@ -77,45 +74,10 @@ pub struct Vm {
     /// gets to see it.
     pub cleared: AtomicBool,
     /// The life that its frames are of; each restart is the next one.
-    pub life: Mutex<Generation>,
+    pub life: Mutex<Generation, { rank::LIFE }>,
     /// What its random numbers come from, another at each start.
-    pub random: Mutex<Generator>,
+    pub random: Mutex<Generator, { rank::RANDOM }>,
     vcpus: Once<Box<[Vcpu]>>,
-}
-
-/// How a VM is.
-#[derive(Debug, Clone)]
-pub struct Status {
-    /// Its state, as the host knows it.
-    pub state: VmState,
-    /// Why it stopped or failed.
-    pub reason: String,
-    /// Where its counters are.
-    pub time: GuestTime,
-    /// What was asked of it and is not done yet.
-    pub wish: Wish,
-    /// How often it was restarted.
-    pub restarts: u32,
-    /// Who keeps it paused: a restart ends in a pause too.
-    pub holds: Holds,
-    /// How often it was let go on after a pause: what was true of one pause is not of the next.
-    pub pauses: u32,
-}
-
-/// A change of state on its way: it happens when no vCPU runs. A later one in this order
-/// wins over an earlier one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Wish {
-    /// None.
-    Nothing,
-    /// To pause.
-    Pause,
-    /// To start anew.
-    Reset,
-    /// To end.
-    Stop,
-    /// To end, because of a failure.
-    Fail,
 }
 
 /// What a VM has cost, counted as it happens.
@@ -167,17 +129,9 @@ impl Vm {
             alarm: AtomicU64::new(timer::NEVER),
             console: console::GuestConsole::new(),
             quota: Quota::new(),
-            status: Mutex::new(Status {
-                state: VmState::Stopped,
-                reason: "not started".into(),
-                time: GuestTime::new(timer::now()),
-                wish: Wish::Nothing,
-                restarts: 0,
-                holds: Holds::default(),
-                pauses: 0,
-            }),
+            lifecycle: Lifecycle::new("not started".into()),
+            time: Mutex::new(GuestTime::new(timer::now())),
             last_on: [const { AtomicU8::new(0) }; MAX_CPUS],
-            held: AtomicBool::new(true),
             counters: Counters::default(),
             counter_offset: AtomicU64::new(0),
             physical_offset: AtomicU64::new(0),
@@ -198,10 +152,39 @@ impl Vm {
         self.vcpus.get().map_or(&[], |vcpus| vcpus)
     }
 
-    /// Whether its vCPUs must stay off their CPUs for now.
-    #[inline]
-    pub fn is_held(&self) -> bool {
-        self.held.load(SeqCst)
+    /// How it is. Held, so that nobody changes it meanwhile.
+    pub fn status(&self) -> MutexGuard<'_, Status> {
+        self.lifecycle.status()
+    }
+
+    /// Its time begins. None of its vCPUs runs, here and in the two below.
+    pub fn time_begins(&self, now: u64) {
+        let time = GuestTime::new(now);
+        self.publish_time(&time);
+        *self.time.lock() = time;
+    }
+
+    /// Its time stands still, if the manifest says so of a pause.
+    pub fn time_stops(&self, now: u64) {
+        if self.spec.clock == Clock::Stop {
+            self.time.lock().stop(now);
+            self.vcpus().iter().for_each(Vcpu::time_stops);
+        }
+    }
+
+    /// Its time goes on, if it stood still.
+    pub fn time_goes_on(&self, now: u64) {
+        let mut time = self.time.lock();
+        if time.go_on(now) {
+            self.publish_time(&time);
+            self.vcpus().iter().for_each(Vcpu::time_goes_on);
+        }
+    }
+
+    /// Gives the vCPUs the counters that it has by now.
+    fn publish_time(&self, time: &GuestTime) {
+        self.counter_offset.store(time.virtual_offset(), Relaxed);
+        self.physical_offset.store(time.physical_offset(), Relaxed);
     }
 
     /// Its name.

@@ -1,22 +1,23 @@
 //! What has happened to VMs, for the room above to tell.
 
+use crate::arch::lock::{Mutex, rank};
 use alloc::collections::VecDeque;
 use core::sync::atomic::{AtomicBool, Ordering::*};
-use spin::Mutex;
-use tidemark_wire::message::{VmId, VmState};
+use tidemark_sched::State;
+use tidemark_wire::message::VmId;
 
 /// Something that happened.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     /// A VM's state is another.
-    State(VmId, VmState),
+    State(VmId, State),
     /// No VM is left, and the machine is to go off then.
     Over,
 }
 
 /// What nobody has told yet. As long as the changes that are made between two looks of one CPU: a VM's changes wait for each
 /// other, and each CPU looks after each interrupt and each job.
-static EVENTS: Mutex<VecDeque<Event>> = Mutex::new(VecDeque::new());
+static EVENTS: Mutex<VecDeque<Event>, { rank::EVENTS }> = Mutex::new(VecDeque::new());
 static WAITING: AtomicBool = AtomicBool::new(false);
 
 /// Notes that it happened.

@@ -1,29 +1,19 @@
-//! Starting, pausing, restarting and ending a VM.
-//!
-//! A change is wished for by anyone at any time ([`wish`]): the VM is held, its vCPUs are
-//! called, and whoever takes the last one off its CPU makes the change ([`settle`]). Nobody
-//! waits. Lock order: `status`, then a vCPU's `run`.
+//! Starting, pausing, restarting and ending a VM: what follows when `crates/sched` has changed its state.
 
 use super::event::{self, Event};
 use super::loader::{Loader, Progress, Start};
 use super::work;
-use crate::arch::{barrier, timer};
 use crate::platform::console;
 use crate::platform::options::WhenIdle;
-use crate::sched;
+use crate::sched::{self, SCHEDULER};
 use crate::task::job::Step;
 use crate::vm::exits::device;
-use crate::vm::vcpu::{Request, Run, Vcpu};
-use crate::vm::{self, Status, Vm, Wish};
+use crate::vm::{self, Vm};
 use alloc::boxed::Box;
 use alloc::string::String;
-use core::sync::atomic::{AtomicBool, Ordering::*};
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use log::{error, info, warn};
-use spin::MutexGuard;
-use tidemark_devices::guest_time::GuestTime;
-use tidemark_lease::Holds;
-use tidemark_wire::bundle::Clock;
-use tidemark_wire::message::{Hold, VmState};
+use tidemark_sched::{Completed, Hold, State, Transition};
 
 /// Whether the machine goes off with its last guest.
 static POWER_OFF_WHEN_IDLE: AtomicBool = AtomicBool::new(false);
@@ -35,21 +25,31 @@ pub fn when_idle(what: WhenIdle) {
 
 /// Starts a VM that does not run. One without memory stays as it is: it failed when it was made.
 pub fn start(vm: &'static Vm) {
-    {
-        let mut status = vm.status.lock();
-        if !matches!(status.state, VmState::Stopped | VmState::Failed) {
-            return;
-        }
-        if !vm.memory.is_there() {
-            return;
-        }
-        status.state = VmState::Starting;
-        status.pauses += 1;
-        status.holds = Holds::default();
-        status.reason.clear();
-        vm.held.store(true, SeqCst);
+    if vm.memory.is_there() && SCHEDULER.start(vm).is_ok() {
+        load(vm);
     }
-    load(vm);
+}
+
+/// Restarts a guest that runs, or starts one that does not.
+///
+/// # Errors
+///
+/// Gives the state that does not allow it.
+pub fn restart(vm: &'static Vm, reason: &str) -> Result<(), State> {
+    let state = vm.status().state;
+    match state {
+        State::Stopped | State::Failed => {
+            if !vm.memory.is_there() {
+                return Err(state);
+            }
+            vm.status().restarts += 1;
+            start(vm);
+            Ok(())
+        }
+        // It begins anew as it is, and no vCPU of it has run yet.
+        State::Starting => Ok(()),
+        State::Running | State::Paused => request(vm, Transition::Reset, reason),
+    }
 }
 
 fn load(vm: &'static Vm) {
@@ -77,62 +77,28 @@ fn loaded(vm: &'static Vm, Start { entry, context }: Start) {
     vm.vgic.reset();
     device::reset(vm);
     work::guest_loaded(vm);
-    {
-        let mut status = vm.status.lock();
-        status.time = GuestTime::new(timer::now());
-        publish_time(vm, &status);
-        status.state = VmState::Running;
-        // A guest must not get out of a pause by restarting itself.
-        if status.holds.any() && status.wish == Wish::Nothing {
-            status.wish = Wish::Pause;
-        }
-        // What was wished for meanwhile comes next.
-        vm.held.store(status.wish != Wish::Nothing, SeqCst);
-    }
+    let completed = SCHEDULER.loaded(vm);
     info!("{}: running", vm.name());
-    if let Some(first) = vm.vcpus().first() {
-        sched::make_ready(first, &mut first.run.lock());
-    }
-    note_state(vm);
-    settle(vm);
-}
-
-/// Gives the vCPUs the counters that the VM has by now. None of them runs.
-fn publish_time(vm: &Vm, status: &Status) {
-    vm.counter_offset
-        .store(status.time.virtual_offset(), Relaxed);
-    vm.physical_offset
-        .store(status.time.physical_offset(), Relaxed);
+    event::note(Event::State(vm.id, State::Running));
+    follow(vm, completed);
 }
 
 /// The VM could not be started.
 pub fn failed(vm: &'static Vm, reason: String) {
     error!("{}: {reason}", vm.name());
-    {
-        let mut status = vm.status.lock();
-        status.state = VmState::Failed;
-        status.reason = reason;
-        status.wish = Wish::Nothing;
-    }
+    SCHEDULER.failed(vm, reason);
     note_state(vm);
     look_for_the_end();
 }
 
-/// Asks for a change; it is made when no vCPU of the VM runs.
+/// Asks for a transition; it is completed when no vCPU of the VM runs.
 ///
 /// # Errors
 ///
 /// Gives the state that does not allow it.
-pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
-    let status = vm.status.lock();
-    let possible = matches!(
-        status.state,
-        VmState::Running | VmState::Paused | VmState::Starting
-    );
-    if !possible && wish != Wish::Nothing {
-        return Err(status.state);
-    }
-    hold_for(vm, status, wish, reason);
+pub fn request(vm: &'static Vm, transition: Transition, reason: &str) -> Result<(), State> {
+    let completed = SCHEDULER.request(vm, transition, reason)?;
+    follow(vm, completed);
     Ok(())
 }
 
@@ -141,37 +107,10 @@ pub fn wish(vm: &'static Vm, wish: Wish, reason: &str) -> Result<(), VmState> {
 /// # Errors
 ///
 /// Gives the state that does not allow it.
-pub fn pause(vm: &'static Vm, hold: Hold) -> Result<(), VmState> {
-    let mut status = vm.status.lock();
-    match status.state {
-        VmState::Running => {
-            status.holds.take(hold);
-            hold_for(vm, status, Wish::Pause, "");
-        }
-        // It is, or will be as soon as it is loaded.
-        VmState::Paused | VmState::Starting => status.holds.take(hold),
-        VmState::Stopped | VmState::Failed => return Err(status.state),
-    }
+pub fn pause(vm: &'static Vm, hold: Hold) -> Result<(), State> {
+    let completed = SCHEDULER.pause(vm, hold)?;
+    follow(vm, completed);
     Ok(())
-}
-
-/// Holds the vCPUs for a change, which is made here if none of them runs.
-fn hold_for(vm: &'static Vm, mut status: MutexGuard<'static, Status>, wish: Wish, reason: &str) {
-    // The stronger wish stays.
-    if status.wish < wish {
-        status.wish = wish;
-        status.reason = reason.into();
-    }
-    vm.held.store(true, SeqCst);
-    drop(status);
-    for vcpu in vm.vcpus() {
-        vcpu.requests.make(Request::Schedule);
-        let running = *vcpu.run.lock() == Run::Running;
-        if running {
-            sched::kick_cpu(vcpu.home.load(Relaxed));
-        }
-    }
-    settle(vm);
 }
 
 /// Takes a pause back. The VM goes on, or does not pause, unless it is held by somebody else too.
@@ -179,113 +118,43 @@ fn hold_for(vm: &'static Vm, mut status: MutexGuard<'static, Status>, wish: Wish
 /// # Errors
 ///
 /// Gives the state that does not allow it.
-pub fn resume(vm: &'static Vm, hold: Hold) -> Result<(), VmState> {
-    {
-        let mut status = vm.status.lock();
-        let held = status.holds.any();
-        status.holds.give_back(hold);
-        match status.state {
-            VmState::Starting if held => return Ok(()),
-            VmState::Paused | VmState::Running if status.holds.any() => return Ok(()),
-            VmState::Paused => {
-                status.state = VmState::Running;
-                // Before the first of its vCPUs may run again.
-                if status.time.go_on(timer::now()) {
-                    publish_time(vm, &status);
-                    vm.vcpus().iter().for_each(Vcpu::time_goes_on);
-                }
-            }
-            VmState::Running => {}
-            other => return Err(other),
-        }
-        if status.wish == Wish::Pause {
-            status.wish = Wish::Nothing;
-        }
-        status.pauses += 1;
-        vm.held.store(status.wish != Wish::Nothing, SeqCst);
+pub fn resume(vm: &'static Vm, hold: Hold) -> Result<(), State> {
+    if SCHEDULER.resume(vm, hold)? {
+        note_state(vm);
     }
-    for vcpu in vm.vcpus() {
-        let mut run = vcpu.run.lock();
-        // One that waits sets its timers anew: its CPU has them by the time before the pause.
-        let waits = *run == Run::Blocked && vcpu.must_be_loaded();
-        if *run == Run::Parked || waits {
-            sched::make_ready(vcpu, &mut run);
-        }
-    }
-    note_state(vm);
     Ok(())
 }
 
 /// The session that held it is over: takes its pause back, and says whether there was one.
 pub fn session_over(vm: &'static Vm) -> bool {
-    let held = vm.status.lock().holds.has(Hold::Session);
+    let held = vm.status().holds.has(Hold::Session);
     held && resume(vm, Hold::Session).is_ok()
 }
 
-/// A vCPU has left its CPU: was it the last that a change waits for?
+/// A vCPU has left its CPU: was it the last that a transition waits for?
 #[inline]
 pub fn vcpu_left(vm: &'static Vm) {
-    if vm.is_held() {
-        settle(vm);
+    if let Some(completed) = SCHEDULER.left(vm) {
+        follow(vm, Some(completed));
     }
 }
 
-/// Makes the change that was wished for, if no vCPU runs any more.
-fn settle(vm: &'static Vm) {
-    let mut status = vm.status.lock();
-    // While it is being loaded nothing runs, and the loader settles when it is through.
-    if status.wish == Wish::Nothing || status.state == VmState::Starting {
-        return;
-    }
-    if vm
-        .vcpus()
-        .iter()
-        .any(|vcpu| *vcpu.run.lock() == Run::Running)
-    {
-        return;
-    }
-    barrier::dsb_sy();
-    let wish = core::mem::replace(&mut status.wish, Wish::Nothing);
-    for vcpu in vm.vcpus() {
-        let mut run = vcpu.run.lock();
-        vcpu.end_stall(&mut run);
-        if wish > Wish::Pause {
-            *run = Run::Off;
-        }
-    }
-    match wish {
-        Wish::Nothing => {}
-        Wish::Pause => {
-            status.state = VmState::Paused;
-            if vm.spec.clock == Clock::Stop {
-                status.time.stop(timer::now());
-                vm.vcpus().iter().for_each(Vcpu::time_stops);
-            }
-        }
-        Wish::Reset => {
-            status.state = VmState::Starting;
-            status.restarts += 1;
-            status.pauses += 1;
-            status.reason.clear();
-        }
-        Wish::Stop => status.state = VmState::Stopped,
-        Wish::Fail => status.state = VmState::Failed,
-    }
-    let reason = status.reason.clone();
-    drop(status);
-    match wish {
-        Wish::Nothing => {}
-        Wish::Pause => note_state(vm),
-        Wish::Reset => {
+/// Does what follows from a transition.
+#[inline(never)]
+fn follow(vm: &'static Vm, completed: Option<Completed>) {
+    match completed {
+        None => {}
+        Some(Completed::Paused) => note_state(vm),
+        Some(Completed::Reset) => {
             info!("{}: restarting", vm.name());
             load(vm);
         }
-        Wish::Stop => {
+        Some(Completed::Stopped(reason)) => {
             info!("{}: stopped ({reason})", vm.name());
             note_state(vm);
             look_for_the_end();
         }
-        Wish::Fail => {
+        Some(Completed::Failed(reason)) => {
             warn!("{}: failed: {reason}", vm.name());
             note_state(vm);
             look_for_the_end();
@@ -293,27 +162,26 @@ fn settle(vm: &'static Vm) {
     }
 }
 
-/// Powers the machine off if that was asked for and no guest is left.
+/// The state that a VM is in now is news.
+fn note_state(vm: &Vm) {
+    event::note(Event::State(vm.id, vm.status().state));
+}
+
+/// Notes that no guest is left, if the machine is to go off then.
 fn look_for_the_end() {
     let over = vm::all()
         .iter()
-        .all(|vm| matches!(vm.status.lock().state, VmState::Stopped | VmState::Failed));
+        .all(|vm| matches!(vm.status().state, State::Stopped | State::Failed));
     if over && POWER_OFF_WHEN_IDLE.load(Relaxed) {
         event::note(Event::Over);
     }
-}
-
-/// The state that a VM is in now is news.
-fn note_state(vm: &Vm) {
-    let state = vm.status.lock().state;
-    event::note(Event::State(vm.id, state));
 }
 
 /// Ends the machine, everything said.
 pub fn power_off() -> ! {
     let failed = vm::all()
         .iter()
-        .any(|vm| vm.status.lock().state == VmState::Failed);
+        .any(|vm| vm.status().state == State::Failed);
     let verdict = if failed { "failed" } else { "ok" };
     console::print(format_args!("tidemark: verdict {verdict}\n"));
     console::flush();

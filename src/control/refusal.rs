@@ -2,8 +2,9 @@
 
 use crate::vm::Vm;
 use core::sync::atomic::Ordering::Acquire;
+use tidemark_sched::State;
 use tidemark_stage2::Error;
-use tidemark_wire::message::{Epoch, ErrorReply};
+use tidemark_wire::message::{Epoch, ErrorReply, VmState};
 
 /// What the host is told of stage 2's refusals.
 pub fn refusal(error: Error) -> ErrorReply {
@@ -34,5 +35,21 @@ pub fn require_cleared(vm: &Vm) -> Result<(), ErrorReply> {
     if vm.cleared.load(Acquire) {
         return Ok(());
     }
-    Err(ErrorReply::BadState(vm.status.lock().state))
+    Err(bad_state(vm.status().state))
+}
+
+/// The state that a VM is in does not allow it.
+pub fn bad_state(state: State) -> ErrorReply {
+    ErrorReply::BadState(told(state))
+}
+
+/// A VM's state, as the host is told it.
+pub fn told(state: State) -> VmState {
+    match state {
+        State::Stopped => VmState::Stopped,
+        State::Starting => VmState::Starting,
+        State::Running => VmState::Running,
+        State::Paused => VmState::Paused,
+        State::Failed => VmState::Failed,
+    }
 }

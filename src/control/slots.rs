@@ -17,15 +17,16 @@
 //! A change is an operation of the VM's `work`, so there is one at a time and none beside a harvest or a start or
 //! stop of the log. Each step is bounded. An epoch may be with the host meanwhile.
 
-use super::refusal::{refusal, require_cleared};
+use super::refusal::{bad_state, refusal, require_cleared};
 use crate::mm::frames::{self, Run};
 use crate::mm::{PAGE, heap};
 use crate::vm::memory::Slot;
 use crate::vm::{Vm, stage2};
 use alloc::vec::Vec;
 use tidemark_devices::virt::RAM_BASE;
+use tidemark_sched::State;
 use tidemark_stage2::{self as s2, Access, Ipa, Progress, SlotId};
-use tidemark_wire::message::{self, ErrorReply, VmState};
+use tidemark_wire::message::{self, ErrorReply};
 use tidemark_wire::{HOT_SLOT_BYTES_MAX, HOT_SLOT_FIRST, HOT_SLOT_LAST, HOT_SLOT_UNIT};
 
 /// Frames in a run: a block, and few enough to be taken in one step.
@@ -133,9 +134,9 @@ impl Change {
     pub fn begin(vm: &Vm, wanted: Wanted) -> Result<Self, ErrorReply> {
         require_cleared(vm)?;
         // The loader goes through the slots, so it finds them as they are, and none comes or goes.
-        let state = vm.status.lock().state;
-        if state == VmState::Starting {
-            return Err(ErrorReply::BadState(state));
+        let state = vm.status().state;
+        if state == State::Starting {
+            return Err(bad_state(state));
         }
         match wanted {
             Wanted::Added(place) => Self::add(vm, place),

@@ -8,7 +8,7 @@
 //! once; one that runs is called out of its guest to ask.
 
 use crate::arch::timer;
-use crate::sched;
+use crate::sched::SCHEDULER;
 use crate::vm::Vm;
 use tidemark_stage2::{Count, Limit, Stalls, Ticks};
 use tidemark_wire::message::{self, ErrorReply};
@@ -97,6 +97,6 @@ pub fn log_changed(vm: &'static Vm) {
 
 fn ask_again(vm: &'static Vm) {
     for vcpu in vm.vcpus() {
-        sched::ask_again(vcpu);
+        SCHEDULER.ask_again(vcpu);
     }
 }

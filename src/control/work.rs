@@ -9,6 +9,7 @@ use super::kept;
 use super::refusal::{refusal, require_cleared};
 use super::slots::{self, Change, Place, Wanted};
 use super::throttle::{self, Mark};
+use crate::arch::lock::{MutexGuard, rank};
 use crate::arch::timer;
 use crate::mm::PAGE;
 use crate::platform::options::DirtyEngine;
@@ -20,7 +21,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use sha2::{Digest, Sha256};
-use spin::MutexGuard;
+use tidemark_sched::State;
 use tidemark_stage2::{self as s2, Error, LogStage, Progress};
 use tidemark_wire::message::*;
 
@@ -294,7 +295,7 @@ fn harvest_step(vm: &'static Vm, epoch: s2::Epoch) -> Step {
 /// since the caller looked whether the operation is over already.
 fn drive(
     vm: &'static Vm,
-    mut work: MutexGuard<'static, VmWork>,
+    mut work: MutexGuard<'static, VmWork, { rank::WORK }>,
     wanted: Operation,
 ) -> Result<Option<(u64, u64)>, ErrorReply> {
     if let Some((_, failure)) = work.failure.take_if(|(operation, _)| *operation == wanted) {
@@ -606,11 +607,8 @@ pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, Erro
     let pages = found.ok_or(ErrorReply::NoSuchSlot)?;
     require_cleared(vm)?;
     let pause = {
-        let status = vm.status.lock();
-        if !matches!(
-            status.state,
-            VmState::Paused | VmState::Stopped | VmState::Failed
-        ) {
+        let status = vm.status();
+        if !matches!(status.state, State::Paused | State::Stopped | State::Failed) {
             return Err(ErrorReply::NotPaused);
         }
         status.pauses
@@ -652,7 +650,7 @@ pub fn hash(vm: &'static Vm, slot: SlotId) -> Result<Work<([u8; 32], u64)>, Erro
 fn hash_step(vm: &'static Vm, slot: u16, pause: u32) -> Step {
     let mut work = kept(vm).work.lock();
     let still = {
-        let status = vm.status.lock();
+        let status = vm.status();
         status.pauses == pause
     };
     let Some(hash) = work

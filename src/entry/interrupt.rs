@@ -4,7 +4,7 @@ use crate::arch::timer::NEVER;
 use crate::arch::{gic, timer};
 use crate::host;
 use crate::platform;
-use crate::sched;
+use crate::sched::{self, SCHEDULER};
 use crate::task::job;
 use crate::task::meter;
 use crate::vm::exits;
@@ -37,7 +37,7 @@ fn handle(intid: u32) {
     }
     gic::deactivate(intid);
     if intid == sched::KICK {
-        sched::called();
+        SCHEDULER.kicked();
     } else if intid == interrupts.hypervisor_timer {
         tick();
     } else if intid == interrupts.maintenance {
@@ -58,7 +58,7 @@ fn virtual_timer(intid: u32) {
         return;
     };
     sched::kick(vcpu, vcpu.virtual_timer_fired(intid));
-    sched::wake(vcpu);
+    SCHEDULER.wake(vcpu);
 }
 
 /// EL2's timer fired: time slices, sleepers, emulated timers, jobs.
@@ -69,7 +69,7 @@ fn tick() {
         && let Some(kick) = exits::timer::fire_physical(loaded, now)
     {
         sched::kick(loaded, kick);
-        sched::wake(loaded);
+        SCHEDULER.wake(loaded);
     }
     for vcpu in sched::due(now) {
         if vcpu.alarm() <= now {
@@ -84,10 +84,10 @@ fn tick() {
             if let Some(kick) = exits::timer::fire_physical(vcpu, now) {
                 sched::kick(vcpu, kick);
             }
-            sched::wake(vcpu);
+            SCHEDULER.wake(vcpu);
         }
-        if vcpu.stall_end() <= now {
-            sched::ask_again(vcpu);
+        if vcpu.entity.stall_end() <= now {
+            SCHEDULER.ask_again(vcpu);
         }
     }
     job::begin_due(now);

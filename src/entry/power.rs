@@ -2,11 +2,11 @@
 
 use super::run;
 use crate::control::lifecycle;
-use crate::sched;
-use crate::vm::Wish;
+use crate::sched::SCHEDULER;
 use crate::vm::exits::hypercall;
-use crate::vm::vcpu::{Context, Vcpu};
+use crate::vm::vcpu::{self, Context, Vcpu};
 use tidemark_devices::psci::{self, Call, EntryPoint, Status};
+use tidemark_sched::Transition;
 
 /// Does what the registers of `vcpu` ask for.
 #[inline(never)]
@@ -33,10 +33,10 @@ pub fn call(vcpu: &'static Vcpu) -> &'static Context {
         Call::CpuOff => return run::turn_off(vcpu),
         Call::SystemOff => {
             // It runs, so it can be stopped.
-            let _ = lifecycle::wish(vm, Wish::Stop, "it turned itself off");
+            let _ = lifecycle::request(vm, Transition::Stop, "it turned itself off");
         }
         Call::SystemReset => {
-            let _ = lifecycle::wish(vm, Wish::Reset, "it restarted itself");
+            let _ = lifecycle::request(vm, Transition::Reset, "it restarted itself");
         }
         // Answered in `hypercall`.
         Call::Answer(_)
@@ -49,12 +49,11 @@ pub fn call(vcpu: &'static Vcpu) -> &'static Context {
 }
 
 fn turn_on(target: &'static Vcpu, place: EntryPoint, entry: u64, context: u64) -> Status {
-    // Under the target's lock: two callers cannot both start it.
-    let mut run = target.run.lock();
-    let status = psci::cpu_on(Some(run.power()), place);
-    if status == Status::Success {
-        target.reset(entry, context);
-        sched::make_ready(target, &mut run);
-    }
+    let mut status = Status::InternalFailure;
+    let may = |run| {
+        status = psci::cpu_on(Some(vcpu::power(run)), place);
+        status == Status::Success
+    };
+    SCHEDULER.turn_on(target, may, || target.reset(entry, context));
     status
 }

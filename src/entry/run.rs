@@ -7,14 +7,14 @@ use super::interrupt;
 use crate::arch::{barrier, exception, gic, timer};
 use crate::control::lifecycle;
 use crate::platform;
-use crate::sched::{self, Decision};
+use crate::sched::{self, Decision, SCHEDULER};
 use crate::task::job::{self, Found};
 use crate::vm::vcpu::{Context, Vcpu};
 
 /// The end of every exit: the same vCPU goes on unless something else is to be done.
 #[inline]
 pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
-    if !vcpu.requests.any() {
+    if !vcpu.entity.requests.any() {
         return &vcpu.context;
     }
     attend(vcpu)
@@ -23,7 +23,7 @@ pub fn go_on(vcpu: &'static Vcpu) -> &'static Context {
 #[inline(never)]
 fn attend(vcpu: &'static Vcpu) -> &'static Context {
     match sched::attend(vcpu) {
-        Decision::GoOn => &vcpu.context,
+        Decision::GoOn | Decision::Rearm => &vcpu.context,
         Decision::Left => left(vcpu),
     }
 }
@@ -37,8 +37,8 @@ pub fn block(vcpu: &'static Vcpu) -> &'static Context {
 /// The vCPU may dirty no page for now.
 #[inline(never)]
 pub fn stall(vcpu: &'static Vcpu) -> &'static Context {
-    match sched::stall(vcpu) {
-        Decision::GoOn => go_on(vcpu),
+    match SCHEDULER.stall(vcpu) {
+        Decision::GoOn | Decision::Rearm => go_on(vcpu),
         Decision::Left => left(vcpu),
     }
 }

@@ -12,6 +12,7 @@
 
 use super::SESSION;
 use crate::arch::crc::Crc32c;
+use crate::arch::lock::{Mutex, rank};
 use crate::control::refusal::{refusal, require_cleared};
 use crate::mm::PAGE;
 use crate::platform::console;
@@ -22,7 +23,6 @@ use crate::vm;
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
-use spin::Mutex;
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Encoder, Header, Kind, buffer_len};
 use tidemark_wire::message::*;
@@ -127,7 +127,7 @@ struct Asked {
 }
 
 /// What is still to be answered; the first one is being made.
-static WAITING: Mutex<VecDeque<Asked>> = Mutex::new(VecDeque::new());
+static WAITING: Mutex<VecDeque<Asked>, { rank::WAITING }> = Mutex::new(VecDeque::new());
 /// The number of the next that is asked for.
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 /// Whether there is a job, or one will be submitted when the line has room.
@@ -157,7 +157,7 @@ struct Making {
     frame: Buffer<FRAME_MAX>,
 }
 
-static MAKING: Mutex<Making> = Mutex::new(Making {
+static MAKING: Mutex<Making, { rank::MAKING }> = Mutex::new(Making {
     of: None,
     stage: Stage::FIRST,
     piece: Buffer::NEW,

@@ -4,7 +4,9 @@
 use super::bulk::{self, Wanted};
 use super::lease::Look;
 use super::{Open, SESSION, lease, send};
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::{cpu, features, timer};
+use crate::control::refusal::{bad_state, told};
 use crate::control::work::{self, Work};
 use crate::control::{lifecycle, throttle};
 use crate::platform::console;
@@ -12,13 +14,13 @@ use crate::sched;
 use crate::task::job::Step;
 use crate::task::meter;
 use crate::vm::exits::device;
-use crate::vm::{self, Vm, Wish, stage2};
+use crate::vm::{self, Vm, stage2};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
 use log::{info, warn};
-use spin::Mutex;
+use tidemark_sched::{State, Transition};
 use tidemark_stage2 as s2;
 use tidemark_wire::frame::{Header, Kind, Session};
 use tidemark_wire::message::*;
@@ -37,7 +39,7 @@ struct Scratch {
     payload: [u8; ANSWER_MAX],
 }
 
-static SCRATCH: Mutex<Scratch> = Mutex::new(Scratch {
+static SCRATCH: Mutex<Scratch, { rank::REQUEST }> = Mutex::new(Scratch {
     text: [0; ANSWER_MAX],
     payload: [0; ANSWER_MAX],
 });
@@ -163,7 +165,7 @@ fn close() {
     }
     bulk::forget();
     for vm in vm::all() {
-        vm.console.attached.store(false, Relaxed);
+        super::detach(vm);
         vm.console.restart_input();
         let had = work::abandon(vm);
         if let Some(epoch) = had.epoch {
@@ -190,7 +192,7 @@ fn carry_out<'a>(
     text: &'a mut [u8],
     after: &mut After,
 ) -> Result<Response<'a>, ErrorReply> {
-    let state = |vm: &Vm| Response::State(vm.status.lock().state);
+    let state = |vm: &Vm| Response::State(told(vm.status().state));
     Ok(match *request {
         // Seen to before.
         Request::Hello { .. }
@@ -208,12 +210,12 @@ fn carry_out<'a>(
         Request::Pause { vm, hold } => {
             let vm = find(vm)?;
             watch(lease::begin_for(hold));
-            lifecycle::pause(vm, hold).map_err(ErrorReply::BadState)?;
+            lifecycle::pause(vm, for_whom(hold)).map_err(bad_state)?;
             state(vm)
         }
         Request::Resume { vm, hold } => {
             let vm = find(vm)?;
-            lifecycle::resume(vm, hold).map_err(ErrorReply::BadState)?;
+            lifecycle::resume(vm, for_whom(hold)).map_err(bad_state)?;
             state(vm)
         }
         Request::KeepAlive { patience_ms } => {
@@ -222,17 +224,17 @@ fn carry_out<'a>(
         }
         Request::Reset { vm, restarts } => {
             let vm = find(vm)?;
-            if vm.status.lock().restarts == restarts {
-                restart(vm).map_err(ErrorReply::BadState)?;
+            if vm.status().restarts == restarts {
+                lifecycle::restart(vm, "the host restarted it").map_err(bad_state)?;
             }
             state(vm)
         }
         Request::Stop { vm } => {
             let vm = find(vm)?;
-            let over = matches!(vm.status.lock().state, VmState::Stopped | VmState::Failed);
+            let over = matches!(vm.status().state, State::Stopped | State::Failed);
             if !over {
-                lifecycle::wish(vm, Wish::Stop, "the host stopped it")
-                    .map_err(ErrorReply::BadState)?;
+                lifecycle::request(vm, Transition::Stop, "the host stopped it")
+                    .map_err(bad_state)?;
             }
             state(vm)
         }
@@ -298,7 +300,7 @@ fn carry_out<'a>(
             }
         }
         Request::ConsoleDetach { vm } => {
-            find(vm)?.console.attached.store(false, Relaxed);
+            super::detach(find(vm)?);
             Response::Ok
         }
         Request::ConsoleRead { vm, offset } => {
@@ -329,23 +331,11 @@ fn carry_out<'a>(
     })
 }
 
-/// Restarts a guest that runs, or starts one that does not.
-pub fn restart(vm: &'static Vm) -> Result<(), VmState> {
-    let state = vm.status.lock().state;
-    match state {
-        VmState::Stopped | VmState::Failed => {
-            if !vm.memory.is_there() {
-                return Err(state);
-            }
-            vm.status.lock().restarts += 1;
-            lifecycle::start(vm);
-            Ok(())
-        }
-        // It begins anew as it is, and no vCPU of it has run yet.
-        VmState::Starting => Ok(()),
-        VmState::Running | VmState::Paused => {
-            lifecycle::wish(vm, Wish::Reset, "the host restarted it")
-        }
+/// Whose pause it is.
+fn for_whom(hold: Hold) -> tidemark_sched::Hold {
+    match hold {
+        Hold::Lasting => tidemark_sched::Hold::Lasting,
+        Hold::Session => tidemark_sched::Hold::Session,
     }
 }
 
@@ -360,7 +350,7 @@ fn summary(vm: &Vm) -> VmSummary {
     VmSummary {
         id: vm.id,
         name: vm.name().into(),
-        state: vm.status.lock().state,
+        state: told(vm.status().state),
         vcpus: vm.spec.vcpus,
         memory_bytes: vm.spec.memory_bytes,
     }
@@ -370,7 +360,7 @@ fn info_of(vm: &Vm) -> VmInfo {
     // Of all slots together, so that the answer fits.
     const EXTENTS: usize = 16;
     let mut room = EXTENTS;
-    let status = vm.status.lock().clone();
+    let status = vm.status().clone();
     let stage2 = vm.memory.stage2();
     let mappings = stage2.mappings();
     let s2_counters = stage2.counters();

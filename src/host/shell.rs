@@ -2,25 +2,25 @@
 
 use super::{attach_terminal, attach_terminal_to_all, commands};
 use crate::arch::cpu;
+use crate::arch::lock::{Mutex, rank};
 use crate::control::lifecycle;
 use crate::control::work;
 use crate::mm::{frames, heap};
 use crate::platform::console::print;
 use crate::sched;
 use crate::task::job::Step;
-use crate::vm::{self, Vm, Wish};
+use crate::vm::{self, Vm};
 use alloc::boxed::Box;
 use alloc::string::String;
-use spin::Mutex;
 use tidemark_ownership::{Census, Kind};
-use tidemark_wire::message::{Hold, VmState};
+use tidemark_sched::{Hold, State, Transition};
 
 const LONGEST: usize = 128;
 /// Frames counted in one step.
 const CENSUS_STEP: usize = 1024;
 const PROMPT: &str = "tidemark> ";
 
-static LINE: Mutex<String> = Mutex::new(String::new());
+static LINE: Mutex<String, { rank::SHELL }> = Mutex::new(String::new());
 
 const HELP: &str = "\
 list                  the guests and how they are
@@ -129,7 +129,7 @@ fn list() {
         print(format_args!("no guests\n"));
     }
     for vm in vm::all() {
-        let status = vm.status.lock().clone();
+        let status = vm.status().clone();
         print(format_args!(
             "{:3} {:16} {:9} {:2} vCPUs {:6} MiB  {}\n",
             vm.id,
@@ -200,9 +200,9 @@ fn dirty(vm: &'static Vm) {
     }
 }
 
-fn resume(vm: &'static Vm) -> Result<(), VmState> {
+fn resume(vm: &'static Vm) -> Result<(), State> {
     lifecycle::resume(vm, Hold::Lasting)?;
-    if vm.status.lock().holds.has(Hold::Session) {
+    if vm.status().holds.has(Hold::Session) {
         print(format_args!(
             "{}: the host's session still holds it\n",
             vm.name()
@@ -220,18 +220,18 @@ fn change(verb: &str, vm: &'static Vm) {
         "start" => {
             lifecycle::start(vm);
             if !vm.memory.is_there() {
-                print(format_args!("{}: {}\n", vm.name(), vm.status.lock().reason));
+                print(format_args!("{}: {}\n", vm.name(), vm.status().reason));
             }
             Ok(())
         }
-        "stop" => lifecycle::wish(vm, Wish::Stop, "stopped from the shell"),
+        "stop" => lifecycle::request(vm, Transition::Stop, "stopped from the shell"),
         "pause" => lifecycle::pause(vm, Hold::Lasting),
         "resume" => resume(vm),
         _ => {
-            if vm.status.lock().state == VmState::Starting {
+            if vm.status().state == State::Starting {
                 print(format_args!("{}: it is starting already\n", vm.name()));
             }
-            commands::restart(vm)
+            lifecycle::restart(vm, "the host restarted it")
         }
     };
     if let Err(state) = result {

@@ -11,14 +11,15 @@
 
 use super::{PAGE, Range};
 use crate::arch::cache::{self, Zeroing};
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::timer;
 use buddy_system_allocator::FrameAllocator;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use spin::{Mutex, Once};
+use spin::Once;
 use tidemark_ownership::{Census, Error, FrameTable, Generation, Guest, Owner, Pa, VmId};
 
-static FREE: Mutex<FrameAllocator<33>> = Mutex::new(FrameAllocator::new());
+static FREE: Mutex<FrameAllocator<33>, { rank::FRAMES }> = Mutex::new(FrameAllocator::new());
 static FREE_PAGES: AtomicU64 = AtomicU64::new(0);
 static OWNERS: Once<FrameTable<'static>> = Once::new();
 

@@ -2,12 +2,12 @@
 //! writes its links into free memory (see `frames`).
 
 use super::Range;
+use crate::arch::lock::{Mutex, rank};
 use buddy_system_allocator::Heap;
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::{NonNull, null_mut};
-use spin::Mutex;
 
-struct LockedHeap(Mutex<Heap<32>>);
+struct LockedHeap(Mutex<Heap<32>, { rank::HEAP }>);
 
 #[global_allocator]
 static HEAP: LockedHeap = LockedHeap(Mutex::new(Heap::new()));

@@ -5,12 +5,13 @@
 //! nothing is dropped. Text never contains a zero byte, so a frame's delimiters are never
 //! text's. One lock, a leaf: nothing is called while it is held.
 
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::{cpu, timer};
 use crate::platform::pl011::{InterruptFor, Pl011};
 use core::fmt::{self, Write};
 
 use log::{LevelFilter, Log, Metadata, Record};
-use spin::{Mutex, Once};
+use spin::Once;
 
 const RING: usize = 32 * 1024;
 /// Bytes handed to the UART in one go.
@@ -37,7 +38,7 @@ enum Delivery {
     Interrupts,
 }
 
-static CONSOLE: Mutex<Console> = Mutex::new(Console {
+static CONSOLE: Mutex<Console, { rank::CONSOLE }> = Mutex::new(Console {
     uart: None,
     ring: [0; RING],
     start: 0,

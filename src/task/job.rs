@@ -4,13 +4,13 @@
 //! next step of any job; one job is never stepped by two CPUs at once.
 
 use super::meter;
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::timer::NEVER;
 use crate::arch::{gic, timer};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
-use spin::Mutex;
 use tidemark_wire::message::Task;
 
 /// What a step says.
@@ -40,12 +40,12 @@ pub type Job = Box<dyn FnMut() -> Step + Send>;
 /// itself is bounded in work, not in time.
 const BUDGET: u64 = 150;
 
-static JOBS: Mutex<VecDeque<Job>> = Mutex::new(VecDeque::new());
+static JOBS: Mutex<VecDeque<Job>, { rank::JOBS }> = Mutex::new(VecDeque::new());
 /// Jobs that are queued or being stepped.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 
 /// Jobs for later: when each may begin, and which.
-static DELAYED: Mutex<Vec<(u64, Job)>> = Mutex::new(Vec::new());
+static DELAYED: Mutex<Vec<(u64, Job)>, { rank::DELAYED }> = Mutex::new(Vec::new());
 /// When the first of them is due; `NEVER` if there is none.
 static EARLIEST: AtomicU64 = AtomicU64::new(NEVER);
 

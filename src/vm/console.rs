@@ -1,10 +1,10 @@
 //! A guest's console: what it wrote, kept for whoever looks later, and what was typed for
 //! it and is not read yet.
 
+use crate::arch::lock::{Mutex, MutexGuard, rank};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::sync::atomic::AtomicBool;
-use spin::Mutex;
 
 /// Bytes of output that are kept.
 const HISTORY: usize = 64 * 1024;
@@ -76,9 +76,9 @@ struct Input {
 
 /// Both directions.
 pub struct GuestConsole {
-    history: Mutex<History>,
-    input: Mutex<Input>,
-    line: Mutex<Vec<u8>>,
+    history: Mutex<History, { rank::HISTORY }>,
+    input: Mutex<Input, { rank::INPUT }>,
+    line: Mutex<Vec<u8>, { rank::LINE }>,
     /// A host wants the output as events.
     pub attached: AtomicBool,
 }
@@ -109,7 +109,7 @@ impl GuestConsole {
     }
 
     /// What was written.
-    pub fn history(&self) -> spin::MutexGuard<'_, History> {
+    pub fn history(&self) -> MutexGuard<'_, History, { rank::HISTORY }> {
         self.history.lock()
     }
 

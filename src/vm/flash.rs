@@ -15,9 +15,9 @@
 //! Where stage 2 needs more than a step the instruction is begun again, and the bank is as it was.
 
 use super::memory::{ERASED, FLASH, GuestMemory, OutOfMemoryRange, VARIABLES};
+use crate::arch::lock::{Mutex, MutexGuard, rank};
 use crate::mm::PAGE;
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use spin::{Mutex, MutexGuard};
 use tidemark_devices::AccessSize;
 use tidemark_devices::pflash::{BUFFER, Effect, Pflash, Protection, View};
 use tidemark_devices::virt::{FLASH_BANKS, FLASH_BASE, FLASH_SIZE};
@@ -28,8 +28,8 @@ pub const FLASH_END: u64 = FLASH_BASE + FLASH_BANKS * FLASH_SIZE;
 
 /// The banks.
 pub struct Flash {
-    code: Mutex<Pflash>,
-    variables: Mutex<Pflash>,
+    code: Mutex<Pflash, { rank::FLASH }>,
+    variables: Mutex<Pflash, { rank::FLASH }>,
     /// The variables that came with the bundle are there: from then on they are the guest's.
     laid: AtomicBool,
 }
@@ -108,7 +108,7 @@ impl Flash {
 
 /// A bank that a vCPU has to itself.
 pub struct Bank<'a> {
-    chips: MutexGuard<'a, Pflash>,
+    chips: MutexGuard<'a, Pflash, { rank::FLASH }>,
     memory: &'a GuestMemory,
     base: u64,
     slot: SlotId,

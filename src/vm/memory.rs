@@ -8,13 +8,13 @@
 //! frames are not given back under a reader; it is held for less than a step, and stage 2 comes after it.
 
 use super::stage2::{Hw, features, vmids};
+use crate::arch::lock::{RwLock, RwLockReadGuard, rank};
 use crate::mm::PAGE;
 use crate::mm::frames::{self, Run};
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Deref;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use spin::{RwLock, RwLockReadGuard};
 use tidemark_devices::virt::{FLASH_BASE, FLASH_SIZE, RAM_BASE};
 use tidemark_ownership::Generation;
 use tidemark_stage2::{Access, Error, Extent, Gfn, Ipa, Pa, SlotId, Stage2, Support};
@@ -68,7 +68,7 @@ const SMALLEST_RUN: usize = 1 << 9;
 pub struct GuestMemory {
     vm: u16,
     stage2: Stage2<Hw>,
-    slots: RwLock<Slots>,
+    slots: RwLock<Slots, { rank::SLOTS }>,
 }
 
 /// The slots of a guest, in the order of their numbers.
@@ -209,7 +209,7 @@ impl GuestMemory {
     /// What stage 2 says, or there is no room for it in a list. The slot comes back.
     pub fn attach(&self, slot: Slot) -> Result<(), (Slot, Error)> {
         // Held over both, so that nobody finds the slot in the one list and not in the other.
-        let mut slots = self.slots.upgradeable_read().upgrade();
+        let mut slots = self.slots.write();
         let mut extents = Vec::new();
         let room = extents.try_reserve_exact(slot.runs.len());
         if room.and(slots.0.try_reserve(1)).is_err() {
@@ -234,7 +234,7 @@ impl GuestMemory {
     /// Takes a slot that stage 2 has no more out of the list, and nobody who looked at it is left.
     pub fn detach(&self, id: SlotId) -> Option<Slot> {
         // Upgraded, so that readers who come again and again do not keep it waiting.
-        let mut slots = self.slots.upgradeable_read().upgrade();
+        let mut slots = self.slots.write();
         let place = slots.0.iter().position(|slot| slot.id == id)?;
         Some(slots.0.remove(place))
     }
@@ -246,7 +246,7 @@ impl GuestMemory {
     }
 
     /// Its slots, which stay as long as this is held.
-    pub fn slots(&self) -> RwLockReadGuard<'_, Slots> {
+    pub fn slots(&self) -> RwLockReadGuard<'_, Slots, { rank::SLOTS }> {
         self.slots.read()
     }
 

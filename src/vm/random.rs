@@ -11,9 +11,10 @@
 //! The best of them is said in the log. Jitter alone is not called entropy: it is all that a
 //! guest's addresses are shuffled by then, but nobody tells the guest that it may rely on it.
 
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::{random, smc, timer};
 use log::{info, warn};
-use spin::{Mutex, Once};
+use spin::Once;
 use tidemark_devices::random::Generator;
 
 /// The best source there is.
@@ -30,7 +31,7 @@ enum Source {
 }
 
 static SOURCE: Once<Source> = Once::new();
-static MACHINE: Mutex<Generator> = Mutex::new(Generator::new());
+static MACHINE: Mutex<Generator, { rank::MACHINE_RANDOM }> = Mutex::new(Generator::new());
 
 /// Bytes of entropy that are wanted of a source: a secret's worth.
 const ENOUGH: usize = 32;

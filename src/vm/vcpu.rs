@@ -5,16 +5,17 @@ use crate::arch::context;
 use crate::arch::cpu;
 use crate::arch::el1::{self, CounterReads, El1State};
 use crate::arch::gic::{self, VirtualInterface, Watch};
+use crate::arch::lock::{Mutex, rank};
 use crate::arch::timer::NEVER;
 use crate::arch::{barrier, timer, tlb};
-use core::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::*};
-use spin::Mutex;
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering::*};
 use tidemark_devices::guest_time;
 use tidemark_devices::psci::PowerState;
 use tidemark_devices::vgic::{Kick, Link, ListRegisters, Shortage};
 use tidemark_devices::virt::{PHYSICAL_TIMER, VIRTUAL_TIMER};
 use tidemark_devices::{Level, VcpuIndex};
-use tidemark_stage2::{Count, Flush, Meter};
+use tidemark_sched::{Entity, RunState};
+use tidemark_stage2::{Flush, Meter};
 
 /// A vCPU's general registers, which know whose they are.
 pub type Context = context::Context<Vcpu>;
@@ -27,106 +28,30 @@ pub struct Vcpu {
     pub vm: &'static Vm,
     /// Which one of the VM's.
     pub index: VcpuIndex,
-    /// The CPU that it runs on, by index.
-    pub home: AtomicUsize,
-    /// What is to be done before it goes back to its guest.
-    pub requests: Requests,
-    /// Where it stands with the scheduler.
-    pub run: Mutex<Run>,
+    /// Where it stands with the scheduler, and what is asked of it.
+    pub entity: Entity,
     /// The rest of its state, while another vCPU is loaded on its CPU.
-    parked: Mutex<Parked>,
+    parked: Mutex<Parked, { rank::PARKED }>,
     /// What its parked state is to what its CPU still holds of it.
     parked_is: AtomicU8,
     /// When its timers want it awake, as a physical count, while it is not loaded.
     pub deadline: AtomicU64,
     /// The emulated physical timer.
-    pub physical_timer: Mutex<PhysicalTimer>,
-    /// What it dirtied, ran and waited. Written with `run` held, and by the CPU that it runs on.
+    pub physical_timer: Mutex<PhysicalTimer, { rank::PHYSICAL_TIMER }>,
+    /// What it dirtied, ran and waited. Written with its run state held, and by the CPU that it runs on.
     pub meter: Meter,
-    /// When it no longer waits for its quota, as a physical count.
-    stall_end: AtomicU64,
 }
 
-/// What may be asked of a vCPU, by any CPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Request {
-    /// The vGIC has something new for its list registers.
-    Sync = 1,
-    /// It may have to leave its CPU, or the CPU's timer to be set anew.
-    Schedule = 2,
-}
-
-/// What was asked of a vCPU and is not done yet.
-#[derive(Debug)]
-pub struct Requests(AtomicU8);
-
-impl Requests {
-    const fn none() -> Self {
-        Self(AtomicU8::new(0))
-    }
-
-    /// Asks for it. Who then finds the vCPU running, under its `run`, has its CPU kicked: requests are taken before it
-    /// is made to run, and before each return to its guest.
-    #[inline]
-    pub fn make(&self, request: Request) {
-        self.0.fetch_or(request as u8, SeqCst);
-    }
-
-    /// Whether anything is asked for.
-    #[inline]
-    pub fn any(&self) -> bool {
-        self.0.load(Relaxed) != 0
-    }
-
-    /// Takes all there are, and tells whether more is asked for than [`Request::Sync`].
-    #[inline]
-    pub fn take(&self) -> Taken {
-        match self.0.swap(0, SeqCst) & Request::Schedule as u8 {
-            0 => Taken::SyncAtMost,
-            _ => Taken::Schedule,
-        }
-    }
-}
-
-/// What was taken of [`Requests`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
-    /// A sync, or nothing.
-    SyncAtMost,
-    /// All there is.
-    Schedule,
-}
-
-/// Where a vCPU stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Run {
-    /// Turned off (PSCI), or its VM has no run.
-    Off,
-    /// Turned on, and not run yet: in its CPU's queue.
-    Starting,
-    /// Waits for an interrupt.
-    Blocked,
-    /// In its CPU's queue.
-    Queued,
-    /// On its CPU.
-    Running,
-    /// Would run, but its VM is paused.
-    Parked,
-    /// Would run, but its quota is used up. An interrupt does not end this; it is taken afterwards.
-    Stalled,
-}
-
-impl Run {
-    /// What PSCI says of it.
-    pub const fn power(self) -> PowerState {
-        match self {
-            Self::Off => PowerState::Off,
-            Self::Starting => PowerState::OnPending,
-            Self::Blocked | Self::Queued | Self::Running | Self::Parked | Self::Stalled => {
-                PowerState::On
-            }
-        }
+/// What PSCI says of a vCPU that stands there.
+pub const fn power(run: RunState) -> PowerState {
+    match run {
+        RunState::Off => PowerState::Off,
+        RunState::Starting => PowerState::OnPending,
+        RunState::Blocked
+        | RunState::Queued
+        | RunState::Running
+        | RunState::Paused
+        | RunState::Stalled => PowerState::On,
     }
 }
 
@@ -191,9 +116,7 @@ impl Vcpu {
             context: Context::new(),
             vm,
             index: VcpuIndex::new(index)?,
-            home: AtomicUsize::new(0),
-            requests: Requests::none(),
-            run: Mutex::new(Run::Off),
+            entity: Entity::new(),
             parked: Mutex::new(Parked {
                 el1: El1State::reset(),
                 interface: VirtualInterface::default(),
@@ -203,7 +126,6 @@ impl Vcpu {
             deadline: AtomicU64::new(NEVER),
             physical_timer: Mutex::new(PhysicalTimer::RESET),
             meter: Meter::new(),
-            stall_end: AtomicU64::new(NEVER),
         })
     }
 
@@ -306,28 +228,7 @@ impl Vcpu {
         self.deadline
             .load(Relaxed)
             .min(self.alarm())
-            .min(self.stall_end())
-    }
-
-    /// When it no longer waits for its quota, as a physical count.
-    pub fn stall_end(&self) -> u64 {
-        self.stall_end.load(Relaxed)
-    }
-
-    /// It waits for its quota, and may ask again at `end`.
-    pub fn begin_stall(&self, run: &mut Run, end: Count) {
-        *run = Run::Stalled;
-        self.stall_end.store(end.0, Relaxed);
-        self.meter.stall_began(Count(timer::now()));
-    }
-
-    /// It waits no more, and is [`Run::Parked`] until somebody decides what comes next.
-    pub fn end_stall(&self, run: &mut Run) {
-        if *run == Run::Stalled {
-            *run = Run::Parked;
-            self.stall_end.store(NEVER, Relaxed);
-            self.meter.stall_ended(Count(timer::now()));
-        }
+            .min(self.entity.stall_end())
     }
 
     /// Notes that this CPU now runs it; says whether the last vCPU of its VM here was another.
@@ -397,7 +298,7 @@ impl Vcpu {
 
     /// What PSCI says of it.
     pub fn power(&self) -> PowerState {
-        self.run.lock().power()
+        power(*self.entity.run())
     }
 }
 

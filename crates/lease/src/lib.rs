@@ -1,14 +1,11 @@
 //! What a host's session holds, and until when.
 //!
 //! A line does not say when the program at its other end dies. So what a session holds, it holds on a [`Lease`]: it is
-//! over when nothing was heard of the session for its patience. Who keeps a VM paused is counted apart ([`Holds`]),
-//! so that the end of a session takes back its own pause and nobody else's.
+//! over when nothing was heard of the session for its patience.
 //!
 //! Values and functions of their arguments; times are counts of one clock, in ticks.
 #![no_std]
 #![forbid(unsafe_code)]
-
-use tidemark_wire::message::Hold;
 
 /// How long a session may be silent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -70,44 +67,6 @@ impl Lease {
     }
 }
 
-/// Who keeps a VM paused.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Holds {
-    lasting: bool,
-    session: bool,
-}
-
-impl Holds {
-    fn of(&mut self, hold: Hold) -> &mut bool {
-        match hold {
-            Hold::Lasting => &mut self.lasting,
-            Hold::Session => &mut self.session,
-        }
-    }
-
-    /// `hold` is taken; twice is once.
-    pub fn take(&mut self, hold: Hold) {
-        *self.of(hold) = true;
-    }
-
-    /// `hold` is given back, if it was taken.
-    pub fn give_back(&mut self, hold: Hold) {
-        *self.of(hold) = false;
-    }
-
-    /// Whether `hold` is taken.
-    #[must_use]
-    pub fn has(mut self, hold: Hold) -> bool {
-        *self.of(hold)
-    }
-
-    /// Whether any is.
-    #[must_use]
-    pub fn any(self) -> bool {
-        self.lasting || self.session
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,22 +118,5 @@ mod tests {
         assert_eq!(lease.look(u64::MAX - 1), LookAt(u64::MAX));
         assert_eq!(lease.look(u64::MAX), LookAt(u64::MAX));
         assert_eq!(lease.look(u64::MAX), Over);
-    }
-
-    #[test]
-    fn two_holders_are_counted_apart() {
-        let mut holds = Holds::default();
-        assert!(!holds.any());
-        holds.take(Hold::Lasting);
-        holds.take(Hold::Session);
-        holds.take(Hold::Session);
-        assert!(holds.has(Hold::Session));
-        holds.give_back(Hold::Session);
-        assert!(!holds.has(Hold::Session));
-        assert!(holds.any(), "the lasting one is still there");
-        holds.give_back(Hold::Session);
-        assert!(holds.any());
-        holds.give_back(Hold::Lasting);
-        assert!(!holds.any());
     }
 }

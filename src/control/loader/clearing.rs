@@ -4,6 +4,7 @@
 
 use super::{next_frames, step};
 use crate::arch::cpu;
+use crate::arch::lock::{Mutex, rank};
 use crate::sched;
 use crate::task::job::Step;
 use crate::task::meter::metered;
@@ -12,13 +13,12 @@ use crate::vm::memory::{GuestMemory, OutOfMemoryRange};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
-use spin::Mutex;
 use tidemark_wire::message::Task;
 
 /// Fresh memory that is being cleared, a step at a time, by whoever has time.
 pub struct Clearing {
     /// Slot, run and page from which on nobody has begun.
-    next: Mutex<(usize, usize, usize)>,
+    next: Mutex<(usize, usize, usize), { rank::CLEARING }>,
     /// Jobs that are not over.
     jobs: AtomicUsize,
     /// Memory was in no slot.

@@ -2,11 +2,12 @@
 //! virtual timer (CNTV) is the guest's own and does not trap.
 
 use crate::arch::timer;
-use crate::vm::vcpu::{Request, Vcpu};
+use crate::vm::vcpu::Vcpu;
 use core::sync::atomic::Ordering::Relaxed;
 use tidemark_devices::guest_time;
 use tidemark_devices::vgic::{Kick, Link};
 use tidemark_devices::virt::PHYSICAL_TIMER;
+use tidemark_sched::Request;
 
 const ENABLE: u64 = 1;
 const MASK: u64 = 2;
@@ -67,7 +68,7 @@ pub fn write(vcpu: &'static Vcpu, register: Register, value: u64) -> Kick {
         vcpu.vm.vgic.lower_ppi(vcpu.index, PHYSICAL_TIMER)
     };
     // The timer of EL2 is set anew at the end of this exit.
-    vcpu.requests.make(Request::Schedule);
+    vcpu.entity.requests.make(Request::Schedule);
     kick.union(fire_physical(vcpu, timer::now()).unwrap_or_default())
 }
 
