@@ -11,9 +11,7 @@ pub fn refusal(error: Error) -> ErrorReply {
     match error {
         Error::NotLogging => ErrorReply::NotLogging,
         Error::AlreadyLogging => ErrorReply::AlreadyLogging,
-        Error::Busy | Error::TakeUnfinished(_) | Error::SlotDying(_) | Error::SlotChanging(_) => {
-            ErrorReply::Busy
-        }
+        Error::Busy | Error::TakeUnfinished(_) | Error::SlotDying(_) => ErrorReply::Busy,
         Error::EngineUnavailable => ErrorReply::EngineUnavailable,
         Error::EpochOutstanding(epoch) => ErrorReply::EpochOutstanding {
             epoch: Epoch(epoch.0),

@@ -8,7 +8,6 @@
 //! Lock order: this mutex, then a copy of the layout. The fault path takes only the latter.
 
 use crate::engine::Round;
-use crate::error::Error;
 use crate::slot::{Layout, LogMode, Scope, Slot};
 use crate::tlb::Pending;
 use crate::types::{Epoch, Level, PAGE_SIZE, SlotId};
@@ -265,9 +264,8 @@ pub(crate) struct Control {
     pub(crate) last: Option<(Epoch, Fate)>,
     pub(crate) last_committed: Option<Epoch>,
     /// From this address on, the in-flight bitmaps still hold a committed epoch that was too large to be
-    /// forgotten by the commit. The next take does it piece by piece, and anew if it is given up meanwhile:
-    /// between takes it is all or nothing, because slots move. An aborted epoch is simply not forgotten:
-    /// what it held counts for the next one.
+    /// forgotten by the commit. The next take does it piece by piece, or the one after that if it is given up
+    /// meanwhile. An aborted epoch is simply not forgotten: what it held counts for the next one.
     pub(crate) stale: Option<u64>,
     pub(crate) leaves: Leaves,
     /// What the harvest under way has met so far.
@@ -275,10 +273,6 @@ pub(crate) struct Control {
     /// What the last one met that was done, until an engine was chosen by it.
     pub(crate) judged: Option<Round>,
     pub(crate) pending: Pending,
-    /// A slot whose bitmaps are being exchanged or cut off: no harvest is to look at them.
-    pub(crate) resizing: Option<SlotId>,
-    /// Devices that write to the memory by themselves.
-    pub(crate) unseen_writers: usize,
 }
 
 impl Control {
@@ -301,19 +295,7 @@ impl Control {
             },
             judged: None,
             pending: Pending::new(),
-            resizing: None,
-            unseen_writers: 0,
         }
-    }
-
-    /// One slot is resized at a time, and no bitmap is read while one is exchanged.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::SlotChanging`].
-    pub(crate) fn require_nothing_resized(&self) -> Result<(), Error> {
-        self.resizing
-            .map_or(Ok(()), |slot| Err(Error::SlotChanging(slot)))
     }
 
     /// Without a log, and else as it is. Epochs grow as long as the VM lives, so that one that was given
@@ -322,8 +304,6 @@ impl Control {
         Self {
             last: self.last,
             stale: self.stale,
-            resizing: self.resizing,
-            unseen_writers: self.unseen_writers,
             ..Self::new()
         }
     }

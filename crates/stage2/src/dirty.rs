@@ -386,50 +386,13 @@ impl Dirty {
         }
     }
 
-    /// Forgets everything about a run of pages, which the slot has no more.
-    pub(crate) fn forget(&self, first: u64, count: u64) {
-        let of = |bitmap: &[AtomicU64], index: usize, mask: u64| {
-            let word = bitmap.get(index);
-            word.map_or(0, |word| word.fetch_and(!mask, Ordering::AcqRel) & mask)
-        };
-        for (index, mask) in words(first, count, self.pages) {
-            let live = of(&self.live, index, mask);
-            self.live_pages
-                .fetch_sub(u64::from(live.count_ones()), Ordering::Relaxed);
-            let in_flight = of(&self.in_flight, index, mask);
-            self.in_flight_pages
-                .fetch_sub(u64::from(in_flight.count_ones()), Ordering::Relaxed);
-        }
-    }
-
-    /// Adds what `older`, which nobody sets bits in any more, knows of its first `pages` pages in words
-    /// `first..first + count`. Returns whether there are words behind these.
-    pub(crate) fn inherit(&self, older: &Dirty, pages: u64, first: usize, count: usize) -> bool {
-        let words = older.live.len().min(pages.div_ceil(64) as usize);
-        let end = words.min(first + count);
-        for index in first..end {
-            let of = |bitmap: &[AtomicU64]| {
-                let word = bitmap.get(index);
-                word.map_or(0, |word| word.load(Ordering::Acquire))
-            };
-            let (live, in_flight) = (of(&older.live), of(&older.in_flight));
-            self.mark_word(index as u64 * 64, live);
-            if in_flight != 0 {
-                let added = self::count(self.add_word(index, in_flight));
-                self.added_run(index as u64 * 64, 64, added.into());
-            }
-        }
-        end < words
-    }
-
-    /// Forgets a settled epoch from word `first` on, as far as clearing `count` words goes, of a slot that has
-    /// `pages` now: it may have had more. Returns the word to go on at.
-    pub(crate) fn clear_in_flight(&self, first: usize, count: usize, pages: u64) -> usize {
+    /// Forgets a settled epoch from word `first` on, as far as clearing `count` words goes. Returns the word to
+    /// go on at.
+    pub(crate) fn clear_in_flight(&self, first: usize, count: usize) -> usize {
         let parts = self.in_flight_parts.load(Ordering::Relaxed);
         let next = self.clear(&self.in_flight, parts, first, count);
-        if next as u64 * 64 >= pages {
+        if next >= self.in_flight.len() {
             self.in_flight_parts.store(0, Ordering::Relaxed);
-            // Not before: whoever cuts a bitmap off meanwhile subtracts what is in it.
             self.in_flight_pages.store(0, Ordering::Relaxed);
         }
         next
@@ -437,13 +400,13 @@ impl Dirty {
 
     /// Forgets what was noted before a log started. Otherwise as [`clear_in_flight`](Self::clear_in_flight).
     /// Nobody marks while no log is on.
-    pub(crate) fn clear_live(&self, first: usize, count: usize, pages: u64) -> usize {
+    pub(crate) fn clear_live(&self, first: usize, count: usize) -> usize {
         if first == 0 {
             self.live_pages.store(0, Ordering::Relaxed);
         }
         let parts = self.live_parts.load(Ordering::Relaxed) | self.due.load(Ordering::Relaxed);
         let next = self.clear(&self.live, parts, first, count);
-        if next as u64 * 64 >= pages {
+        if next >= self.live.len() {
             self.live_parts.store(0, Ordering::Relaxed);
             self.due.store(0, Ordering::Relaxed);
         }

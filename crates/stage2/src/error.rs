@@ -46,8 +46,6 @@ pub enum Error {
     },
     /// The slot is being deleted.
     SlotDying(SlotId),
-    /// The slot is being moved, resized or given another access.
-    SlotChanging(SlotId),
     /// Pages are asked for by 64, as a word of a bitmap holds them, within the slot.
     PageRange {
         /// The slot.
@@ -59,10 +57,6 @@ pub enum Error {
     },
     /// The address range touches something that is no slot. What is in slots was marked.
     NotMemory(Ipa),
-    /// A device that writes by itself was to be given to a VM that is logged.
-    UnseenWriterOfALog,
-    /// A log was to be started of a VM that has such a device.
-    LogBesideUnseenWriter,
     /// No log is running.
     NotLogging,
     /// A log is already running, or being started differently.
@@ -145,24 +139,12 @@ impl fmt::Display for Error {
             Error::SlotDying(slot) => {
                 write!(f, "memory slot {slot} is being deleted; finish that first")
             }
-            Error::SlotChanging(slot) => write!(
-                f,
-                "memory slot {slot} is being moved, resized or given another access; finish that first"
-            ),
             Error::PageRange { slot, first, pages } => write!(
                 f,
                 "{pages} pages from page {first} of slot {slot} cannot be asked for: begin at a multiple of 64 and \
                  ask for a multiple of 64, or to the end of the slot"
             ),
             Error::NotMemory(ipa) => write!(f, "{ipa} is in no memory slot"),
-            Error::UnseenWriterOfALog => f.write_str(
-                "a device that writes to memory by itself cannot be given to a VM that is logged: without an SMMU \
-                 nothing sees its writes, and the log would miss them; stop the log first",
-            ),
-            Error::LogBesideUnseenWriter => f.write_str(
-                "a device writes to this VM's memory by itself, and without an SMMU nothing sees it: a log would \
-                 miss those pages; take the device away first",
-            ),
             Error::NotLogging => f.write_str("dirty logging is off; start it first"),
             Error::AlreadyLogging => {
                 f.write_str("dirty logging is already on; stop it to change how it works")

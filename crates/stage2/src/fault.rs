@@ -80,10 +80,7 @@ impl<H: Hardware> Stage2<H> {
     pub fn handle_fault(&self, fault: Fault) -> Outcome {
         let layout = self.layout();
         let Some(slot) = layout.slot_at(fault.ipa) else {
-            return match layout.is_moving(fault.ipa) {
-                true => Outcome::Retry,
-                false => Outcome::NotMemory,
-            };
+            return Outcome::NotMemory;
         };
         let write = fault.access == FaultAccess::Write;
         match slot.access {

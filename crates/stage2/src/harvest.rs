@@ -50,7 +50,6 @@ pub struct SlotDirty {
 #[derive(Clone)]
 pub struct Words {
     dirty: Arc<Dirty>,
-    len: usize,
 }
 
 impl Words {
@@ -66,8 +65,7 @@ impl Deref for Words {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        let words = self.dirty.in_flight();
-        words.get(..self.len).unwrap_or(words)
+        self.dirty.in_flight()
     }
 }
 
@@ -102,9 +100,6 @@ impl<H: Hardware> Stage2<H> {
             (Phase::Off, _) => return Err(Error::NotLogging),
             _ => return Err(Error::Busy),
         };
-        if control.resizing.is_some() {
-            return Ok(self.somebody_else_steps());
-        }
         let taking = match &mut control.taking {
             Some(taking) if (taking.epoch, taking.part) == (epoch, part) => taking,
             Some(taking) => return Err(Error::EpochOutstanding(taking.epoch)),
@@ -322,7 +317,6 @@ impl<H: Hardware> Stage2<H> {
     pub fn taken(&self, epoch: Epoch) -> Result<Vec<SlotDirty>, Error> {
         let control = self.control.lock();
         let layout = self.layout();
-        control.require_nothing_resized()?;
         let scope = match require_taken(control.taking, epoch)?.part {
             None => control.scope,
             Some(part) => Scope::One(part.slot),
@@ -345,11 +339,9 @@ impl<H: Hardware> Stage2<H> {
         let control = self.control.lock();
         let layout = self.layout();
         require_taken(control.taking, epoch)?;
-        control.require_nothing_resized()?;
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
         Ok(Words {
             dirty: Arc::clone(&slot.dirty),
-            len: slot.pages.div_ceil(64) as usize,
         })
     }
 
@@ -367,11 +359,10 @@ impl<H: Hardware> Stage2<H> {
         control.taking = None;
         control.last = Some((epoch, Fate::Committed));
         control.last_committed = Some(epoch);
-        // Most of the time all is forgotten at once; else the next take does it. While a bitmap is being
-        // exchanged there are two of them.
-        control.stale = match control.resizing {
-            None if forget_all(&self.layout()) => None,
-            _ => Some(0),
+        // Most of the time all is forgotten at once; else the next take does it.
+        control.stale = match forget_all(&self.layout()) {
+            true => None,
+            false => Some(0),
         };
         Ok(())
     }
@@ -401,7 +392,6 @@ impl<H: Hardware> Stage2<H> {
     fn abort_taking(&self, control: &mut Control) -> Option<Epoch> {
         let epoch = control.taking.take()?.epoch;
         control.last = Some((epoch, Fate::Aborted));
-        control.stale = control.stale.map(|_| 0);
         self.drained.store(false, Ordering::Relaxed);
         Some(epoch)
     }
@@ -467,7 +457,7 @@ impl<H: Hardware> Stage2<H> {
 /// Forgets a committed epoch from an address on, as far as a step goes. Returns where to go on.
 fn forget(layout: &Layout, from: u64) -> Option<u64> {
     words_step(layout, from, FORGET, |slot, first, count| {
-        slot.dirty.clear_in_flight(first, count, slot.pages)
+        slot.dirty.clear_in_flight(first, count)
     })
 }
 
@@ -479,7 +469,7 @@ fn forget_all(layout: &Layout) -> bool {
         return false;
     }
     for slot in layout.covered(Scope::All) {
-        slot.dirty.clear_in_flight(0, FORGET, slot.pages);
+        slot.dirty.clear_in_flight(0, FORGET);
     }
     true
 }
@@ -537,7 +527,7 @@ impl Layout {
         let Some(part) = part else {
             return (logged, Stretch::ALL);
         };
-        // It may have gone, or become smaller, since the epoch was begun.
+        // It may have gone since the epoch was begun, and a smaller one of its name have come.
         let Some(slot) = self.slot(part.slot) else {
             return (Scope::One(part.slot), Stretch { from: 0, end: 0 });
         };

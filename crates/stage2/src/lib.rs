@@ -43,13 +43,12 @@
 //! | `pte`, `tlb`, `config` | one descriptor; the invalidation sequences; VTCR and VTTBR |
 //! | `walk`, `map`, `split`, `collapse`, `unmap` | the tables |
 //! | `slot`, `dirty`, `readers` | slots, their two bitmaps, each CPU's copy of the list |
-//! | `reslot` | moving and resizing slots |
+//! | `memslots` | adding and deleting slots, changing their access |
 //! | `fault` | the fault path |
 //! | `control`, `protect`, `harvest` | a log: where it is, starting and stopping it, taking from it |
 //! | `age` | the access flags |
 //! | `clear` | epochs of a range, and a log that begins with every page dirty |
 //! | `engine` | which engine is best for the next round, and the change |
-//! | `writers` | who else writes |
 //! | `quota` | the throttle: limits, and what each vCPU spent |
 //! | `stage2` | the VM: all of the above |
 //! | `vmid` | the machine: which number tags which VM's translations |
@@ -121,11 +120,11 @@ mod harvest;
 #[cfg(loom)]
 mod looms;
 mod map;
+mod memslots;
 mod protect;
 mod pte;
 mod quota;
 mod readers;
-mod reslot;
 mod slot;
 mod split;
 mod stage2;
@@ -137,7 +136,6 @@ mod types;
 mod unmap;
 mod vmid;
 mod walk;
-mod writers;
 
 pub use config::vtcr_el2 as vtcr;
 pub use control::{LogStage, LogStatus};

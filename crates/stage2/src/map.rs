@@ -59,9 +59,7 @@ impl<H: Hardware> Stage2<H> {
     pub fn map_ahead(&self, slot: SlotId, from: u64) -> Result<Progress, Error> {
         let layout = self.layout();
         let slot = layout.slot(slot).ok_or(Error::NoSuchSlot(slot))?;
-        if slot.life != crate::slot::Life::Usable {
-            return Err(slot.is_changing());
-        }
+        slot.require_usable()?;
         if slot.access == Access::None {
             return Ok(Progress::Done);
         }

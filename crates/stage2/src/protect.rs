@@ -45,8 +45,7 @@ impl<H: Hardware> Stage2<H> {
     /// # Errors
     ///
     /// [`Error::AlreadyLogging`] if a log is on or being started differently,
-    /// [`Error::EngineUnavailable`] if the engine needs what the machine lacks,
-    /// [`Error::LogBesideUnseenWriter`] while a device writes to the memory by itself.
+    /// [`Error::EngineUnavailable`] if the engine needs what the machine lacks.
     pub fn start_log(&self, engine: Engine, granularity: Granularity) -> Result<Progress, Error> {
         let mode = LogMode {
             engine,
@@ -92,14 +91,8 @@ impl<H: Hardware> Stage2<H> {
         let Some(mut control) = self.control.try_lock() else {
             return Ok(self.somebody_else_steps());
         };
-        if control.resizing.is_some() {
-            return Ok(self.somebody_else_steps());
-        }
         match control.phase {
             Phase::Off => {
-                if control.unseen_writers > 0 {
-                    return Err(Error::LogBesideUnseenWriter);
-                }
                 *control = Control {
                     phase: Phase::Starting(StartPass::Clear(0)),
                     mode: Some(mode),
@@ -122,8 +115,8 @@ impl<H: Hardware> Stage2<H> {
             Phase::Starting(StartPass::Clear(from)) => {
                 let layout = self.layout();
                 let clear = |slot: &Slot, first, count| {
-                    let live = slot.dirty.clear_live(first, count, slot.pages);
-                    live.min(slot.dirty.clear_in_flight(first, count, slot.pages))
+                    let live = slot.dirty.clear_live(first, count);
+                    live.min(slot.dirty.clear_in_flight(first, count))
                 };
                 let next = words_step(&layout, from, WORDS, clear);
                 let total = layout.progress(scope, u64::MAX).1;

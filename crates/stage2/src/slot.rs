@@ -13,7 +13,6 @@ use crate::types::{
 };
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::ops::Range;
 
 /// An extent and where in the slot it begins.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +27,6 @@ struct Piece {
 pub(crate) enum Life {
     /// Mapped on demand.
     Usable,
-    /// On its way to other addresses: being unmapped from the old ones.
-    Moving { to: Gfn },
     /// Being deleted.
     Dying,
 }
@@ -48,30 +45,17 @@ pub(crate) struct Slot {
     pub(crate) id: SlotId,
     pub(crate) base: Gfn,
     pub(crate) pages: u64,
-    /// Pages that leaves may be of: more than it has, from when it is made smaller until they are out.
-    pub(crate) reach: u64,
     pub(crate) access: Access,
     pub(crate) life: Life,
     pub(crate) leaves: LeavesOf,
     ground: Arc<Ground>,
     pub(crate) dirty: Arc<Dirty>,
-    /// While it is being made larger, what it was before.
-    pub(crate) older: Option<Older>,
-}
-
-/// A slot before it grew.
-#[derive(Clone)]
-pub(crate) struct Older {
-    /// Its bitmaps; nobody sets bits in them any more.
-    pub(crate) dirty: Arc<Dirty>,
-    /// Its length. The bitmaps of a slot that was made smaller are of more.
-    pub(crate) pages: u64,
 }
 
 /// What all copies of a slot share, beside the bitmaps.
 struct Ground {
     pieces: Vec<Piece>,
-    /// How far a deletion or a change of access has come. Only whoever holds the control mutex uses it.
+    /// The address that a deletion or a change of access has reached. Only whoever holds the control mutex uses it.
     unmapped: AtomicU64,
 }
 
@@ -145,7 +129,6 @@ impl Slot {
             id,
             base,
             pages,
-            reach: pages,
             access,
             life: Life::Usable,
             leaves: LeavesOf::ItsAccess,
@@ -154,7 +137,6 @@ impl Slot {
                 unmapped: AtomicU64::new(0),
             }),
             dirty,
-            older: None,
         })
     }
 
@@ -178,83 +160,16 @@ impl Slot {
         (self.base.raw() + self.pages) << PAGE_SHIFT
     }
 
-    /// Returns the first address past all that it may have leaves of.
-    pub(crate) const fn reached_end(&self) -> u64 {
-        (self.base.raw() + self.reach) << PAGE_SHIFT
-    }
-
-    /// Returns its extents, cut off after `pages` pages.
-    pub(crate) fn extents(&self, pages: u64) -> impl Iterator<Item = Extent> {
-        let pieces = self.ground.pieces.iter();
-        pieces
-            .map(move |piece| Extent {
-                pa: Pa::new(piece.pa),
-                pages: piece.pages.min(pages.saturating_sub(piece.first)),
-            })
-            .take_while(|extent| extent.pages > 0)
-    }
-
-    /// Is it neither going nor changing?
+    /// Is it not being deleted?
     ///
     /// # Errors
     ///
-    /// [`Error::SlotDying`], [`Error::SlotChanging`].
-    pub(crate) fn require_still(&self) -> Result<(), Error> {
-        match self.leaves {
-            LeavesOf::ItsAccess => self.require_in_place(),
-            LeavesOf::Older => Err(self.is_changing()),
-        }
-    }
-
-    /// Is it neither going, nor being moved or resized?
-    ///
-    /// # Errors
-    ///
-    /// As [`require_still`](Self::require_still).
-    pub(crate) fn require_in_place(&self) -> Result<(), Error> {
-        let still = self.reach == self.pages && self.older.is_none();
+    /// [`Error::SlotDying`].
+    pub(crate) const fn require_usable(&self) -> Result<(), Error> {
         match self.life {
-            Life::Usable if still => Ok(()),
-            _ => Err(self.is_changing()),
+            Life::Usable => Ok(()),
+            Life::Dying => Err(Error::SlotDying(self.id)),
         }
-    }
-
-    /// Is it on its way to having `more` behind the pages it had?
-    pub(crate) fn is_growing_by(&self, more: &[Extent]) -> bool {
-        let Some(older) = self.older.as_ref().filter(|_| self.life == Life::Usable) else {
-            return false;
-        };
-        let behind = more.iter().try_fold(older.pages, |page, extent| {
-            let (pa, left) = self.backing(page)?;
-            let there = pa == extent.pa && left >= extent.pages;
-            there.then(|| page + extent.pages)
-        });
-        behind == Some(self.pages)
-    }
-
-    /// Says what it is at.
-    pub(crate) const fn is_changing(&self) -> Error {
-        match self.life {
-            Life::Dying => Error::SlotDying(self.id),
-            _ => Error::SlotChanging(self.id),
-        }
-    }
-
-    /// Are there addresses that are, or will be, both of it and of `other`?
-    fn meets(&self, other: &Slot) -> bool {
-        let start = |slot: &Slot| match slot.life {
-            Life::Moving { to } => to.ipa().raw(),
-            _ => slot.start(),
-        };
-        let bytes = |slot: &Slot| slot.reach << PAGE_SHIFT;
-        let span = |at: u64, slot: &Slot| at..at + bytes(slot);
-        let apart = |a: &Range<u64>, b: &Range<u64>| a.end <= b.start || b.end <= a.start;
-        [span(self.start(), self), span(start(self), self)]
-            .iter()
-            .any(|mine| {
-                let (now, then) = (span(other.start(), other), span(start(other), other));
-                !apart(mine, &now) || !apart(mine, &then)
-            })
     }
 
     /// Returns the page of the slot that holds `ipa`, an address inside it.
@@ -294,7 +209,10 @@ impl Slot {
     }
 
     pub(crate) fn info(&self) -> SlotInfo {
-        let extents = self.extents(self.pages);
+        let extents = self.ground.pieces.iter().map(|piece| Extent {
+            pa: Pa::new(piece.pa),
+            pages: piece.pages,
+        });
         SlotInfo {
             id: self.id,
             base: self.base,
@@ -371,51 +289,20 @@ impl Layout {
         if self.slot(slot.id).is_some() {
             return Err(Error::SlotExists(slot.id));
         }
-        self.require_free(slot)?;
-        Ok(self.index_of(slot.start()))
-    }
-
-    /// Returns where in the list a slot that begins there belongs.
-    fn index_of(&self, start: u64) -> usize {
-        self.slots.partition_point(|other| other.start() < start)
-    }
-
-    /// Do the slot's addresses belong to no other?
-    ///
-    /// # Errors
-    ///
-    /// [`Error::SlotOverlap`].
-    pub(crate) fn require_free(&self, slot: &Slot) -> Result<(), Error> {
-        let mut others = self.slots.iter().filter(|other| other.id != slot.id);
-        match others.find(|other| other.meets(slot)) {
-            Some(other) => Err(Error::SlotOverlap(other.id)),
-            None => Ok(()),
+        let at = self
+            .slots
+            .partition_point(|other| other.end() <= slot.start());
+        match self.slots.get(at) {
+            Some(other) if other.start() < slot.end() => Err(Error::SlotOverlap(other.id)),
+            _ => Ok(at),
         }
-    }
-
-    /// Puts a slot that is nowhere mapped to other addresses.
-    pub(crate) fn relocate(&mut self, id: SlotId, base: Gfn) {
-        let Some(at) = self.slots.iter().position(|slot| slot.id == id) else {
-            return;
-        };
-        let mut slot = self.slots.remove(at);
-        (slot.base, slot.life) = (base, Life::Usable);
-        self.slots.insert(self.index_of(slot.start()), slot);
-    }
-
-    /// Is the address of a slot that is on its way to others?
-    #[cold]
-    pub(crate) fn is_moving(&self, ipa: Ipa) -> bool {
-        let holds = |slot: &&Slot| (slot.start()..slot.end()).contains(&ipa.raw());
-        let slot = self.slots.iter().find(holds);
-        slot.is_some_and(|slot| matches!(slot.life, Life::Moving { .. }))
     }
 
     /// Returns the usable slot that holds `ipa`.
     pub(crate) fn slot_at(&self, ipa: Ipa) -> Option<&Slot> {
-        let after = self.slots.partition_point(|slot| slot.start() <= ipa.raw());
-        let slot = self.slots.get(after.checked_sub(1)?)?;
-        (ipa.raw() < slot.end() && slot.life == Life::Usable).then_some(slot)
+        let at = self.slots.partition_point(|slot| slot.end() <= ipa.raw());
+        let slot = self.slots.get(at)?;
+        (slot.start() <= ipa.raw() && slot.life == Life::Usable).then_some(slot)
     }
 
     /// Returns how writes to `slot` are logged, if they are.

@@ -1,4 +1,4 @@
-//! One VM's stage 2: the struct, its making and its end, slots, counters.
+//! One VM's stage 2: the struct, its making and its end, counters.
 //!
 //! Two kinds of lock. Whoever looks at slots or tables holds its own CPU's copy of the layout
 //! ([`readers`](crate::readers)): faults, walks, splits and harvests, which change entries by
@@ -8,19 +8,18 @@
 //! first. Nothing is held while a guest runs.
 
 use crate::config::{Shape, vttbr};
-use crate::control::{Control, Initially, LogStage, LogStatus, Phase};
+use crate::control::{Control, LogStage, LogStatus, Phase};
 use crate::error::Error;
 use crate::hardware::{Features, Hardware};
 use crate::harvest::Carried;
 use crate::readers::Replicas;
-use crate::slot::{Layout, LeavesOf, Life, Slot, SlotInfo};
+use crate::slot::Layout;
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use crate::sync::mutex::SpinMutex;
 use crate::sync::rwlock::RwLockReadGuard;
 use crate::tlb::Tlb;
-use crate::types::{Access, Extent, Gfn, Level, Pa, Progress, SlotId, Vmid};
+use crate::types::{Level, Pa, Progress, Vmid};
 use crate::vmid::{Flush, Tag, VmVmid, Vmids};
-use alloc::vec::Vec;
 
 /// The stage-2 tables, slots and dirty log of one VM.
 pub struct Stage2<H: Hardware> {
@@ -175,137 +174,6 @@ impl<H: Hardware> Stage2<H> {
     /// Returns the size of the IPA space in bits.
     pub const fn ipa_bits(&self) -> u8 {
         self.shape.ipa_bits
-    }
-
-    /// Adds a memory slot. Nothing is mapped yet; that happens on first touch or by
-    /// [`map_ahead`](Self::map_ahead). While a log of the whole VM is on, the slot belongs to it; in one
-    /// that began with every page dirty, so does the slot.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::SlotExists`], [`Error::SlotOverlap`], [`Error::SlotRange`], [`Error::ExtentRange`],
-    /// [`Error::ExtentTotal`], [`Error::OutOfMemory`].
-    pub fn add_slot(
-        &self,
-        id: SlotId,
-        base: Gfn,
-        pages: u64,
-        access: Access,
-        extents: &[Extent],
-    ) -> Result<(), Error> {
-        let slot = Slot::new(
-            id,
-            base,
-            pages,
-            access,
-            extents,
-            &self.shape,
-            self.features.pa_bits,
-        )?;
-        // Holding it keeps the copies alike.
-        let control = self.control.lock();
-        let index = self.layout().place_for(&slot)?;
-        if control.phase != Phase::Off && control.initially == Initially::Dirty {
-            slot.dirty.mark_run(0, pages);
-        }
-        self.layouts
-            .try_change(
-                |layout| layout.slots.try_reserve(1),
-                |layout| layout.slots.insert(index, slot.clone()),
-            )
-            .map_err(|_| Error::OutOfMemory)
-    }
-
-    /// Removes a memory slot, in bounded steps; call it until it is done. From the first call on
-    /// faults in it are answered "not memory", and when it is done no CPU can reach its memory. What
-    /// else was being done to the slot is over with that: calls that would go on with it are refused.
-    ///
-    /// While a log is on, what is known about the slot's dirty pages goes with it, as does its part of
-    /// an outstanding epoch: the host must read what it still wants before asking for this.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoSuchSlot`].
-    pub fn delete_slot(&self, id: SlotId) -> Result<Progress, Error> {
-        let mut control = self.control.lock();
-        let mut slot = self.slot(id)?;
-        if slot.life != Life::Dying {
-            slot.set_unmapped(slot.start());
-            slot = self.change_slot(id, |slot| slot.life = Life::Dying)?;
-            if control.resizing == Some(id) {
-                // Nobody goes on with that.
-                control.resizing = None;
-            }
-        }
-        let progress = self.unmap_step(&slot, None);
-        if progress == Progress::Done {
-            self.layouts
-                .change(|layout| layout.slots.retain(|slot| slot.id != id));
-        }
-        Ok(progress)
-    }
-
-    /// Changes what the guest may do with a slot, in bounded steps; call it until it is done. Its leaves
-    /// are taken out and come back on first touch; what was dirty stays known. From [`Access::None`] it is
-    /// done at once, whatever else is under way: there are no leaves. So is what is so already, and no CPU's copy of the
-    /// layout is written for it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoSuchSlot`], [`Error::SlotDying`], [`Error::SlotChanging`] if it is being moved or resized.
-    pub fn set_access(&self, id: SlotId, access: Access) -> Result<Progress, Error> {
-        let control = self.control.lock();
-        let mut slot = self.slot(id)?;
-        slot.require_in_place()?;
-        if slot.access == access && slot.leaves == LeavesOf::ItsAccess {
-            return Ok(Progress::Done);
-        }
-        if slot.access == Access::None && slot.leaves == LeavesOf::ItsAccess {
-            self.change_slot(id, |slot| slot.access = access)?;
-            return Ok(Progress::Done);
-        }
-        if !control.claims.are_idle() {
-            // A harvest that has passed a leaf would miss what is noted when the leaf goes.
-            return Ok(self.somebody_else_steps());
-        }
-        if slot.access != access {
-            slot.set_unmapped(slot.start());
-            slot = self.change_slot(id, |slot| {
-                slot.access = access;
-                slot.leaves = LeavesOf::Older;
-            })?;
-        }
-        // Leaves mapped meanwhile are of the new kind already; those in front of the cursor go once
-        // more, which costs a fault.
-        let harvested = self.harvested(&control, &slot);
-        let progress = self.unmap_step(&slot, harvested);
-        if progress == Progress::Done {
-            self.change_slot(id, |slot| slot.leaves = LeavesOf::ItsAccess)?;
-        }
-        Ok(progress)
-    }
-
-    /// Returns a copy of the slot of that name.
-    pub(crate) fn slot(&self, id: SlotId) -> Result<Slot, Error> {
-        let found = self.layout().slot(id).cloned();
-        found.ok_or(Error::NoSuchSlot(id))
-    }
-
-    /// Changes the slot of that name for every CPU, and returns it as it is then: whoever goes on with a
-    /// copy from before would go on with another slot. Under the control mutex.
-    pub(crate) fn change_slot(
-        &self,
-        id: SlotId,
-        change: impl Fn(&mut Slot),
-    ) -> Result<Slot, Error> {
-        self.layouts
-            .change(|layout| layout.change_slot(id, &change));
-        self.slot(id)
-    }
-
-    /// Returns the slots, by address.
-    pub fn slots(&self) -> Vec<SlotInfo> {
-        self.layout().slots.iter().map(Slot::info).collect()
     }
 
     /// Returns what is mapped, by size.

@@ -1,5 +1,6 @@
 //! Tests on the build machine. Names begin with the invariant they check, where there is one.
 
+mod access;
 mod age;
 mod bitmaps;
 mod clear;
@@ -16,7 +17,6 @@ mod parallel;
 mod quota;
 mod races;
 mod random;
-mod reslot;
 mod review2014;
 mod sequences;
 mod settled;
@@ -27,7 +27,6 @@ mod steps;
 mod stress;
 mod vmids;
 mod world;
-mod writers;
 
 /// A number from the environment, decimal or with 0x.
 fn from_env(name: &str) -> Option<u64> {

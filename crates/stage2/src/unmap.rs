@@ -66,8 +66,7 @@ impl<H: Hardware> Stage2<H> {
     /// the epoch that is being taken.
     pub(crate) fn unmap_step(&self, slot: &Slot, harvested: Option<Stretch>) -> Progress {
         let from = slot.unmapped().max(slot.start());
-        // Also of what it is being made smaller by.
-        let end = slot.reached_end();
+        let end = slot.end();
         let mut at = from;
         let mut visits = 0;
         let mut blocks = 0;
@@ -83,7 +82,7 @@ impl<H: Hardware> Stage2<H> {
             }
             let first = at;
             let gone = match (slot.life, place.level) {
-                (Life::Dying | Life::Moving { .. }, _) | (_, Level::L3) => Pte::EMPTY,
+                (Life::Dying, _) | (_, Level::L3) => Pte::EMPTY,
                 (Life::Usable, _) => Pte::BUSY,
             };
             for entry in place.table.0.iter().skip(place.index) {
@@ -134,7 +133,7 @@ impl<H: Hardware> Stage2<H> {
         }
         Progress::More {
             done: slot.page(at),
-            total: slot.reach,
+            total: slot.pages,
         }
     }
 

@@ -406,18 +406,6 @@ impl Vm {
                 };
                 self.saw(call, &now);
             }
-            18 => {
-                let admitted = self.stage2.admit_unseen_writer();
-                self.saw(call, &admitted);
-                assert_eq!(
-                    admitted.is_ok(),
-                    self.stage2.log_status().stage == LogStage::Off
-                );
-                if argument & 4 == 0 && admitted.is_ok() {
-                    self.stage2.remove_unseen_writer();
-                }
-            }
-            19 => self.stage2.remove_unseen_writer(),
             _ => {
                 let access =
                     [FaultAccess::Write, FaultAccess::Read][usize::from(argument & 7 == 0)];

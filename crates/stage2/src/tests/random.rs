@@ -95,10 +95,7 @@ impl Play {
         Self {
             sim,
             places,
-            pages: pages(&places)
-                .into_iter()
-                .chain([0, 1, 69].map(|page| THERE + page * PAGE_SIZE))
-                .collect(),
+            pages: pages(&places),
             tables,
             calm: history.whims.is_none(),
             state: Mutex::new(State {
@@ -146,25 +143,13 @@ impl Play {
         there.map(|slot| slot.place)
     }
 
-    /// Slots do not change in the middle of a harvest or of a start. What was written where is not known any more.
-    fn is_to_change(&self, slot: usize) -> Option<Place> {
-        let harvest = matches!(self.epoch(), Some((_, Taken::Partly)));
-        if harvest || self.stage() == Stage::Starting {
-            return None;
-        }
-        let place = self.place(self.places[slot].id)?;
-        self.state().starved = true;
-        Some(place)
-    }
-
     fn run(&self, run: &Run) {
         match run {
             Run::Write(page) => self.access(*page.get(&self.pages), FaultAccess::Write),
             Run::Read(page) => self.access(*page.get(&self.pages), FaultAccess::Read),
             Run::El2Write(page) => {
                 let ipa = *page.get(&self.pages);
-                let moved = self.sim.slot_of(ipa).map(|slot| slot.place.id);
-                if self.present(ipa) && moved != Some(self.places[MOVED].id) {
+                if self.present(ipa) {
                     self.sim.el2_write(ipa);
                 }
             }
@@ -172,10 +157,7 @@ impl Play {
                 let mapped = self.sim.map_ahead(self.places[*slot].id);
                 let refused = matches!(
                     mapped,
-                    Err(Error::NoSuchSlot(_)
-                        | Error::SlotDying(_)
-                        | Error::SlotChanging(_)
-                        | Error::OutOfTables)
+                    Err(Error::NoSuchSlot(_) | Error::SlotDying(_) | Error::OutOfTables)
                 );
                 assert!(mapped.is_ok() || refused, "{mapped:?}");
             }
@@ -292,24 +274,6 @@ impl Play {
                 }
             }
             Manage::GiveUp => self.give_up(),
-            Manage::Move => {
-                if let Some(Place { id, ipa, .. }) = self.is_to_change(MOVED) {
-                    let to = if ipa == THERE {
-                        self.places[MOVED].ipa
-                    } else {
-                        THERE
-                    };
-                    self.sim.move_slot(id, to);
-                }
-            }
-            Manage::Resize => {
-                let all = self.places[RESIZED].pages;
-                match self.is_to_change(RESIZED) {
-                    Some(Place { id, pages, .. }) if pages == all => self.sim.shrink(id, FEWER),
-                    Some(Place { id, pages, .. }) => self.sim.grow(id, all - pages),
-                    None => {}
-                }
-            }
             Manage::Limit(more) => {
                 self.state().starved = true;
                 let machine = &self.sim.world.machine;

@@ -98,8 +98,6 @@ pub enum Presence {
 #[derive(Clone, Copy, Debug)]
 pub struct Known {
     pub place: Place,
-    /// Where it will be, perhaps by now.
-    next: Place,
     pub presence: Presence,
     /// Counts changes, so that an access can tell whether there was one meanwhile.
     pub version: u64,
@@ -424,7 +422,7 @@ impl Sim {
 
     pub fn slot_of(&self, ipa: u64) -> Option<Known> {
         let slots = lock(&self.slots);
-        let holds = |slot: &&Known| slot.place.holds(ipa) || slot.next.holds(ipa);
+        let holds = |slot: &&Known| slot.place.holds(ipa);
         slots.values().find(holds).copied()
     }
 
@@ -432,9 +430,6 @@ impl Sim {
         if let Some(slot) = lock(&self.slots).get_mut(&id) {
             slot.presence = presence;
             slot.version += 1;
-            if presence == Presence::There {
-                slot.place = slot.next;
-            }
         }
     }
 
@@ -498,12 +493,9 @@ impl Sim {
     /// An access got through to `pa`: it must be the guest's own memory.
     fn arrived(&self, ipa: u64, pa: Pa) {
         let slot = self.slot_of(ipa).unwrap();
-        let mut places = [slot.place, slot.next].into_iter();
-        let own = |place: Place| {
-            let page = (ipa.wrapping_sub(place.ipa)) & !(PAGE_SIZE - 1);
-            place.holds(ipa) && pa.raw() == place.pa + page
-        };
-        assert!(places.any(own), "{ipa:#x} reached foreign memory");
+        let page = (ipa - slot.place.ipa) & !(PAGE_SIZE - 1);
+        let own = pa.raw() == slot.place.pa + page;
+        assert!(own, "{ipa:#x} reached foreign memory");
         assert_ne!(
             slot.presence,
             Presence::Gone,

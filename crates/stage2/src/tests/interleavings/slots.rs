@@ -1,9 +1,7 @@
 //! Orders in which a slot goes, or becomes another, while it is harvested and touched.
 
 use super::*;
-use crate::fake::Machine;
-use crate::{FaultAccess, Outcome, Stage2};
-use std::sync::Arc;
+use crate::{FaultAccess, Outcome};
 
 /// Changes the slot in every CPU's list, as the first step of a long operation does. The others find it so.
 fn first_step(sim: &Sim, id: u16, change: impl Fn(&mut Slot)) {
@@ -48,31 +46,6 @@ fn a_change_of_access_and_a_split() {
     }
 }
 
-/// A slot loses its end while the guest writes its first pages: the fault maps a block over the new end, after the
-/// shrink has looked for one.
-#[test]
-fn a_change_of_size_and_a_first_touch() {
-    const FEWER: u64 = 100;
-    for (engine, features) in machines() {
-        in_every_order(
-            setup(features),
-            &[IPA],
-            |sim| {
-                sim.add(BLOCK);
-                sim.start(engine, Granularity::Adaptive);
-            },
-            |sim| {
-                vec![
-                    Box::new(|| sim.shrink(0, FEWER)),
-                    // The second one only the block itself knows.
-                    Box::new(|| writes(sim, &[IPA, IPA + PAGE_SIZE])),
-                ]
-            },
-            Sim::last_of_the_log,
-        );
-    }
-}
-
 /// A slot is deleted while the guest touches its neighbour in the same table.
 #[test]
 fn a_deletion_and_a_touch_next_door() {
@@ -108,47 +81,41 @@ fn a_deletion_and_a_touch_next_door() {
 #[test]
 fn invariant_05_a_deletion_and_another_change() {
     const FAR: u64 = IPA + 2 * MIB + 5 * PAGE_SIZE;
-    type Change = fn(&Stage2<Arc<Machine>>) -> Result<Progress, Error>;
-    let changes: [Change; 3] = [
-        |stage2| stage2.shrink_slot(SlotId(0), 9),
-        |stage2| stage2.move_slot(SlotId(0), Ipa::new(IPA + 64 * MIB).gfn()),
-        |stage2| stage2.set_access(SlotId(0), Access::ReadOnly),
-    ];
-    for change in changes {
-        in_every_order(
-            setup(Features::BASELINE),
-            &[],
-            |sim| {
-                sim.add(Place {
-                    pages: P2M + 6,
-                    ..SMALL
-                });
-                sim.map_ahead(0).unwrap();
-                sim.world.machine.become_pe(1);
-                sim.write(FAR);
-                sim.world.machine.become_pe(0);
-                sim.abandon(0);
-            },
-            |sim| {
-                vec![
-                    Box::new(move || {
-                        let end = sim.finish("change", change);
-                        let id = SlotId(0);
-                        let gone = [Error::SlotDying(id), Error::NoSuchSlot(id)];
-                        assert!(end.is_ok() || gone.map(Err).contains(&end), "{end:?}");
-                    }),
-                    Box::new(|| sim.delete(0)),
-                ]
-            },
-            |sim| {
-                sim.world.machine.become_pe(1);
-                let reached = sim.guest(FAR, FaultAccess::Write);
-                assert_eq!(reached, Err(Outcome::NotMemory));
-                sim.world.machine.become_pe(0);
-                sim.check_counts();
-            },
-        );
-    }
+    in_every_order(
+        setup(Features::BASELINE),
+        &[],
+        |sim| {
+            sim.add(Place {
+                pages: P2M + 6,
+                ..SMALL
+            });
+            sim.map_ahead(0).unwrap();
+            sim.world.machine.become_pe(1);
+            sim.write(FAR);
+            sim.world.machine.become_pe(0);
+            sim.abandon(0);
+        },
+        |sim| {
+            vec![
+                Box::new(move || {
+                    let end = sim.finish("set_access", |stage2| {
+                        stage2.set_access(SlotId(0), Access::ReadOnly)
+                    });
+                    let id = SlotId(0);
+                    let gone = [Error::SlotDying(id), Error::NoSuchSlot(id)];
+                    assert!(end.is_ok() || gone.map(Err).contains(&end), "{end:?}");
+                }),
+                Box::new(|| sim.delete(0)),
+            ]
+        },
+        |sim| {
+            sim.world.machine.become_pe(1);
+            let reached = sim.guest(FAR, FaultAccess::Write);
+            assert_eq!(reached, Err(Outcome::NotMemory));
+            sim.world.machine.become_pe(0);
+            sim.check_counts();
+        },
+    );
 }
 
 /// Ends the log, and no leaf is writable.

@@ -46,12 +46,6 @@ pub(super) fn places(large: Large) -> [Place; 5] {
 
 /// The one whose access changes.
 pub(super) const FLIPPED: usize = 4;
-/// The one that moves, and to where. EL2 does not write to it.
-pub(super) const MOVED: usize = 1;
-pub(super) const THERE: u64 = 3 * GIB + 7 * PAGE_SIZE;
-/// The one whose size changes, and to what.
-pub(super) const RESIZED: usize = 0;
-pub(super) const FEWER: u64 = P2M + 50;
 
 /// Pages worth touching: edges of slots and blocks, and a few in the middle.
 pub(super) fn pages(places: &[Place]) -> Vec<u64> {
@@ -91,8 +85,6 @@ pub(super) enum Manage {
     GiveUp,
     Delete(usize),
     Add(usize),
-    Move,
-    Resize,
     Limit(usize),
     Run(Run),
 }
@@ -151,8 +143,6 @@ pub(super) fn manage() -> impl Strategy<Value = Manage> {
         1 => (0..5usize).prop_map(Manage::Add),
         1 => (0..40usize).prop_map(Manage::Limit),
         1 => Just(Manage::Run(Run::Flip)),
-        1 => Just(Manage::Move),
-        1 => Just(Manage::Resize),
         8 => run().prop_map(Manage::Run),
     ]
 }

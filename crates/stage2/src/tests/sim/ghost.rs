@@ -49,10 +49,6 @@ struct Slot {
     start: u64,
     pages: u64,
     dirty: Arc<Dirty>,
-    /// While it is being made larger, what it was before.
-    older: Option<Arc<Dirty>>,
-    /// Its bitmaps are being exchanged, CPU by CPU: bits may be in some that are not known here yet.
-    exchanging: bool,
     /// The bits of the epoch that mean something, by word.
     in_flight: HashMap<usize, u64>,
 }
@@ -106,8 +102,6 @@ impl Ghost {
             start,
             pages,
             dirty,
-            older: None,
-            exchanging: false,
             in_flight,
         };
         let (first, end) = (slot.start, slot.end());
@@ -128,59 +122,6 @@ impl Ghost {
             (page.committed, page.copied) = (None, None);
         }
         self.owes_no_more(slot.start, slot.end());
-    }
-
-    /// A slot that moved, and its pages with it.
-    pub fn move_slot(&mut self, id: u16, start: u64) {
-        let Some(slot) = self.slots.get_mut(&id) else {
-            return;
-        };
-        let old = slot.start..slot.end();
-        slot.start = start;
-        self.owes_no_more(old.start, old.end);
-        let mut moved = self.pages.split_off(&old.start);
-        self.pages.append(&mut moved.split_off(&old.end));
-        for (ipa, page) in moved {
-            let there = self.pages.entry(ipa - old.start + start).or_default();
-            // It may have been written at its new address already.
-            let content = page.content.max(there.content);
-            *there = Page { content, ..page };
-        }
-    }
-
-    /// A slot whose size changed. What was beyond its end is nobody's any more.
-    pub fn resize_slot(&mut self, id: u16, pages: u64, dirty: Arc<Dirty>) {
-        let Some(slot) = self.slots.get_mut(&id) else {
-            return;
-        };
-        let old_end = slot.end();
-        slot.pages = pages;
-        slot.exchanging = false;
-        if !Arc::ptr_eq(&slot.dirty, &dirty) {
-            slot.older = Some(std::mem::replace(&mut slot.dirty, dirty));
-        }
-        let end = slot.end();
-        let (on, changed) = (self.on, end.min(old_end)..end.max(old_end));
-        for (_, page) in self.pages.range_mut(changed) {
-            // The host copies what is new.
-            page.committed = (on && end > old_end).then_some(page.content);
-            page.copied = None;
-        }
-        self.owes_no_more(end, old_end);
-    }
-
-    /// The slot gets bitmaps of another size now.
-    pub fn exchanges(&mut self, id: u16) {
-        if let Some(slot) = self.slots.get_mut(&id) {
-            slot.exchanging = true;
-        }
-    }
-
-    /// What the slot knew before it was resized, it knows still.
-    pub fn resized(&mut self, id: u16) {
-        if let Some(slot) = self.slots.get_mut(&id) {
-            slot.older = None;
-        }
     }
 
     /// The log has said that it is on: the host copies everything.
@@ -440,14 +381,10 @@ impl Ghost {
     fn leaf_or_live(&self, machine: &Machine, guest: Guest, ipa: u64) -> bool {
         let live = self.slot_of(ipa).is_some_and(|slot| {
             let page = (ipa - slot.start) / PAGE_SIZE;
-            let mut bitmaps = slot.older.iter().chain([&slot.dirty]);
-            slot.exchanging
-                || bitmaps.any(|dirty| {
-                    let word = dirty.live().get((page / 64) as usize);
-                    word.is_some_and(|word| {
-                        crate::sync::raw(word).load(Ordering::SeqCst) >> (page % 64) & 1 == 1
-                    })
-                })
+            let word = slot.dirty.live().get((page / 64) as usize);
+            word.is_some_and(|word| {
+                crate::sync::raw(word).load(Ordering::SeqCst) >> (page % 64) & 1 == 1
+            })
         });
         if live {
             return true;

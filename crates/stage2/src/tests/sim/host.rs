@@ -14,7 +14,6 @@ impl Sim {
         } = place;
         let known = Known {
             place,
-            next: place,
             presence: Presence::Changing,
             version: 0,
         };
@@ -70,64 +69,10 @@ impl Sim {
         self.set_presence(id, Presence::Changing);
         self.finish("set_access", |stage2| stage2.set_access(SlotId(id), access))
             .unwrap();
-        self.change_place(id, |place| place.access = access);
-        self.set_presence(id, Presence::There);
-    }
-
-    /// What a slot will be when it is there again.
-    fn change_place(&self, id: u16, change: impl FnOnce(&mut Place)) {
         if let Some(slot) = lock(&self.slots).get_mut(&id) {
-            change(&mut slot.next);
+            slot.place.access = access;
         }
-    }
-
-    pub fn move_slot(&self, id: u16, ipa: u64) {
-        self.change_place(id, |place| place.ipa = ipa);
-        self.set_presence(id, Presence::Changing);
-        let base = Ipa::new(ipa).gfn();
-        self.finish("move_slot", |stage2| stage2.move_slot(SlotId(id), base))
-            .unwrap();
-        lock(&self.ghost).move_slot(id, ipa);
         self.set_presence(id, Presence::There);
-        self.check_all();
-    }
-
-    pub fn shrink(&self, id: u16, pages: u64) {
-        self.set_presence(id, Presence::Changing);
-        let dirty = self.world.dirty(id);
-        lock(&self.ghost).resize_slot(id, pages, dirty);
-        self.finish("shrink_slot", |stage2| {
-            stage2.shrink_slot(SlotId(id), pages)
-        })
-        .unwrap();
-        self.change_place(id, |place| place.pages = pages);
-        self.set_presence(id, Presence::There);
-        self.check_all();
-    }
-
-    /// Adds `pages` pages that follow in the machine too.
-    pub fn grow(&self, id: u16, pages: u64) {
-        self.set_presence(id, Presence::Changing);
-        let place = lock(&self.slots)[&id].place;
-        self.change_place(id, |place| place.pages += pages);
-        let more = [Extent {
-            pa: Pa::new(place.pa + place.pages * PAGE_SIZE),
-            pages,
-        }];
-        lock(&self.ghost).exchanges(id);
-        loop {
-            let step = self.op("grow_slot", |stage2| stage2.grow_slot(SlotId(id), &more));
-            let (total, dirty) = (place.pages + pages, self.world.dirty(id));
-            lock(&self.ghost).resize_slot(id, total, dirty);
-            self.check_all();
-            match step.unwrap() {
-                Progress::Done => break,
-                Progress::More { .. } => self.pause(),
-            }
-        }
-        lock(&self.ghost).resized(id);
-        self.set_presence(id, Presence::There);
-        self.check_all();
     }
 
     pub fn map_ahead(&self, id: u16) -> Result<(), Error> {
