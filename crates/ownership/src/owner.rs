@@ -127,32 +127,26 @@ pub enum Kind {
     Hypervisor = 2,
     /// A translation table of a VM.
     Table = 3,
-    /// A buffer of the host channel.
-    Channel = 4,
     /// The bundle the guests came in.
-    Bundle = 5,
+    Bundle = 4,
     /// A guest's memory.
-    GuestRam = 6,
+    GuestRam = 5,
     /// A guest's memory whose VM or slot is gone; not scrubbed yet.
-    Dying = 7,
-    /// Failed to be scrubbed; never used again.
-    Quarantined = 8,
+    Dying = 6,
     /// Part of a range that is moving at this moment.
-    InTransit = 9,
+    InTransit = 7,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 8] = [
         Kind::Reserved,
         Kind::Free,
         Kind::Hypervisor,
         Kind::Table,
-        Kind::Channel,
         Kind::Bundle,
         Kind::GuestRam,
         Kind::Dying,
-        Kind::Quarantined,
         Kind::InTransit,
     ];
 
@@ -161,26 +155,23 @@ impl Kind {
     /// | from | to | when |
     /// |---|---|---|
     /// | Reserved | Free, Hypervisor, Bundle | boot sorts memory |
-    /// | Free | Hypervisor, Table, Channel, GuestRam | allocation |
-    /// | Hypervisor, Channel | Free | given back |
+    /// | Free | Hypervisor, Table, GuestRam | allocation |
+    /// | Hypervisor | Free | given back |
     /// | Table | Free | after the TLB invalidation |
-    /// | Bundle | Free | every guest is loaded and none can be reset from it |
     /// | GuestRam | Dying | VM reset or end, slot deleted: no new translation to it |
     /// | Dying | Free | scrubbed, and no old translation left |
     /// | Dying | GuestRam | scrubbed early, for the VM's next life, at the same place |
-    /// | Dying | Quarantined | the scrub failed |
+    ///
+    /// The bundle stays: any guest may be reset from it.
     pub const fn may_become(self, to: Kind) -> bool {
-        use Kind::{
-            Bundle, Channel, Dying, Free, GuestRam, Hypervisor, InTransit, Quarantined, Reserved,
-            Table,
-        };
+        use Kind::{Bundle, Dying, Free, GuestRam, Hypervisor, InTransit, Reserved, Table};
         match self {
             Reserved => matches!(to, Free | Hypervisor | Bundle),
-            Free => matches!(to, Hypervisor | Table | Channel | GuestRam),
-            Hypervisor | Channel | Table | Bundle => matches!(to, Free),
+            Free => matches!(to, Hypervisor | Table | GuestRam),
+            Hypervisor | Table => matches!(to, Free),
             GuestRam => matches!(to, Dying),
-            Dying => matches!(to, Free | GuestRam | Quarantined),
-            Quarantined | InTransit => false,
+            Dying => matches!(to, Free | GuestRam),
+            Bundle | InTransit => false,
         }
     }
 }
@@ -196,16 +187,12 @@ pub enum Owner {
     Hypervisor,
     /// See [`Kind::Table`].
     Table(VmId),
-    /// See [`Kind::Channel`].
-    Channel,
     /// See [`Kind::Bundle`].
     Bundle,
     /// See [`Kind::GuestRam`].
     GuestRam(Guest),
     /// See [`Kind::Dying`]; whose it was.
     Dying(Guest),
-    /// See [`Kind::Quarantined`].
-    Quarantined,
     /// See [`Kind::InTransit`].
     InTransit,
 }
@@ -218,11 +205,9 @@ impl Owner {
             Owner::Free => Kind::Free,
             Owner::Hypervisor => Kind::Hypervisor,
             Owner::Table(_) => Kind::Table,
-            Owner::Channel => Kind::Channel,
             Owner::Bundle => Kind::Bundle,
             Owner::GuestRam(_) => Kind::GuestRam,
             Owner::Dying(_) => Kind::Dying,
-            Owner::Quarantined => Kind::Quarantined,
             Owner::InTransit => Kind::InTransit,
         }
     }
@@ -269,12 +254,10 @@ impl Owner {
             1 => Owner::Free,
             2 => Owner::Hypervisor,
             3 => Owner::Table(guest.vm),
-            4 => Owner::Channel,
-            5 => Owner::Bundle,
-            6 => Owner::GuestRam(guest),
-            7 => Owner::Dying(guest),
-            8 => Owner::Quarantined,
-            9 => Owner::InTransit,
+            4 => Owner::Bundle,
+            5 => Owner::GuestRam(guest),
+            6 => Owner::Dying(guest),
+            7 => Owner::InTransit,
             _ => Owner::Reserved,
         }
     }
@@ -287,11 +270,9 @@ impl fmt::Display for Owner {
             Owner::Free => f.write_str("free"),
             Owner::Hypervisor => f.write_str("the hypervisor's"),
             Owner::Table(vm) => write!(f, "a translation table of VM {}", vm.0),
-            Owner::Channel => f.write_str("a channel buffer"),
             Owner::Bundle => f.write_str("part of the bundle"),
             Owner::GuestRam(guest) => write!(f, "memory of {guest}"),
             Owner::Dying(guest) => write!(f, "dying memory of {guest}"),
-            Owner::Quarantined => f.write_str("quarantined"),
             Owner::InTransit => f.write_str("being moved by another CPU"),
         }
     }

@@ -139,21 +139,6 @@ impl<'t> FrameTable<'t> {
         }
     }
 
-    /// Moves one frame from one owner to another.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoSuchFrame`], [`Error::NotTheOwner`], [`Error::Forbidden`].
-    pub fn transfer(&self, frame: Pa, from: Owner, to: Owner) -> Result<(), Error> {
-        let [entry] = self.run(frame, 1)? else {
-            return Err(Error::NoSuchFrame(frame));
-        };
-        if !from.may_become(to) {
-            return Err(Error::Forbidden { frame, from, to });
-        }
-        exchange(entry, frame, from, to)
-    }
-
     /// Moves `frames` frames from `first` on, all of them or none. For guest memory `from` and `to`
     /// name the first guest frame; the numbers go up with the frames.
     ///
@@ -161,8 +146,8 @@ impl<'t> FrameTable<'t> {
     ///
     /// # Errors
     ///
-    /// As [`transfer`](Self::transfer), naming the first frame that stood in the way, and
-    /// [`Error::GuestRange`].
+    /// [`Error::NoSuchFrame`], [`Error::NotTheOwner`] and [`Error::Forbidden`], naming the first frame that stood in
+    /// the way, and [`Error::GuestRange`].
     pub fn transfer_range(
         &self,
         first: Pa,
