@@ -116,9 +116,20 @@ impl Cpu {
 /// far as the CPU itself can tell, and no other CPU looks.
 pub struct PerCpu<T: Copy>(UnsafeCell<[T; MAX_CPUS]>);
 
-// SAFETY: element `i` is only touched by CPU `i` (`get`, `set` use `index()`), and `T: Copy`
-// values move between CPUs only through other, synchronised means.
-unsafe impl<T: Copy> Sync for PerCpu<T> {}
+// SAFETY: element `i` is only touched by CPU `i` (`get`, `set` use `index()`). The first value of each was made by
+// another CPU (`new`), so it must be one that may go there.
+unsafe impl<T: Copy + Send> Sync for PerCpu<T> {}
+
+/// Does not compile if what may not go to another CPU is shared: then two traits have the method.
+const _: () = {
+    trait IsNotSync<Why> {
+        const CHECKED: () = ();
+    }
+    struct ItIs;
+    impl<T> IsNotSync<()> for T {}
+    impl<T: Sync> IsNotSync<ItIs> for T {}
+    <PerCpu<*const ()> as IsNotSync<_>>::CHECKED
+};
 
 impl<T: Copy> PerCpu<T> {
     /// The same value for every CPU.

@@ -276,11 +276,21 @@ impl Run {
         cache::clean_invalidate(self.address as usize + first * PAGE, pages * PAGE);
     }
 
-    /// Keeps the frames for good, as the hypervisor's own.
+    /// Keeps the frames for good, or until [`from_leaked`](Self::from_leaked).
     pub fn leak(self) -> u64 {
         let address = self.address;
         core::mem::forget(self);
         address
+    }
+
+    /// The run again that was leaked.
+    ///
+    /// # Safety
+    ///
+    /// [`leak`](Self::leak) gave that address, for a run of so many pages; no other run was made of it since, and
+    /// nothing uses the frames any more.
+    pub unsafe fn from_leaked(address: u64, pages: usize) -> Self {
+        Self { address, pages }
     }
 }
 
@@ -307,9 +317,4 @@ impl Drop for Run {
             Err(error) => log::error!("{error}"),
         }
     }
-}
-
-/// Gives back what [`Run::leak`] kept: stage-2 tables that nothing reaches any more.
-pub fn give_back_tables(address: u64, pages: usize) {
-    drop(Run { address, pages });
 }

@@ -7,8 +7,8 @@ use crate::platform::options::DirtyEngine;
 use core::sync::atomic::AtomicU64;
 use spin::Once;
 use tidemark_stage2::{
-    self as stage2, GuestVa, Hardware, IpaOperand, Leaves, Pa, RangeOperand, Support, Table, Tlbi,
-    VmidWidth, Vmids,
+    self as stage2, GuestVa, Hardware, IpaOperand, Leaves, Pa, RangeOperand, Support, Table,
+    TableAt, TablePages, Tlbi, VmidWidth, Vmids,
 };
 
 /// The machine, as one VM's stage 2 uses it.
@@ -29,12 +29,12 @@ impl Hardware for Hw {
     }
 
     #[inline]
-    fn table(&self, pa: Pa) -> &Table {
-        // SAFETY: `pa` came from `alloc_tables` or `alloc_unwritten`: mapped, inner-shareable write-back memory,
+    fn table(&self, at: TableAt<Self>) -> &Table {
+        // SAFETY: a `TableAt<Hw>` is of what an `Hw` allocated, below: mapped, inner-shareable write-back memory,
         // aligned to 4 KiB, that nothing else uses until `free_tables`; a Table is 512
         // atomics, for which any content is valid, and the hardware's walks and updates
         // are single-copy atomic accesses to them.
-        unsafe { &*(pa.raw() as *const Table) }
+        unsafe { &*(at.pa().raw() as *const Table) }
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
@@ -48,8 +48,9 @@ impl Hardware for Hw {
         Some(Pa::new(run.leak()))
     }
 
-    fn free_tables(&self, pa: Pa, count: usize) {
-        frames::give_back_tables(pa.raw(), count);
+    fn free_tables(&self, pages: TablePages<Self>) {
+        // SAFETY: a `TablePages<Hw>` is a run that an `Hw` took and leaked, above, and is the only one of it.
+        drop(unsafe { Run::from_leaked(pages.first().raw(), pages.count()) });
     }
 
     #[inline]

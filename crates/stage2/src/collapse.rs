@@ -48,7 +48,7 @@ impl<H: Hardware> Stage2<H> {
                     next = Some(here);
                     break;
                 }
-                let table = self.hw.table(pa);
+                let table = self.table(pa);
                 // A block is of one slot, even where two touch and their memory too: the next log would
                 // report all of it as the one's.
                 if slot.leaf(here, target).is_some()
@@ -103,7 +103,7 @@ impl<H: Hardware> Stage2<H> {
         }
         self.hw.dsb_ishst();
         for candidate in batch.iter().flatten() {
-            self.hw.free_tables(candidate.pa, 1);
+            self.free_tables(candidate.pa, 1);
             self.counters.collapses.fetch_add(1, Ordering::Relaxed);
             self.count_tables(-1);
             self.count_leaves(below, -512);

@@ -42,7 +42,7 @@ pub use ram::Caching;
 pub(crate) use rng::Rng;
 pub use whims::{Speculation, Whims};
 
-use crate::hardware::{Features, Hardware, Leaves, Support, Table, Tlbi};
+use crate::hardware::{Features, Hardware, Leaves, Support, Table, TableAt, TablePages, Tlbi};
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
 use pe::Pe;
@@ -448,6 +448,11 @@ impl Machine {
         usize::try_from((pa.raw() - TABLES) / 4096).unwrap()
     }
 
+    /// Returns the table at `pa`, whoever has it.
+    pub fn table_of(&self, pa: Pa) -> &Table {
+        &self.tables[self.index(pa)]
+    }
+
     fn value(&self, table: usize, index: usize) -> u64 {
         crate::sync::raw(&self.tables[table].entries()[index]).load(Ordering::SeqCst)
     }
@@ -595,8 +600,8 @@ impl Hardware for Machine {
         self.cpus.len()
     }
 
-    fn table(&self, pa: Pa) -> &Table {
-        &self.tables[self.index(pa)]
+    fn table(&self, at: TableAt<Self>) -> &Table {
+        self.table_of(at.pa())
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
@@ -607,11 +612,11 @@ impl Hardware for Machine {
         self.alloc(1, POISON)
     }
 
-    fn free_tables(&self, pa: Pa, count: usize) {
-        self.note(Event::Free(count));
-        let first = self.index(pa);
+    fn free_tables(&self, pages: TablePages<Self>) {
+        self.note(Event::Free(pages.count()));
+        let first = self.index(pages.first());
         let mut memory = lock(&self.memory);
-        for table in first..first + count {
+        for table in first..first + pages.count() {
             assert!(memory.used[table], "a table was freed twice");
             memory.used[table] = false;
             memory.in_use -= 1;

@@ -1,12 +1,67 @@
 //! The machine as this crate sees it: table memory, barriers, TLB invalidation.
 //!
-//! The trait is safe on purpose. Whoever implements it owns the unsafe parts (turning a [`Pa`] into
-//! a reference, executing `TLBI`), and the engine above can be `forbid(unsafe_code)`. A recording
-//! implementation is in `fake`, so tests assert the exact sequence of barriers and invalidations.
+//! Whoever implements the trait owns the unsafe parts (turning an address into a reference, executing `TLBI`), and
+//! the engine above can be `forbid(unsafe_code)`. A recording implementation is in `fake`, so tests assert the exact
+//! sequence of barriers and invalidations.
+//!
+//! # Why the trait is safe
+//!
+//! No address becomes a reference by somebody's saying so. [`Hardware::table`] takes a [`TableAt`] and
+//! [`Hardware::free_tables`] a [`TablePages`], which only the engine makes: of what `alloc_tables` of a machine *of the
+//! same type* gave it, or of a descriptor that it wrote itself to such a table. An `unsafe` block in an implementation
+//! may rely on that. An `unsafe trait` was rejected: it says that an implementation can be wrong, and leaves every
+//! caller free to hand it any address.
+//!
+//! An address is none:
+//!
+//! ```compile_fail,E0308
+//! # use tidemark_stage2::{fake::Machine, Hardware, Pa};
+//! let machine = Machine::new(1, 1);
+//! let table = machine.table(Pa::new(0x4000_0000));
+//! ```
+//!
+//! ```compile_fail,E0308
+//! # use tidemark_stage2::{fake::Machine, Hardware, Pa};
+//! let machine = Machine::new(1, 1);
+//! machine.free_tables(Pa::new(0x4000_0000));
+//! ```
+//!
+//! and becomes none:
+//!
+//! ```compile_fail,E0624
+//! # use tidemark_stage2::{fake::Machine, Pa, TableAt};
+//! let at = TableAt::<Machine>::new(Pa::new(0x4000_0000));
+//! ```
+//!
+//! ```compile_fail,E0624
+//! # use tidemark_stage2::{fake::Machine, Pa, TablePages};
+//! let pages = TablePages::<Machine>::new(Pa::new(0x4000_0000), 1);
+//! ```
+//!
+//! Nor does that of one machine serve for another:
+//!
+//! ```compile_fail,E0308
+//! # use tidemark_stage2::{Hardware, TableAt};
+//! fn read<A: Hardware, B: Hardware>(mine: &A, theirs: TableAt<B>) -> usize {
+//!     mine.table(theirs).entries().len()
+//! }
+//! ```
+//!
+//! Pages go back once:
+//!
+//! ```compile_fail,E0382
+//! # use tidemark_stage2::{Hardware, TablePages};
+//! fn free<H: Hardware>(machine: &H, pages: TablePages<H>) {
+//!     machine.free_tables(pages);
+//!     machine.free_tables(pages);
+//! }
+//! ```
 
 use crate::sync::atomic::AtomicU64;
 use crate::tlb::{IpaOperand, RangeOperand};
 use crate::types::{GuestVa, Pa, VmidWidth};
+use core::fmt;
+use core::marker::PhantomData;
 use core::ops::Deref;
 
 /// One translation table: 512 descriptors, each shared with the hardware walker.
@@ -30,6 +85,77 @@ impl Table {
 impl Default for Table {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Where one table is that the engine has of a machine of type `H`.
+pub struct TableAt<H: ?Sized> {
+    pa: Pa,
+    of: PhantomData<fn() -> H>,
+}
+
+impl<H: ?Sized> TableAt<H> {
+    /// For what [`Hardware::alloc_tables`] gave, or a descriptor in a table of that.
+    #[inline]
+    pub(crate) const fn new(pa: Pa) -> Self {
+        Self {
+            pa,
+            of: PhantomData,
+        }
+    }
+
+    /// Its address, a multiple of 4 KiB.
+    #[inline]
+    pub const fn pa(&self) -> Pa {
+        self.pa
+    }
+}
+
+impl<H: ?Sized> Clone for TableAt<H> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<H: ?Sized> Copy for TableAt<H> {}
+
+impl<H: ?Sized> fmt::Debug for TableAt<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TableAt({})", self.pa)
+    }
+}
+
+/// Tables side by side that go back to a machine of type `H`: allocated together, and nobody has them.
+pub struct TablePages<H: ?Sized> {
+    first: Pa,
+    count: usize,
+    of: PhantomData<fn() -> H>,
+}
+
+impl<H: ?Sized> TablePages<H> {
+    /// For what [`Hardware::alloc_tables`] gave, once neither software nor any TLB can reach it.
+    pub(crate) const fn new(first: Pa, count: usize) -> Self {
+        Self {
+            first,
+            count,
+            of: PhantomData,
+        }
+    }
+
+    /// The address of the first, aligned to the size of all.
+    pub const fn first(&self) -> Pa {
+        self.first
+    }
+
+    /// How many.
+    pub const fn count(&self) -> usize {
+        self.count
+    }
+}
+
+impl<H: ?Sized> fmt::Debug for TablePages<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TablePages({}, {})", self.first, self.count)
     }
 }
 
@@ -120,11 +246,12 @@ pub trait Hardware: Sync {
     /// Returns how many CPUs there are.
     fn cpus(&self) -> usize;
 
-    /// Returns the table at `pa`, which came from [`alloc_tables`](Hardware::alloc_tables).
-    /// The memory is Inner Shareable Write-Back, else hardware updates are not atomic (R_WLTNL).
-    fn table(&self, pa: Pa) -> &Table;
+    /// Returns the table there. The memory is Inner Shareable Write-Back, else hardware updates are not atomic
+    /// (R_WLTNL).
+    fn table(&self, at: TableAt<Self>) -> &Table;
 
-    /// Allocates `count` (1, 2, 4, 8 or 16) zeroed, contiguous tables, aligned to their total size.
+    /// Allocates `count` (1, 2, 4, 8 or 16) zeroed, contiguous tables, aligned to their total size. Nothing else
+    /// uses that memory until [`free_tables`](Hardware::free_tables).
     fn alloc_tables(&self, count: usize) -> Option<Pa>;
 
     /// Allocates one table with anything in it: every entry is written before the table can be reached.
@@ -133,7 +260,7 @@ pub trait Hardware: Sync {
     }
 
     /// Takes back tables that neither software nor any TLB can reach any more.
-    fn free_tables(&self, pa: Pa, count: usize);
+    fn free_tables(&self, pages: TablePages<Self>);
 
     /// `PRFM PLDL1KEEP` of every line: these entries will be read or written soon. Nothing but speed depends on it.
     #[inline]
@@ -184,8 +311,8 @@ impl<P: Deref<Target: Hardware> + Sync> Hardware for P {
     fn cpus(&self) -> usize {
         (**self).cpus()
     }
-    fn table(&self, pa: Pa) -> &Table {
-        (**self).table(pa)
+    fn table(&self, at: TableAt<Self>) -> &Table {
+        (**self).table(TableAt::new(at.pa))
     }
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
         (**self).alloc_tables(count)
@@ -197,8 +324,8 @@ impl<P: Deref<Target: Hardware> + Sync> Hardware for P {
     fn prefetch(&self, entries: &[AtomicU64; 64]) {
         (**self).prefetch(entries);
     }
-    fn free_tables(&self, pa: Pa, count: usize) {
-        (**self).free_tables(pa, count);
+    fn free_tables(&self, pages: TablePages<Self>) {
+        (**self).free_tables(TablePages::new(pages.first, pages.count));
     }
     fn dsb_ishst(&self) {
         (**self).dsb_ishst();

@@ -141,7 +141,7 @@ pub use config::vtcr_el2 as vtcr;
 pub use control::{LogStage, LogStatus};
 pub use error::Error;
 pub use fault::{Fault, FaultAccess, FaultKind, Outcome};
-pub use hardware::{Features, Hardware, Leaves, Support, Table, Tlbi};
+pub use hardware::{Features, Hardware, Leaves, Support, Table, TableAt, TablePages, Tlbi};
 pub use harvest::{SlotDirty, Words};
 pub use map::Translation;
 pub use quota::{Count, Duty, Limit, Meter, Quota, Stalls, Ticks, Turn, Verdict};

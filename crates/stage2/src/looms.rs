@@ -158,14 +158,14 @@ mod models {
         fn cpus(&self) -> usize {
             1
         }
-        fn table(&self, pa: Pa) -> &Table {
-            &self.tables[(pa.raw() >> 12) as usize - 1]
+        fn table(&self, at: TableAt<Self>) -> &Table {
+            &self.tables[(at.pa().raw() >> 12) as usize - 1]
         }
         fn alloc_tables(&self, count: usize) -> Option<Pa> {
             let first = self.used.fetch_add(count, Ordering::Relaxed);
             Some(Pa::new((first as u64 + 1) << 12))
         }
-        fn free_tables(&self, _: Pa, _: usize) {}
+        fn free_tables(&self, _: TablePages<Self>) {}
         fn dsb_ishst(&self) {
             super::weak::fence(Ordering::SeqCst);
         }

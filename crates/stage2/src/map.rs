@@ -121,7 +121,7 @@ impl<H: Hardware> Stage2<H> {
         loop {
             let entry = table.entry(level.index(ipa));
             match Pte(entry.load(Ordering::Acquire)).kind(level) {
-                Kind::Table(pa) => table = self.hw.table(pa),
+                Kind::Table(pa) => table = self.table(pa),
                 Kind::Leaf | Kind::Busy => return Mapped::Raced,
                 Kind::Empty if level == Level::L3 => {
                     return self.fill_live(slot, table, ipa, permission, touched);
@@ -151,7 +151,7 @@ impl<H: Hardware> Stage2<H> {
                     let Some(pa) = self.hw.alloc_tables(1) else {
                         return Mapped::NoTables;
                     };
-                    let fresh = self.hw.table(pa);
+                    let fresh = self.table(pa);
                     let filled = if level == Level::L2 {
                         self.fill(slot, fresh, ipa, permission, touched, Reach::Unlinked)
                     } else {
@@ -164,7 +164,7 @@ impl<H: Hardware> Stage2<H> {
                         .is_err()
                     {
                         // Never reachable, so nothing to invalidate. What won may be a table: look again.
-                        self.hw.free_tables(pa, 1);
+                        self.free_tables(pa, 1);
                         continue;
                     }
                     self.count_tables(1);

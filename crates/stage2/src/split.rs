@@ -45,7 +45,7 @@ impl<H: Hardware> Stage2<H> {
         };
         let base = ipa & !(level.size() - 1);
         let pa = self.hw.alloc_unwritten().ok_or(Unsplit::NoTables)?;
-        let children = self.hw.table(pa);
+        let children = self.table(pa);
         // All its lines at once: nobody has had them for a while, and stores wait for them one after the other.
         for group in children.0.as_chunks().0 {
             self.hw.prefetch(group);
@@ -75,7 +75,7 @@ impl<H: Hardware> Stage2<H> {
             }
         }
         // Never linked, so nothing can reach it.
-        self.hw.free_tables(pa, 1);
+        self.free_tables(pa, 1);
         Err(Unsplit::Raced)
     }
 

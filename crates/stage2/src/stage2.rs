@@ -263,6 +263,6 @@ impl<H: Hardware> Drop for Stage2<H> {
     /// work, delete the slots first.
     fn drop(&mut self) {
         self.free_tree();
-        self.hw.free_tables(self.root, self.shape.roots);
+        self.free_tables(self.root, self.shape.roots);
     }
 }

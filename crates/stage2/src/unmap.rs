@@ -166,12 +166,12 @@ impl<H: Hardware> Stage2<H> {
             let place = self.descend_to(ipa, level);
             if let Kind::Table(pa) = place.kind
                 && place.level == level
-                && self.hw.table(pa).is_empty()
+                && self.table(pa).is_empty()
             {
                 let entry = place.entry();
                 // Only the holder of the control mutex changes an entry that points to a table.
                 entry.swap(Pte::BUSY.0, Ordering::AcqRel);
-                let table = self.hw.table(pa);
+                let table = self.table(pa);
                 *place_for = Some(Broken { entry, table, pa });
             }
         }
@@ -188,7 +188,7 @@ impl<H: Hardware> Stage2<H> {
         for Broken { entry, table, pa } in broken.into_iter().flatten() {
             if table.is_empty() {
                 entry.swap(Pte::EMPTY.0, Ordering::AcqRel);
-                self.hw.free_tables(pa, 1);
+                self.free_tables(pa, 1);
                 self.count_tables(-1);
             } else {
                 // A slot beside this one got a leaf there.
@@ -203,7 +203,7 @@ impl<H: Hardware> Stage2<H> {
         self.tlb().everything();
         for root in 0..self.shape.roots {
             let pa = Pa::new(self.root.raw() + (root * size_of::<Table>()) as u64);
-            self.free_below(self.hw.table(pa), self.shape.start);
+            self.free_below(self.table(pa), self.shape.start);
         }
     }
 
@@ -211,8 +211,8 @@ impl<H: Hardware> Stage2<H> {
         let Some(below) = level.below() else { return };
         for entry in &table.0 {
             if let Kind::Table(pa) = Pte(entry.swap(Pte::EMPTY.0, Ordering::AcqRel)).kind(level) {
-                self.free_below(self.hw.table(pa), below);
-                self.hw.free_tables(pa, 1);
+                self.free_below(self.table(pa), below);
+                self.free_tables(pa, 1);
             }
         }
     }

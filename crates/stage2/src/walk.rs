@@ -4,7 +4,7 @@
 //! compare-and-swap, but no table that was ever reachable is freed while somebody holds a copy who may
 //! have found it, or by anyone but the holder of the mutex. So a reference found here stays good.
 
-use crate::hardware::{Hardware, Table};
+use crate::hardware::{Hardware, Table, TableAt, TablePages};
 use crate::pte::{Kind, Pte};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -51,8 +51,18 @@ impl Table {
 impl<H: Hardware> Stage2<H> {
     /// Returns the root table for `ipa`; roots of a concatenated start level lie side by side.
     pub(crate) fn root(&self, ipa: u64) -> &Table {
-        self.hw
-            .table(Pa::new(self.root.raw() + self.root_offset(ipa)))
+        self.table(Pa::new(self.root.raw() + self.root_offset(ipa)))
+    }
+
+    /// Returns the table at `pa`, which the machine allocated for this VM or a descriptor of it leads to.
+    #[inline]
+    pub(crate) fn table(&self, pa: Pa) -> &Table {
+        self.hw.table(TableAt::new(pa))
+    }
+
+    /// Gives back tables that neither software nor any TLB can reach any more.
+    pub(crate) fn free_tables(&self, pa: Pa, count: usize) {
+        self.hw.free_tables(TablePages::new(pa, count));
     }
 
     fn root_offset(&self, ipa: u64) -> u64 {
@@ -78,7 +88,7 @@ impl<H: Hardware> Stage2<H> {
             match (kind, level.below()) {
                 (Kind::Table(pa), Some(below)) if level < target => {
                     above = Some((table, index));
-                    table = self.hw.table(pa);
+                    table = self.table(pa);
                     level = below;
                 }
                 _ => {

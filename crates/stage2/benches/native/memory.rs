@@ -7,7 +7,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use tidemark_stage2::{GuestVa, Hardware, IpaOperand, PAGE_SIZE, Pa, RangeOperand, Table};
+use tidemark_stage2::{
+    GuestVa, Hardware, IpaOperand, PAGE_SIZE, Pa, RangeOperand, Table, TableAt, TablePages,
+};
 
 /// Where the tables lie in the machine.
 const BASE: u64 = 1 << 40;
@@ -49,7 +51,7 @@ impl Memory {
 
     /// Zeroes a table that came back, as fast as memory can be zeroed.
     fn zero(&self, pa: Pa) {
-        let table: *const Table = self.table(pa);
+        let table: *const Table = &self.tables[Self::index(pa)];
         // SAFETY: `AtomicU64` may be written to by way of a shared reference, zero is a value of it, and
         // nobody else reaches a table that was given back and not yet handed out.
         unsafe { table.cast_mut().write_bytes(0, 1) };
@@ -81,8 +83,8 @@ impl Hardware for Memory {
     }
 
     #[inline]
-    fn table(&self, pa: Pa) -> &Table {
-        &self.tables[Self::index(pa)]
+    fn table(&self, at: TableAt<Self>) -> &Table {
+        &self.tables[Self::index(at.pa())]
     }
 
     fn alloc_tables(&self, count: usize) -> Option<Pa> {
@@ -108,11 +110,11 @@ impl Hardware for Memory {
         self.take_back().or_else(|| self.alloc_tables(1))
     }
 
-    fn free_tables(&self, pa: Pa, count: usize) {
+    fn free_tables(&self, pages: TablePages<Self>) {
         // Concatenated roots come back only when the VM ends, and then nobody asks any more.
-        if count == 1 {
+        if pages.count() == 1 {
             let mut back = self.back.lock().unwrap_or_else(PoisonError::into_inner);
-            back.push(pa);
+            back.push(pages.first());
         }
     }
 

@@ -5,7 +5,6 @@
 use super::tlb::{ACCESSED, DBM, Leaf, Tlb, VALID, WRITE, shift};
 use super::{Entry, Late, Machine, Whims, lock};
 use crate::fault::{Fault, FaultAccess, FaultKind};
-use crate::hardware::Hardware;
 use crate::sync::atomic::AtomicU64;
 use crate::types::{GuestVa, Ipa, Pa};
 use std::collections::BTreeMap;
@@ -477,7 +476,7 @@ impl Machine {
                 table: self.index(Pa::new(table)),
                 index: (ipa >> shift(level) & 511) as usize,
             };
-            let entry = &self.table(Pa::new(table)).entries()[place.index];
+            let entry = &self.table_of(Pa::new(table)).entries()[place.index];
             let value = crate::sync::raw(entry).load(SeqCst);
             let pte = see(place, value);
             if level < 3 && pte & 3 == 3 {

@@ -236,7 +236,7 @@ impl<H: Hardware> Stage2<H> {
                 // While this one is looked at the next comes out of memory: at a table's end the hardware's own
                 // prefetching stops, and an atomic in this one holds up every load behind it.
                 let next = match place.next_above().map(|pte| pte.kind(Level::L2)) {
-                    Some(Kind::Table(pa)) => Some(self.hw.table(pa)),
+                    Some(Kind::Table(pa)) => Some(self.table(pa)),
                     _ => None,
                 };
                 let ahead = |number: usize| {

@@ -2,7 +2,6 @@
 
 use super::world::*;
 use crate::fake::Event;
-use crate::hardware::Hardware;
 use crate::types::*;
 use crate::{Error, FaultAccess, Features, LogStage};
 use std::collections::BTreeSet;
@@ -299,7 +298,7 @@ fn a_table_that_is_used_again_is_not_freed() {
     let leaf = world.pte(IPA).0.0;
     // What a fault in the neighbour does that had found the table before.
     let ran = at_the_invalidation(&world, move |world| {
-        world.machine.table(table).entries()[index + 8].store(leaf, Ordering::SeqCst);
+        world.machine.table_of(table).entries()[index + 8].store(leaf, Ordering::SeqCst);
     });
     world.delete(0);
     assert!(ran.load(Ordering::SeqCst));
@@ -316,7 +315,7 @@ fn a_table_that_is_used_again_is_not_freed() {
 fn a_table_that_changes_is_not_collapsed() {
     // The write permission of the first leaf; an access flag alone would not matter.
     let (world, ran) = about_to_collapse(|world, (table, index)| {
-        let entry = &world.machine.table(table).entries()[index];
+        let entry = &world.machine.table_of(table).entries()[index];
         entry.fetch_and(!(1 << 7), Ordering::SeqCst);
     });
     let (table, index) = world.where_is(IPA, Level::L3);

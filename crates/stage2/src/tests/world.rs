@@ -2,7 +2,6 @@
 
 use crate::dirty::Dirty;
 use crate::fake::{Guest, Machine};
-use crate::hardware::Hardware;
 use crate::pte::{Kind, Pte};
 use crate::stage2::Stage2;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -252,7 +251,8 @@ impl World {
         let mut at = Level::L1;
         assert!(self.stage2.ipa_bits() < 40, "one root at level 1");
         while at < level {
-            let entry = self.machine.table(table).entries()[at.index(ipa)].load(Ordering::SeqCst);
+            let entry =
+                self.machine.table_of(table).entries()[at.index(ipa)].load(Ordering::SeqCst);
             let Kind::Table(below) = Pte(entry).kind(at) else {
                 panic!("no table below {at:?}")
             };

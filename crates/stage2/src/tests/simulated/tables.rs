@@ -51,7 +51,7 @@ fn invariant_05_a_slot_that_goes_or_changes_is_not_reached_and_loses_nothing() {
 
 #[test]
 fn invariant_05_a_table_that_is_still_linked_or_remembered_does_not_go_back() {
-    use crate::hardware::Hardware;
+    use crate::hardware::{Hardware, TablePages};
     let tables = || {
         let sim = vm(Setup::new(Features::BASELINE, 1));
         sim.alone(|sim| {
@@ -64,7 +64,7 @@ fn invariant_05_a_table_that_is_still_linked_or_remembered_does_not_go_back() {
         (sim, table)
     };
     let (sim, table) = tables();
-    let why = refused(|| sim.alone(|sim| sim.world.machine.free_tables(table, 1)));
+    let why = refused(|| sim.alone(|sim| sim.world.machine.free_tables(TablePages::new(table, 1))));
     assert!(why.contains("while it is linked"), "{why}");
     let (sim, table) = tables();
     let why = refused(|| {
@@ -75,7 +75,7 @@ fn invariant_05_a_table_that_is_still_linked_or_remembered_does_not_go_back() {
                 .swap(Pte::EMPTY.0, Ordering::SeqCst);
             machine.dsb_ishst();
             // CPU 0 walked through it, and no invalidation said that it must not again.
-            machine.free_tables(table, 1);
+            machine.free_tables(TablePages::new(table, 1));
         });
     });
     assert!(why.contains("may walk through it"), "{why}");
@@ -158,7 +158,7 @@ fn invariant_06_a_size_that_changes_without_a_break_ends_the_run() {
             let machine = &sim.world.machine;
             let block = Pte(sim.world.entry(page(3)).load(Ordering::SeqCst));
             let table = machine.alloc_tables(1).unwrap();
-            for (index, entry) in machine.table(table).entries().iter().enumerate() {
+            for (index, entry) in machine.table_of(table).entries().iter().enumerate() {
                 let child = block.child(Level::L3, index, Permission::Untracked);
                 entry.store(child.0, Ordering::SeqCst);
             }
@@ -176,7 +176,7 @@ fn invariant_06_a_size_that_changes_without_a_break_ends_the_run() {
         use crate::hardware::Hardware;
         let block = world.pte(IPA).0;
         let table = world.machine.alloc_tables(1).unwrap();
-        for (index, entry) in world.machine.table(table).entries().iter().enumerate() {
+        for (index, entry) in world.machine.table_of(table).entries().iter().enumerate() {
             let child = block.child(Level::L3, index, Permission::Untracked);
             entry.store(child.0, Ordering::SeqCst);
         }
@@ -199,7 +199,7 @@ fn invariant_06_a_table_over_what_a_tlb_holds_ends_the_run_unless_it_is_the_same
             let entry = sim.world.entry(page(3));
             let block = Pte(entry.swap(Pte::EMPTY.0, Ordering::SeqCst));
             let table = machine.alloc_tables(1).unwrap();
-            for (index, entry) in machine.table(table).entries().iter().enumerate() {
+            for (index, entry) in machine.table_of(table).entries().iter().enumerate() {
                 let child = block.child(Level::L3, index ^ other, Permission::Untracked);
                 entry.store(child.0, Ordering::SeqCst);
             }
