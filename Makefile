@@ -109,9 +109,9 @@ tools: toolchain ## the host's programs: target/debug/{tidectl,mkimage}
 
 # What is checked
 
-check: lint fmt-check rooms clippy doc-check host-test ## formatting, rooms, lints, documentation, tests of the crates
+check: lint fmt-check rooms clippy doc-check package-check host-test ## formatting, rooms, lints, documentation, the package of crates/stage2, tests of the crates
 
-.PHONY: fmt-check doc-check rooms
+.PHONY: fmt-check doc-check package-check rooms
 fmt-check: toolchain
 	$(say) "formatting"
 	@$(HOST) fmt --all -- --check
@@ -138,6 +138,11 @@ doc-check: toolchain
 	@RUSTDOCFLAGS=-Dwarnings $(HOST) doc $(Q) --no-deps
 	$(say) "documentation: image and guests"
 	@$(IMAGE) doc $(Q) --no-deps -p tidemark -p tidemark-guests
+
+# As it would go to a registry: it builds by itself, without the workspace.
+package-check: toolchain
+	$(say) "package: crates/stage2"
+	@$(HOST) package --quiet -p tidemark-stage2 --all-features --allow-dirty
 
 doc: doc-check ## the crates' documentation
 	@echo "open $(TARGET)/doc/tidemark_stage2/index.html (crates) and $(TARGET)/el2/$(TRIPLE)/doc/tidemark/index.html (image)"

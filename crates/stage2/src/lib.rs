@@ -1,10 +1,4 @@
-//! Stage-2 translation tables and the dirty log of one VM.
-//!
-//! This crate owns everything between a memory slot and a bitmap of the pages a guest wrote: the
-//! tables, the faults on them, splitting and collapsing blocks, write protection, the hardware's dirty
-//! state, and the two-phase harvest. It is pure: no assembly, no `unsafe`; the machine is behind one
-//! trait, [`Hardware`]. So all of it is tested on the build machine, against a fake that records every
-//! barrier and whose TLBs keep whatever the architecture lets them keep.
+#![doc = include_str!("../README.md")]
 //!
 //! # The way of a dirty page
 //!
@@ -55,47 +49,6 @@
 //!
 //! Architecture: Arm ARM DDI 0487, D8.2 (walks), D8.3 (descriptors), D8.5 (hardware dirty state), D8.14
 //! (TLB maintenance, break-before-make).
-//!
-//! # Example
-//!
-//! ```
-//! use tidemark_stage2::{fake::Machine, *};
-//!
-//! # fn main() -> Result<(), Error> {
-//! let machine = Machine::new(64, 1);
-//! let vmid = Vmid::new(1, VmidWidth::Eight).unwrap();
-//! let stage2 = Stage2::new(&machine, 40, vmid, Features::BASELINE)?;
-//!
-//! // 4 MiB at 1 GiB, mapped ahead: two blocks.
-//! let ram = Extent { pa: Pa::new(0x8000_0000), pages: 1024 };
-//! let base = Ipa::new(0x4000_0000);
-//! stage2.add_slot(SlotId(0), base.gfn(), 1024, Access::ReadWrite, &[ram])?;
-//! assert_eq!(stage2.map_ahead(SlotId(0), 0)?, Progress::Done);
-//! assert_eq!(stage2.mappings().blocks_2m, 2);
-//!
-//! while stage2.start_log(stage2.best_engine(), Granularity::Page)? != Progress::Done {}
-//!
-//! // The guest writes its third page: a permission fault, handled.
-//! let write = Fault {
-//!     ipa: Ipa::new(0x4000_2000),
-//!     access: FaultAccess::Write,
-//!     kind: FaultKind::Permission,
-//!     va: None,
-//! };
-//! assert_eq!(stage2.handle_fault(write), Outcome::Dirtied(Level::L3));
-//!
-//! // The host takes an epoch, reads it, and says it has it.
-//! let epoch = Epoch(1);
-//! while stage2.take(epoch)? != Progress::Done {}
-//! let words = stage2.in_flight(SlotId(0), epoch)?;
-//! assert_eq!(words[0].load(core::sync::atomic::Ordering::Relaxed), 0b100);
-//! stage2.commit(epoch)?;
-//!
-//! while stage2.stop_log()? != Progress::Done {}
-//! assert_eq!(stage2.mappings().blocks_2m, 2);
-//! # Ok(())
-//! # }
-//! ```
 #![no_std]
 #![forbid(unsafe_code)]
 
