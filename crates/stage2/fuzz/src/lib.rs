@@ -94,8 +94,8 @@ struct Vm {
     guest: Guest,
     model: Model,
     epoch: u64,
-    /// A change of access that is half way: until it is done a guest may try in vain.
-    changing: Option<(SlotId, Access)>,
+    /// Changes of access that are half way, by slot: until each is done a guest may try in vain.
+    changing: BTreeMap<SlotId, Access>,
     seen: Seen,
 }
 
@@ -132,7 +132,7 @@ impl Vm {
             guest,
             model: Model::default(),
             epoch: 0,
-            changing: None,
+            changing: BTreeMap::new(),
             seen: Seen::new(),
         }
     }
@@ -202,7 +202,7 @@ impl Vm {
             match outcome {
                 Outcome::Resume | Outcome::Dirtied(_) => {}
                 Outcome::Retry => {
-                    if let Some((name, access)) = self.changing.take() {
+                    for (name, access) in std::mem::take(&mut self.changing) {
                         let _ = self.finish(1, |stage2| stage2.set_access(name, access));
                     }
                 }
@@ -292,8 +292,10 @@ impl Vm {
                 let access = [Access::ReadWrite, Access::ReadOnly][usize::from(argument >> 7)];
                 let set = self.finish(argument >> 4, |stage2| stage2.set_access(name, access));
                 self.saw(call, &set);
-                let half = matches!(set, Ok(Progress::More { .. }));
-                self.changing = half.then_some((name, access));
+                match set {
+                    Ok(Progress::More { .. }) => drop(self.changing.insert(name, access)),
+                    _ => drop(self.changing.remove(&name)),
+                }
             }
             3 => {
                 let mapped = self.stage2.map_ahead(name, bytes.short()?);
