@@ -37,6 +37,18 @@ run: qemu image guests tools ## the demo: boot Debian's Linux, track its dirty p
 
 test: host-test loom serial-test lock-test ## every test: the crates here, then the image in QEMU over its serial line
 
+# One test of each kind over the serial line
+QUICK_TESTS := linux_two_vcpus_to_shell oracle_max_adaptive oracle_a72_page uboot_to_prompt session_ends_amid hostile_max_one_cpu
+
+.PHONY: quick
+quick: fmt-check rooms qemu image guests tools ## what tells most in three minutes: lints of the image, the crates' tests cut short, one serial test of each kind
+	$(say) "lints: image"
+	@$(IMAGE) clippy $(Q) --release -p tidemark -- -D warnings
+	$(say) "tests of the crates on this machine, cut short"
+	@TIDEMARK_INTERRUPTIONS=1 TIDEMARK_SEQUENCES=50 $(HOST) test $(Q) --no-fail-fast 2>&1 | $(BRIEF)
+	$(say) "tests over the serial line, one of each kind"
+	@for name in $(QUICK_TESTS); do $(HOST) test $(Q) --test serial -- $$name || exit 1; done 2>&1 | $(BRIEF)
+
 shell: qemu image guests tools ## boot the guests and give you the machine's serial line
 	@$(HOST) run $(Q) --bin shell -- $(ARGS)
 

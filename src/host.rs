@@ -7,7 +7,7 @@
 //! paused goes on, and a log that it started for itself is stopped.
 //!
 //! Locks, in order: `RECEIVER`, then `SESSION`; a guest console's are leaves. Neither is
-//! held while a request is carried out, because carrying it out may send events. `bulk` has its own.
+//! held while a request is carried out, because what is noted meanwhile is told under `SESSION`. `bulk` has its own.
 
 mod bulk;
 mod commands;
@@ -214,7 +214,7 @@ fn typed(byte: u8) {
 }
 
 /// A guest wrote to its console. A line that a shared terminal is too slow for is in the history
-/// only: a CPU waits for the UART for a byte at most.
+/// only: a CPU waits for the UART for the few bytes at most that its vCPUs have written by then.
 #[inline]
 pub fn guest_output(vm: &Vm) {
     if vm.console.attached.load(Relaxed) {
@@ -302,11 +302,12 @@ fn send_text(vm: &Vm) -> bool {
         (offset, len, history.sent < history.end)
     };
     if len > 0 {
-        send_event(&message::Event::Console {
+        let event = message::Event::Console {
             vm: vm.id,
             offset,
             data: &text[..len],
-        });
+        };
+        send_event(&mut SESSION.lock(), &event);
     }
     more
 }
@@ -319,13 +320,15 @@ pub fn tell() {
     }
 }
 
+/// In the order in which they happened: no other CPU takes one while this one sends what it took, or ends the machine before that.
 #[inline(never)]
 fn tell_all() {
+    let mut session = SESSION.lock();
     while let Some(event) = event::take() {
         match event {
             Event::State(vm, state) => {
                 let state = told(state);
-                send_event(&message::Event::VmState { vm, state });
+                send_event(&mut session, &message::Event::VmState { vm, state });
             }
             Event::Over => lifecycle::power_off(),
         }
@@ -333,8 +336,7 @@ fn tell_all() {
 }
 
 /// Sends an event, if a session is open.
-fn send_event(event: &message::Event<'_>) {
-    let mut session = SESSION.lock();
+fn send_event(session: &mut Option<Open>, event: &message::Event<'_>) {
     let Some(open) = session.as_mut() else {
         return;
     };

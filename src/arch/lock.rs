@@ -2,8 +2,8 @@
 //!
 //! A CPU takes a lock only while all that it holds have lower ranks ([`rank`]). With debug assertions each lock that is
 //! taken is checked against that, and EL2 stops at the first that is not in order, whether or not two CPUs meet at it; without, these
-//! are spin's. Locks inside of the crates (a vCPU's run state, stage 2's, the vGIC's) are not among them: their
-//! tests have every order.
+//! are spin's. Locks inside of the crates (a VM's status and a vCPU's run state, stage 2's, the vGIC's) have no ranks: ARCHITECTURE.md
+//! says where they stand, and the crates' own tests take them in many orders among themselves.
 
 use core::ops::{Deref, DerefMut};
 

@@ -77,9 +77,10 @@ fn loaded(vm: &'static Vm, Start { entry, context }: Start) {
     vm.vgic.reset();
     device::reset(vm);
     work::guest_loaded(vm);
-    let completed = SCHEDULER.loaded(vm);
+    // Before its own first words.
     info!("{}: running", vm.name());
-    event::note(Event::State(vm.id, State::Running));
+    let completed = SCHEDULER.loaded(vm);
+    note_state(vm);
     follow(vm, completed);
 }
 
@@ -162,9 +163,10 @@ fn follow(vm: &'static Vm, completed: Option<Completed>) {
     }
 }
 
-/// The state that a VM is in now is news.
+/// The state that a VM is in now is news. Noted under its lock: the last that is told is the one that it is in.
 fn note_state(vm: &Vm) {
-    event::note(Event::State(vm.id, vm.status().state));
+    let status = vm.status();
+    event::note(Event::State(vm.id, status.state));
 }
 
 /// Notes that no guest is left, if the machine is to go off then.

@@ -64,6 +64,7 @@ pub fn request(header: Header, payload: &[u8]) {
     };
     send(&header, scratch.payload.get(..encoded).unwrap_or_default());
     if let After::PowerOff = after {
+        super::tell();
         lifecycle::power_off();
     }
 }
@@ -113,6 +114,8 @@ fn hello(session: Session, protocol: u16, max_payload: u16) -> Response<'static>
     let max_payload = open.map_or(max_payload, |open| open.max_payload);
     if open.is_none() {
         close();
+        // What has happened by now is the session's before, or nobody's.
+        super::tell();
         *SESSION.lock() = Some(Open {
             session,
             max_payload,

@@ -77,7 +77,10 @@ fn run(command: &str) {
         (Some("help" | "?"), _) => print(format_args!("{HELP}")),
         (Some("list"), _) => list(),
         (Some("machine"), _) => return machine(),
-        (Some("poweroff"), _) => lifecycle::power_off(),
+        (Some("poweroff"), _) => {
+            super::tell();
+            lifecycle::power_off()
+        }
         (Some("log"), [Some(level), _]) => match level.parse() {
             Ok(level) => log::set_max_level(level),
             Err(_) => print(format_args!("{LEVELS}")),

@@ -180,7 +180,7 @@ impl Vcpu {
     pub fn load(&self) {
         let parked = self.parked.lock();
         self.parked_is.store(OLDER, Relaxed);
-        // What ran here before is complete: there was a barrier when it left (`sched::leave`).
+        // What ran here before is complete: there was a barrier when it left (`Machine::publish`).
         let (vttbr, flush) = self
             .vm
             .memory

@@ -31,9 +31,9 @@ pub use scheduler::Program;
 use scheduler::{Path, Scheduler};
 use std::rc::Rc;
 
-/// Runs the programs that `programs` makes in every order in which CPUs are interrupted `interruptions` times at most, each time
+/// Runs the programs that `programs` makes in every order, all seeing each access at once, in which CPUs are interrupted `interruptions` times at most, each time
 /// in a world that `world` made, and looks at each end with `conclude`. A CPU that waits, or is between two things, hands over for
-/// free. Gives how many orders there were.
+/// free, and one that waits to the next in turn. Gives how many orders there were.
 pub fn in_every_order<W>(
     interruptions: u32,
     world: impl Fn() -> W,

@@ -92,7 +92,6 @@ macro_rules! atomics {
 atomics! {
     AtomicBool of bool: load() -> bool, store(value) -> (), swap(value) -> bool;
     AtomicU8 of u8: load() -> u8, store(value) -> (), swap(value) -> u8, fetch_or(value) -> u8;
-    AtomicU32 of u32: load() -> u32, store(value) -> (), swap(value) -> u32, fetch_or(value) -> u32;
     AtomicU64 of u64: load() -> u64, store(value) -> (), swap(value) -> u64, fetch_add(value) -> u64;
     AtomicUsize of usize: load() -> usize, store(value) -> (), swap(value) -> usize, fetch_add(value) -> usize;
 }

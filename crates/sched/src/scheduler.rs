@@ -515,6 +515,7 @@ impl<V: Vcpu, M: Machine<V>, const CPUS: usize> Scheduler<V, M, CPUS> {
         if vm.vcpus().iter().any(runs) {
             return None;
         }
+        // Each CPU did so for its vCPU as that left; here for what this one wrote for the VM by itself.
         self.machine.publish();
         status.pending = None;
         for vcpu in vm.vcpus() {

@@ -15,6 +15,8 @@ use crate::types::{Level, Pa};
 
 /// Tables looked at in a step, entry by entry.
 const BATCH: usize = 2;
+/// Entries compared before a look whether all were as expected: a cache line's.
+const LINE: usize = 8;
 /// Entries passed over in a step.
 const VISITS: usize = 128;
 
@@ -125,11 +127,17 @@ fn whole_block(table: &Table, target: Level, below: Level) -> Option<Pte> {
     // Who was accessed when is not worth a table. Until the table is broken off the hardware may set
     // a flag, and nothing else.
     let mut expected = first.accessed().0;
-    for entry in &table.0 {
-        if Pte(entry.load(Ordering::Relaxed)).accessed().0 != expected {
+    let (lines, _) = table.0.as_chunks::<LINE>();
+    for line in lines {
+        let mut differences = 0;
+        for entry in line {
+            differences |= Pte(entry.load(Ordering::Relaxed)).accessed().0 ^ expected;
+            // Within the block, which does not wrap.
+            expected = expected.wrapping_add(below.size());
+        }
+        if differences != 0 {
             return None;
         }
-        expected += below.size();
     }
     Some(first.accessed().parent())
 }

@@ -324,7 +324,66 @@ fn an_interrupt_and_a_vcpu_that_runs() {
     );
 }
 
-/// Each run state that a vCPU can be in when a transition is asked for, and each transition: how it ends is one of few ways.
+#[test]
+fn a_resume_beside_a_stronger_transition() {
+    for (transition, end) in [
+        (Transition::Reset, State::Running),
+        (Transition::Stop, State::Stopped),
+    ] {
+        let does = move |world: &World| {
+            world.pause();
+            world.request(transition);
+            world.resume();
+        };
+        beside(&[&[], &[]], does, |world| {
+            assert_eq!(world.state(), end, "{transition:?}");
+            let starts = 1 + u64::from(transition == Transition::Reset);
+            assert_eq!(world.vm.starts.load(SeqCst), starts);
+        });
+    }
+}
+
+#[test]
+fn two_reasons_to_look_at_once() {
+    let call_and_pause = |world: &World| {
+        world.sched.call(0);
+        world.pause();
+    };
+    beside(&[&[]], call_and_pause, |world| {
+        assert_eq!(world.state(), State::Paused);
+    });
+    let call_and_interrupt = |world: &World| {
+        world.sched.call(0);
+        world.interrupt(0);
+    };
+    beside(&[&[]], call_and_interrupt, |_| {});
+}
+
+#[test]
+fn a_pace_that_begins_and_ends() {
+    let does = |world: &World| {
+        world.vcpu(0).paced.store(true, SeqCst);
+        world.sched.ask_again(world.vcpu(0));
+        world.lift(0);
+    };
+    beside(&[&[]], does, |world| {
+        assert_eq!(world.run_state(0), RunState::Running);
+    });
+}
+
+#[test]
+fn a_pace_that_begins() {
+    let does = |world: &World| {
+        world.vcpu(0).paced.store(true, SeqCst);
+        world.sched.ask_again(world.vcpu(0));
+    };
+    beside(&[&[]], does, |world| {
+        assert_eq!(world.run_state(0), RunState::Stalled);
+    });
+}
+
+/// Each run state that a vCPU can be in when a transition is asked for, and each transition. The third is at home where the first
+/// is, and waits for it; where the VM is paused before, all of them are.
 #[test]
 fn each_run_state_by_each_transition() {
     let scripts: [&'static [Act]; 4] = [&[], &[Act::Block], &[Act::TurnOff], &[Act::Write]];
@@ -335,12 +394,15 @@ fn each_run_state_by_each_transition() {
             Transition::Stop,
             Transition::Fail,
         ] {
-            for stalls in [false, true] {
+            for (stalls, paused) in [(false, false), (true, false), (false, true)] {
                 let mut states: Vec<State> = Vec::new();
                 orders(
                     || {
-                        let scripts: &[&[Act]] = &[script, &[Act::Write]];
+                        let scripts: &[&[Act]] = &[script, &[Act::Write], &[]];
                         let world = World::running(scripts);
+                        if paused {
+                            world.alone(1, || world.act(World::pause));
+                        }
                         world.vcpu(0).exhausted.store(stalls, SeqCst);
                         world
                     },
@@ -360,6 +422,7 @@ fn each_run_state_by_each_transition() {
                     },
                 );
                 let end = match transition {
+                    Transition::Reset if paused => State::Paused,
                     Transition::Pause => State::Paused,
                     Transition::Reset => State::Running,
                     Transition::Stop => State::Stopped,

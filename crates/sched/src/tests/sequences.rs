@@ -3,6 +3,7 @@
 use super::world::*;
 use crate::*;
 use std::string::ToString;
+use std::sync::atomic::Ordering::SeqCst;
 
 fn status(world: &World) -> Status {
     world.vm.lifecycle().status().clone()
@@ -158,4 +159,34 @@ fn two_holders_are_counted_apart() {
     assert!(holds.any());
     holds.give_back(Hold::Lasting);
     assert!(!holds.any());
+}
+
+#[test]
+fn a_resume_counts_and_wakes_those_whose_timers_are_stale() {
+    let world = World::running(&[&[Act::Block], &[Act::Block]]);
+    world.settle();
+    world.vcpu(0).stale.store(true, SeqCst);
+    let before = status(&world).pauses;
+    world.alone(0, || world.act(World::pause));
+    world.alone(0, || world.act(World::resume));
+    assert_eq!(status(&world).pauses, before + 1);
+    assert_eq!(world.run_state(0), RunState::Queued);
+    assert_eq!(world.run_state(1), RunState::Blocked);
+}
+
+#[test]
+fn a_start_forgets_holds_and_a_failure_what_was_asked_for() {
+    let world = World::running(&[&[]]);
+    world.alone(1, || {
+        world.pause();
+        world.request(Transition::Stop);
+        world.sched.start(world.vm).unwrap();
+    });
+    assert!(!status(&world).holds.any());
+    world.alone(1, || {
+        let asked = world.sched.request(world.vm, Transition::Reset, "");
+        assert_eq!(asked, Ok(None), "it is not loaded yet");
+        world.sched.failed(world.vm, "no".to_string());
+    });
+    assert_eq!(status(&world).pending, None);
 }

@@ -43,6 +43,10 @@ pub struct TestVcpu {
     pub interrupt: AtomicBool,
     /// Its quota is used up.
     pub exhausted: AtomicBool,
+    /// It gets no turn.
+    pub paced: AtomicBool,
+    /// Its timers have to be set anew.
+    pub stale: Plain,
     /// The CPU that runs it.
     on: AtomicUsize,
     /// The CPU has written for it what is not seen by all.
@@ -120,7 +124,10 @@ impl Vcpu for TestVcpu {
     }
 
     fn turn(&self) -> Turn {
-        Turn::Go
+        match self.paced.load(SeqCst) {
+            true => Turn::StallUntil(1),
+            false => Turn::Go,
+        }
     }
 
     fn admit(&self, _: u64) -> Turn {
@@ -149,7 +156,7 @@ impl Vcpu for TestVcpu {
     }
 
     fn must_be_loaded(&self) -> bool {
-        false
+        self.stale.load(SeqCst)
     }
 }
 
@@ -212,6 +219,8 @@ impl World {
             script: Mutex::new(script.iter().rev().copied().collect()),
             interrupt: AtomicBool::new(false),
             exhausted: AtomicBool::new(false),
+            paced: AtomicBool::new(false),
+            stale: Plain::new(false),
             on: AtomicUsize::new(NOWHERE),
             unpublished: Plain::new(false),
             stalled: Plain::new(false),
@@ -263,6 +272,10 @@ impl World {
 
     /// What the room above does when a transition is complete.
     pub fn follow(&self, completed: Option<Completed>) {
+        // A pause may be taken back by now.
+        if !matches!(completed, None | Some(Completed::Paused)) {
+            self.vm.require_stillness("its run is over");
+        }
         if completed == Some(Completed::Reset) {
             self.vm.load.store(true, SeqCst);
         }
@@ -308,6 +321,7 @@ impl World {
     pub fn lift(&self, index: usize) {
         let vcpu = self.vcpu(index);
         vcpu.exhausted.store(false, SeqCst);
+        vcpu.paced.store(false, SeqCst);
         self.sched.ask_again(vcpu);
     }
 
@@ -376,6 +390,10 @@ impl World {
             traced::breathe();
             vcpu.unpublished.store(true, SeqCst);
             let kicked = self.take_kick();
+            if kicked {
+                // An interrupt of EL2's is an exit, and each such exit looks.
+                self.deliver(vcpu);
+            }
             let act = match kicked {
                 true => None,
                 false => vcpu.script.lock().unwrap().pop(),
@@ -477,6 +495,12 @@ impl World {
         let held = self.vm.lifecycle.is_held();
         assert_eq!(status.pending, None, "nobody completes it");
         assert_eq!(held, status.state != State::Running, "{status:?}");
+        let still = self.vm.still.load(SeqCst);
+        match status.state {
+            State::Running => assert!(!still, "its time stands still while it runs"),
+            State::Paused => assert!(still, "its time goes on while it is paused"),
+            State::Stopped | State::Starting | State::Failed => {}
+        }
         for (index, vcpu) in self.vm.vcpus.iter().enumerate() {
             let run = self.run_state(index);
             let what = std::format!("vCPU {index} is {run:?}, its VM {:?}", status.state);
@@ -504,7 +528,8 @@ impl World {
                 assert!(!vcpu.interrupt.load(SeqCst), "{what}: it is not woken");
             }
             if run == RunState::Stalled {
-                assert!(vcpu.exhausted.load(SeqCst), "{what}: it waits for nothing");
+                let waits = vcpu.exhausted.load(SeqCst) || vcpu.paced.load(SeqCst);
+                assert!(waits, "{what}: it waits for nothing");
             }
         }
     }
