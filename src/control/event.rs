@@ -15,8 +15,8 @@ pub enum Event {
     Over,
 }
 
-/// What nobody has told yet. As long as the changes that are made between two looks of one CPU: it looks whenever it has taken
-/// its interrupts, and what changes VMs is done in those, in a visit to the jobs, or by a vCPU that leaves its CPU.
+/// What nobody has told yet. As long as the changes that are made between two looks of one CPU: it looks after what changes VMs, which
+/// is the host's requests, a visit to the jobs, and a vCPU that leaves its CPU.
 static EVENTS: Mutex<VecDeque<Event>, { rank::EVENTS }> = Mutex::new(VecDeque::new());
 static WAITING: AtomicBool = AtomicBool::new(false);
 

@@ -20,11 +20,10 @@ const MOST: usize = 16;
 pub fn take_all() {
     for _ in 0..MOST {
         let Some(intid) = gic::acknowledge() else {
-            break;
+            return;
         };
         handle(intid);
     }
-    host::tell();
 }
 
 fn handle(intid: u32) {
@@ -40,12 +39,16 @@ fn handle(intid: u32) {
         SCHEDULER.kicked();
     } else if intid == interrupts.hypervisor_timer {
         tick();
+        host::tell();
     } else if intid == interrupts.maintenance {
         if let Some(vcpu) = sched::current() {
             sched::sync_always(vcpu);
         }
     } else if intid == interrupts.uart {
-        meter::metered(Task::Stretch, host::interrupt);
+        meter::metered(Task::Stretch, || {
+            host::interrupt();
+            host::tell();
+        });
     } else {
         warn!("interrupt {intid} is nobody's");
     }

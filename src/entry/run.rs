@@ -6,6 +6,7 @@
 use super::interrupt;
 use crate::arch::{barrier, exception, gic, timer};
 use crate::control::lifecycle;
+use crate::host;
 use crate::platform;
 use crate::sched::{self, Decision, SCHEDULER};
 use crate::task::job::{self, Found};
@@ -59,6 +60,8 @@ fn left(vcpu: &'static Vcpu) -> &'static Context {
 fn next() -> &'static Context {
     loop {
         interrupt::take_all();
+        // Of whoever left a CPU, and of the jobs.
+        host::tell();
         if let Some(vcpu) = sched::pick() {
             return &vcpu.context;
         }

@@ -68,7 +68,7 @@ pub const ROWS: &[Row] = &[
         Some(6000.0),
     ),
     row("first_touch", A_PAGE, Some(2690.0), None, Some(300.0)),
-    row("longest_el2", COUNT, None, None, Some(40_000.0)),
+    row("longest_el2", COUNT, None, None, Some(28_000.0)),
     row("dirty_64m_dbm_ratio", RATIO, Some(64.0), None, Some(1.05)),
     row(
         "linux_boot_ratio",

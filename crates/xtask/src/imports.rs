@@ -2,7 +2,7 @@
 //!
 //! A path is followed through the file's own imports: after `use crate::vm;` the path `vm::exits::walk` is of
 //! `vm::exits`. What is behind `#[cfg(test)]` does not count, nor does a `mod` declaration. Names that come by `*`
-//! are not followed, but the import itself counts.
+//! are not followed, but the import itself counts. What would let a file name another one unseen is noted as [`Target::Unseen`].
 
 use anyhow::{Context, Result};
 use proc_macro2::{TokenStream, TokenTree};
@@ -32,6 +32,19 @@ pub enum Target {
     Own(Module),
     /// Another crate.
     Crate(String),
+    /// A type of that module of this crate is given methods, by which others may come here without an import.
+    Methods(Module),
+    /// Code that this does not look at: why.
+    Unseen(&'static str),
+}
+
+/// Which files count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Files {
+    /// All.
+    All,
+    /// Not those of tests, which are another matter, nor programs, which are crates of their own.
+    Library,
 }
 
 /// A file of a crate.
@@ -51,9 +64,9 @@ pub type Crate = BTreeMap<Module, File>;
 /// # Errors
 ///
 /// A file that cannot be read or is no Rust.
-pub fn read(src: &Path) -> Result<Crate> {
+pub fn read(src: &Path, which: Files) -> Result<Crate> {
     let mut sources = BTreeMap::new();
-    collect(src, &mut Vec::new(), &mut sources)?;
+    collect(src, which, &mut Vec::new(), &mut sources)?;
     let modules: BTreeSet<Module> = sources.keys().cloned().collect();
     let mut files = Crate::new();
     for (module, path) in sources {
@@ -66,6 +79,7 @@ pub fn read(src: &Path) -> Result<Crate> {
 
 fn collect(
     directory: &Path,
+    which: Files,
     module: &mut Module,
     sources: &mut BTreeMap<Module, PathBuf>,
 ) -> Result<()> {
@@ -75,14 +89,14 @@ fn collect(
         let Some(stem) = path.file_stem().and_then(|stem| stem.to_str()) else {
             continue;
         };
-        // Tests are another matter, and programs are crates of their own.
+        if which == Files::Library && matches!(stem, "bin" | "tests") {
+            continue;
+        }
         if path.is_dir() {
-            if !matches!(stem, "bin" | "tests") {
-                module.push(stem.to_owned());
-                collect(&path, module, sources)?;
-                module.pop();
-            }
-        } else if path.extension().is_some_and(|extension| extension == "rs") && stem != "tests" {
+            module.push(stem.to_owned());
+            collect(&path, which, module, sources)?;
+            module.pop();
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
             let mut of = module.clone();
             if !(module.is_empty() && matches!(stem, "main" | "lib")) {
                 of.push(stem.to_owned());
@@ -128,7 +142,7 @@ fn is_test(attributes: &[Attribute]) -> bool {
             && attribute
                 .meta
                 .require_list()
-                .is_ok_and(|list| list.tokens.to_string().starts_with("test"))
+                .is_ok_and(|list| list.tokens.to_string() == "test")
     })
 }
 
@@ -139,6 +153,7 @@ fn attributes(item: &Item) -> &[Attribute] {
         Item::Fn(item) => &item.attrs,
         Item::Impl(item) => &item.attrs,
         Item::Static(item) => &item.attrs,
+        Item::ExternCrate(item) => &item.attrs,
         _ => &[],
     }
 }
@@ -232,13 +247,17 @@ impl Reader<'_> {
         Some(start)
     }
 
-    /// Notes the innermost module on the path.
-    fn note_path(&mut self, path: &[String], line: usize) {
-        let module = (0..=path.len())
+    /// The innermost module on the path.
+    fn innermost(&self, path: &[String]) -> Option<Module> {
+        (0..=path.len())
             .rev()
             .map(|len| path[..len].to_vec())
-            .find(|module| self.modules.contains(module));
-        if let Some(module) = module {
+            .find(|module| self.modules.contains(module))
+    }
+
+    /// Notes the innermost module on the path.
+    fn note_path(&mut self, path: &[String], line: usize) {
+        if let Some(module) = self.innermost(path) {
             self.note(Target::Own(module), line);
         }
     }
@@ -263,17 +282,17 @@ impl Reader<'_> {
         }
     }
 
-    /// Paths in a macro's arguments.
-    fn tokens(&mut self, tokens: TokenStream) {
-        let mut path: Vec<String> = Vec::new();
-        let mut colons = 0;
+    /// Paths in a macro's arguments. `before` is what a group of paths has in front of it.
+    fn tokens(&mut self, tokens: TokenStream, before: &[String]) {
+        let mut path: Vec<String> = before.to_vec();
+        let mut colons = if before.is_empty() { 0 } else { 2 };
         let mut line = 0;
         for token in tokens {
             match token {
                 TokenTree::Ident(ident) => {
                     if colons != 2 {
                         self.follow(&path, line);
-                        path.clear();
+                        path = before.to_vec();
                     }
                     line = ident.span().start().line;
                     path.push(ident.to_string());
@@ -284,13 +303,15 @@ impl Reader<'_> {
                 }
                 TokenTree::Group(group) => {
                     self.follow(&path, line);
-                    path.clear();
-                    self.tokens(group.stream());
+                    let inside = if colons == 2 { &path[..] } else { &[] };
+                    self.tokens(group.stream(), inside);
+                    path = before.to_vec();
+                    colons = if before.is_empty() { 0 } else { 2 };
                 }
                 TokenTree::Punct(_) | TokenTree::Literal(_) => {
                     self.follow(&path, line);
-                    path.clear();
-                    colons = 0;
+                    path = before.to_vec();
+                    colons = if before.is_empty() { 0 } else { 2 };
                 }
             }
         }
@@ -305,6 +326,39 @@ impl<'ast> Visit<'ast> for Reader<'_> {
         }
     }
 
+    fn visit_item_extern_crate(&mut self, item: &'ast syn::ItemExternCrate) {
+        if item.ident != "alloc" || item.rename.is_some() {
+            self.note(Target::Unseen("extern crate"), item.span().start().line);
+        }
+    }
+
+    fn visit_item_mod(&mut self, item: &'ast syn::ItemMod) {
+        let path = |attribute: &Attribute| attribute.path().is_ident("path");
+        if item.attrs.iter().any(path) {
+            self.note(Target::Unseen("#[path]"), item.span().start().line);
+        }
+        visit::visit_item_mod(self, item);
+    }
+
+    fn visit_item_impl(&mut self, item: &'ast syn::ItemImpl) {
+        if item.trait_.is_none()
+            && let syn::Type::Path(of) = &*item.self_ty
+        {
+            let path: Vec<String> = of
+                .path
+                .segments
+                .iter()
+                .map(|segment| segment.ident.to_string())
+                .collect();
+            if let Some(path) = self.absolute(&path)
+                && let Some(module) = self.innermost(&path)
+            {
+                self.note(Target::Methods(module), item.span().start().line);
+            }
+        }
+        visit::visit_item_impl(self, item);
+    }
+
     fn visit_path(&mut self, path: &'ast syn::Path) {
         let segments: Vec<String> = path
             .segments
@@ -316,7 +370,10 @@ impl<'ast> Visit<'ast> for Reader<'_> {
     }
 
     fn visit_macro(&mut self, call: &'ast syn::Macro) {
-        self.tokens(call.tokens.clone());
+        if call.path.is_ident("include") {
+            self.note(Target::Unseen("include!"), call.span().start().line);
+        }
+        self.tokens(call.tokens.clone(), &[]);
         visit::visit_macro(self, call);
     }
 }
@@ -353,6 +410,8 @@ mod tests {
             .map(|found| match found.what {
                 Target::Own(path) => path.join("::"),
                 Target::Crate(name) => format!("<{name}>"),
+                Target::Methods(of) => format!("impl {}", of.join("::")),
+                Target::Unseen(why) => format!("unseen {why}"),
             })
             .collect();
         names.into_iter().collect()
@@ -395,6 +454,23 @@ mod tests {
             of("fn f() { a!(b, (crate::arch::gic::x(), 1)); }"),
             ["arch::gic"]
         );
+    }
+
+    #[test]
+    fn what_would_go_unseen_is_noted() {
+        assert_eq!(
+            of("use crate::sched::Queue; impl Queue { fn f() {} }"),
+            ["impl sched", "sched"]
+        );
+        assert_eq!(of("extern crate self as me;"), ["unseen extern crate"]);
+        assert!(of("extern crate alloc;").is_empty());
+        assert_eq!(of("#[path = \"x.rs\"] mod x;"), ["unseen #[path]"]);
+        assert_eq!(of("fn f() { include!(\"x.rs\") }"), ["unseen include!"]);
+        assert_eq!(
+            of("macro_rules! m { () => { use $crate::{sched::pick, arch}; } }"),
+            ["arch", "sched"]
+        );
+        assert_eq!(of("#[cfg(testing)] use crate::sched;"), ["sched"]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod rooms;
 /// What the Makefile needs that is simpler in Rust than in shell.
 #[derive(Debug, Parser)]
 enum Command {
-    /// Check that each room of the image, and each module of the crates, uses only what lies below it.
+    /// Check that each room of the image uses only what lies below it, and that no modules use each other in a circle.
     Rooms {
         /// The project's directory.
         #[arg(default_value = ".")]

@@ -2,7 +2,7 @@
 //!
 //! ARCHITECTURE.md says what each room is for. A lower room returns what is to be done; it never names a higher one.
 
-use crate::imports::{self, Crate, Module, Target};
+use crate::imports::{self, Crate, Files, Module, Target};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -68,11 +68,11 @@ impl Found {
 /// A file that cannot be read or is no Rust.
 pub fn check(directory: &Path) -> Result<Found> {
     let mut found = Found::default();
-    let image = imports::read(&directory.join("src"))?;
+    let image = imports::read(&directory.join("src"), Files::All)?;
     rooms(&image, &mut found);
     circles(&image, "src", &mut found);
     for name in WITHOUT_CIRCLES {
-        let files = imports::read(&directory.join(name).join("src"))?;
+        let files = imports::read(&directory.join(name).join("src"), Files::Library)?;
         circles(&files, name, &mut found);
     }
     Ok(found)
@@ -116,6 +116,14 @@ fn rooms(image: &Crate, found: &mut Found) {
                             .wrong
                             .push(format!("{place}: `{from}` uses `{to}`, which is above it"));
                     }
+                }
+                Target::Methods(of) if room(of) == from => {}
+                Target::Methods(of) => found.wrong.push(format!(
+                    "{place}: `{from}` gives methods to a type of `{}`, by which that could come here",
+                    room(of)
+                )),
+                Target::Unseen(why) => {
+                    found.wrong.push(format!("{place}: nobody sees what {why} uses"));
                 }
                 Target::Crate(name) => {
                     let rule = CRATES.iter().find(|(other, _)| other == name);
@@ -202,9 +210,11 @@ mod tests {
 
     /// A crate of modules and what each uses; a name in `<>` is another crate's.
     fn of(files: &[(&str, &[&str])]) -> Crate {
-        let target = |name: &str| match name.strip_prefix('<') {
-            Some(name) => Target::Crate(name.trim_end_matches('>').to_owned()),
-            None => Target::Own(module(name)),
+        let target = |name: &str| match (name.strip_prefix('<'), name.strip_prefix("impl ")) {
+            (Some(name), _) => Target::Crate(name.trim_end_matches('>').to_owned()),
+            (None, Some(name)) => Target::Methods(module(name)),
+            (None, None) if name == "unseen" => Target::Unseen("it"),
+            (None, None) => Target::Own(module(name)),
         };
         files
             .iter()
@@ -237,6 +247,13 @@ mod tests {
         assert_eq!(up, ["vm::exits:1: `vm` uses `sched`, which is above it"]);
         assert_eq!(wrong(&[("entry::run", &["smp"])]).len(), 1);
         assert_eq!(wrong(&[("host", &[""])]).len(), 1);
+    }
+
+    #[test]
+    fn methods_and_what_nobody_sees_are_no_way_up() {
+        assert_eq!(wrong(&[("host", &["impl vm"])]).len(), 1);
+        assert!(wrong(&[("vm::exits", &["impl vm"])]).is_empty());
+        assert_eq!(wrong(&[("vm", &["unseen"])]).len(), 1);
     }
 
     #[test]
