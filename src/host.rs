@@ -19,7 +19,7 @@ use crate::arch::timer;
 use crate::control::event::{self, Event};
 use crate::control::lifecycle;
 use crate::control::refusal::told;
-use crate::platform::console::{self, Appetite};
+use crate::platform::console;
 use crate::platform::options::Terminal;
 use crate::sched;
 use crate::task::job::Step;
@@ -28,6 +28,7 @@ use crate::vm::exits::device;
 use crate::vm::{self, Vm};
 use alloc::boxed::Box;
 use core::fmt::{self, Write};
+use core::ops::ControlFlow;
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::*};
 use log::warn;
 use tidemark_lease::Lease;
@@ -37,7 +38,7 @@ use tidemark_wire::message::{self, CONSOLE_OVERHEAD, Task, VmId};
 /// The longest payload that a host may send.
 const REQUEST_PAYLOAD: usize = 256;
 /// How long a frame may stay open without a byte, in microseconds.
-const FRAME_PATIENCE: u64 = 1_000_000;
+const FRAME_TIMEOUT: u64 = 1_000_000;
 /// Bytes of console text in one event.
 const EVENT_TEXT: usize = 200;
 
@@ -53,7 +54,7 @@ enum Text {
     Typed,
     /// The rest of a frame that was given up, until the next delimiter. The decoder hands
     /// them on as text, which is right for a person's screen and wrong for a shell.
-    Wreckage,
+    Resync,
 }
 
 static SESSION: Mutex<Option<Open>, { rank::SESSION }> = Mutex::new(None);
@@ -125,7 +126,7 @@ fn detach(vm: &Vm) {
 fn forget_open_frame() {
     static LAST: AtomicU64 = AtomicU64::new(0);
     let now = timer::microseconds();
-    if now.saturating_sub(LAST.swap(now, Relaxed)) > FRAME_PATIENCE {
+    if now.saturating_sub(LAST.swap(now, Relaxed)) > FRAME_TIMEOUT {
         RECEIVER.lock().0.reset();
     }
 }
@@ -133,7 +134,7 @@ fn forget_open_frame() {
 /// The UART's interrupt.
 pub fn interrupt() {
     forget_open_frame();
-    let mut last = Appetite::More;
+    let mut last = ControlFlow::Continue(());
     console::interrupt(|byte| {
         last = receive(byte);
         last
@@ -145,14 +146,14 @@ pub fn interrupt() {
         send_text_soon();
     }
     // A request is enough for one interrupt, and its answer for the next.
-    if last == Appetite::More {
+    if last.is_continue() {
         bulk::advance();
     }
 }
 
 /// Takes one byte. A whole request is copied out, so that the receiver is free while it is
 /// carried out; then the next look for an interrupt is due.
-fn receive(byte: u8) -> Appetite {
+fn receive(byte: u8) -> ControlFlow<()> {
     // Zeroed for a frame, not for each of its bytes.
     let mut payload;
     let mut receiver = RECEIVER.lock();
@@ -161,12 +162,12 @@ fn receive(byte: u8) -> Appetite {
         *text = Text::Typed;
     }
     let (header, len) = match decoder.push(byte) {
-        None => return Appetite::More,
-        Some(Item::Text(_)) if *text == Text::Wreckage => return Appetite::More,
+        None => return ControlFlow::Continue(()),
+        Some(Item::Text(_)) if *text == Text::Resync => return ControlFlow::Continue(()),
         Some(Item::Text(byte)) => {
             drop(receiver);
             metered(Task::Typed, || typed(byte));
-            return Appetite::Enough;
+            return ControlFlow::Break(());
         }
         Some(Item::Frame(frame)) => {
             let len = frame.payload.len().min(REQUEST_PAYLOAD);
@@ -176,17 +177,17 @@ fn receive(byte: u8) -> Appetite {
         }
         Some(Item::Bad(bad)) => {
             if bad.reason == BadReason::TooLong {
-                *text = Text::Wreckage;
+                *text = Text::Resync;
             }
             bad_frame(bad.reason);
-            return Appetite::More;
+            return ControlFlow::Continue(());
         }
     };
     drop(receiver);
     if header.kind == Kind::Request {
         metered(Task::Request, || commands::request(header, &payload[..len]));
     }
-    Appetite::Enough
+    ControlFlow::Break(())
 }
 
 /// Counts a frame that is none. The host will not get an answer, and asks again.

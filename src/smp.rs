@@ -19,7 +19,7 @@ use tidemark_errata::walks::OutOfContext;
 use tidemark_ownership::Owner;
 
 /// How long a CPU may take to answer, in microseconds.
-const PATIENCE: u64 = 5_000_000;
+const TIMEOUT: u64 = 5_000_000;
 /// Pages of a CPU's stack for fatal exceptions.
 const EMERGENCY_PAGES: usize = 2;
 
@@ -95,7 +95,7 @@ fn start(index: usize, mpidr: u64) -> Result<(), &'static str> {
         -9 => "PSCI: invalid address",
         _ => "PSCI refuses",
     })?;
-    let end = timer::now() + timer::ticks(PATIENCE);
+    let end = timer::now() + timer::ticks(TIMEOUT);
     loop {
         match boot.answer.progress() {
             Progress::Ready => {

@@ -12,7 +12,7 @@ pub mod rank {
     /// A request of the host that is carried out.
     pub const REQUEST: u8 = 0;
     /// The answer in the making.
-    pub const MAKING: u8 = 1;
+    pub const BUILDER: u8 = 1;
     /// The shell's line.
     pub const SHELL: u8 = 2;
     /// A bank of flash.
@@ -26,7 +26,7 @@ pub mod rank {
     /// A VM's time.
     pub const TIME: u8 = 7;
     /// The registers of a vCPU that is not loaded.
-    pub const PARKED: u8 = 8;
+    pub const SAVED: u8 = 8;
     /// A vCPU's physical timer.
     pub const PHYSICAL_TIMER: u8 = 9;
     /// A VM's UART.
@@ -52,7 +52,7 @@ pub mod rank {
     /// The host's session.
     pub const SESSION: u8 = 20;
     /// Answers that wait to be made.
-    pub const WAITING: u8 = 21;
+    pub const PENDING: u8 = 21;
     /// What has happened to VMs and nobody has told.
     pub const EVENTS: u8 = 22;
     /// The vCPUs whose home a CPU is.

@@ -7,8 +7,8 @@
 //! memory. An answer whose session is over is dropped. They leave in the order in which they were asked for, and
 //! answers of other kinds may overtake them.
 //!
-//! Concurrency: whoever holds `MAKING` takes a step, the job on any CPU or the UART's interrupt; then what reading
-//! takes. `WAITING` is a leaf.
+//! Concurrency: whoever holds `BUILDER` takes a step, the job on any CPU or the UART's interrupt; then what reading
+//! takes. `PENDING` is a leaf.
 
 use super::SESSION;
 use crate::arch::crc::Crc32c;
@@ -47,7 +47,7 @@ const LEFT_TO_OTHERS: usize = 4096;
 
 /// What is wanted.
 #[derive(Clone, Copy)]
-pub enum Wanted {
+pub enum BulkRequest {
     /// A piece of a bitmap.
     Bitmap {
         /// Which VM's.
@@ -83,7 +83,7 @@ pub enum Wanted {
     },
 }
 
-impl Wanted {
+impl BulkRequest {
     /// What `request` wants, if its answer is of this kind.
     pub fn of(request: &Request<'_>) -> Option<Self> {
         Some(match *request {
@@ -118,16 +118,16 @@ impl Wanted {
 }
 
 #[derive(Clone, Copy)]
-struct Asked {
+struct Pending {
     /// Which one: a session that begins anew may have the number of an older one, and so its requests.
     number: u64,
     /// The answer's, which names session and request.
     header: Header,
-    wanted: Wanted,
+    wanted: BulkRequest,
 }
 
 /// What is still to be answered; the first one is being made.
-static WAITING: Mutex<VecDeque<Asked>, { rank::WAITING }> = Mutex::new(VecDeque::new());
+static PENDING: Mutex<VecDeque<Pending>, { rank::PENDING }> = Mutex::new(VecDeque::new());
 /// The number of the next that is asked for.
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 /// Whether there is a job, or one will be submitted when the line has room.
@@ -149,7 +149,7 @@ impl Stage {
     const FIRST: Self = Self::Reading { covered: 0 };
 }
 
-struct Making {
+struct Builder {
     of: Option<u64>,
     stage: Stage,
     piece: Buffer<PAYLOAD_MAX>,
@@ -157,7 +157,7 @@ struct Making {
     frame: Buffer<FRAME_MAX>,
 }
 
-static MAKING: Mutex<Making, { rank::MAKING }> = Mutex::new(Making {
+static BUILDER: Mutex<Builder, { rank::BUILDER }> = Mutex::new(Builder {
     of: None,
     stage: Stage::FIRST,
     piece: Buffer::NEW,
@@ -203,13 +203,13 @@ impl<const N: usize> Buffer<N> {
 ///
 /// # Errors
 /// Busy, when too many wait already.
-pub fn ask(header: Header, wanted: Wanted) -> Result<(), ErrorReply> {
+pub fn ask(header: Header, wanted: BulkRequest) -> Result<(), ErrorReply> {
     let header = Header {
         kind: Kind::Response,
         ..header
     };
     {
-        let mut waiting = WAITING.lock();
+        let mut waiting = PENDING.lock();
         waiting.retain(|asked| asked.header.session == header.session);
         // Asked for again because it took so long: it is on its way.
         if waiting.iter().any(|asked| asked.header == header) {
@@ -218,7 +218,7 @@ pub fn ask(header: Header, wanted: Wanted) -> Result<(), ErrorReply> {
         if waiting.len() == WAITING_MAX {
             return Err(ErrorReply::Busy);
         }
-        waiting.push_back(Asked {
+        waiting.push_back(Pending {
             number: NUMBER.fetch_add(1, Relaxed),
             header,
             wanted,
@@ -232,7 +232,7 @@ pub fn ask(header: Header, wanted: Wanted) -> Result<(), ErrorReply> {
 
 /// The session is over: nobody waits for its answers.
 pub fn forget() {
-    WAITING.lock().clear();
+    PENDING.lock().clear();
 }
 
 /// An interrupt of the UART: takes a step, because a CPU that runs a guest comes to a job at its next tick only.
@@ -247,15 +247,15 @@ pub fn advance() {
         }
         sched::submit(Box::new(step));
     }
-    if let Some(mut making) = MAKING.try_lock() {
+    if let Some(mut making) = BUILDER.try_lock() {
         making.step();
     }
 }
 
 /// The next to be answered, and the longest payload for it. Those that nobody waits for any more are dropped.
-fn next() -> Option<(Asked, usize)> {
+fn next() -> Option<(Pending, usize)> {
     let open = *SESSION.lock();
-    let mut waiting = WAITING.lock();
+    let mut waiting = PENDING.lock();
     waiting.retain(|asked| open.is_some_and(|open| open.session == asked.header.session));
     waiting
         .front()
@@ -264,7 +264,7 @@ fn next() -> Option<(Asked, usize)> {
 }
 
 /// What became of a step.
-enum Took {
+enum StepResult {
     /// It was taken.
     Step,
     /// The frame waits for so much room.
@@ -275,10 +275,10 @@ enum Took {
 
 /// The job's step. Only the job ends itself, so there is one at most.
 fn step() -> Step {
-    let took = MAKING.lock().step();
+    let took = BUILDER.lock().step();
     match took {
-        Took::Step => Step::Again,
-        Took::NoRoom(room) => {
+        StepResult::Step => Step::Again,
+        StepResult::NoRoom(room) => {
             // The UART's interrupts go on till there is.
             ROOM_AWAITED.store(room, SeqCst);
             if !console::has_room(room) || ROOM_AWAITED.swap(0, SeqCst) == 0 {
@@ -286,10 +286,10 @@ fn step() -> Step {
             }
             Step::Again
         }
-        Took::Nothing => {
+        StepResult::Nothing => {
             AT_WORK.store(false, SeqCst);
             // Whoever asked before that has submitted no job.
-            let more = !WAITING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
+            let more = !PENDING.lock().is_empty() && !AT_WORK.swap(true, SeqCst);
             if more { Step::Again } else { Step::Done }
         }
     }
@@ -298,11 +298,11 @@ fn step() -> Step {
 /// What a step of reading came to: the answer, less the piece; none if there is more, and room for it.
 type Read = Option<Response<'static>>;
 
-impl Making {
-    fn step(&mut self) -> Took {
+impl Builder {
+    fn step(&mut self) -> StepResult {
         let Some((asked, max_payload)) = next() else {
             self.of = None;
-            return Took::Nothing;
+            return StepResult::Nothing;
         };
         if self.of != Some(asked.number) {
             self.begin(asked.number);
@@ -312,7 +312,7 @@ impl Making {
             Stage::Framing { .. } => self.frame_some(),
             Stage::Sending => return self.send(),
         }
-        Took::Step
+        StepResult::Step
     }
 
     fn begin(&mut self, number: u64) {
@@ -321,14 +321,14 @@ impl Making {
         self.piece.len = 0;
     }
 
-    fn read(&mut self, asked: Asked, max_payload: usize) {
+    fn read(&mut self, asked: Pending, max_payload: usize) {
         let Stage::Reading { covered } = &mut self.stage else {
             return;
         };
         let room = max_payload.saturating_sub(PIECE_OVERHEAD);
         let piece = &mut self.piece;
         let read = match asked.wanted {
-            Wanted::Bitmap {
+            BulkRequest::Bitmap {
                 vm,
                 slot,
                 epoch,
@@ -337,10 +337,10 @@ impl Making {
             } => meter::metered(Task::BitmapRead, || {
                 read_bitmap(vm, slot, epoch, first_page, pages, piece, room)
             }),
-            Wanted::Memory { vm, ipa, len } => meter::metered(Task::MemoryRead, || {
+            BulkRequest::Memory { vm, ipa, len } => meter::metered(Task::MemoryRead, || {
                 read_memory(vm, ipa, len, covered, piece, room)
             }),
-            Wanted::Sums {
+            BulkRequest::Sums {
                 vm,
                 slot,
                 first_page,
@@ -388,29 +388,29 @@ impl Making {
         }
     }
 
-    fn send(&mut self) -> Took {
+    fn send(&mut self) -> StepResult {
         let frame = self.frame.used();
         let room = frame.len() + LEFT_TO_OTHERS;
         // Held till the frame is on the line: none comes after the next session's first answer.
         let session = SESSION.lock();
-        let first = WAITING.lock().front().copied();
+        let first = PENDING.lock().front().copied();
         let open =
             first.filter(|first| session.is_some_and(|open| open.session == first.header.session));
         if open.map(|first| first.number) != self.of {
             self.of = None;
-            return Took::Step;
+            return StepResult::Step;
         }
         let sent = console::write_if_room(frame, room);
         drop(session);
         if sent.is_err() {
-            return Took::NoRoom(room);
+            return StepResult::NoRoom(room);
         }
-        let mut waiting = WAITING.lock();
+        let mut waiting = PENDING.lock();
         if waiting.front().map(|asked| asked.number) == self.of {
             waiting.pop_front();
         }
         self.of = None;
-        Took::Step
+        StepResult::Step
     }
 }
 

@@ -1,7 +1,7 @@
 //! Requests of the host, carried out. Each is idempotent; long ones are jobs, and asking
 //! again tells how far they are, and what carries guest memory or a bitmap is answered later (`bulk`).
 
-use super::bulk::{self, Wanted};
+use super::bulk::{self, BulkRequest};
 use super::lease::Look;
 use super::{Open, SESSION, lease, send};
 use crate::arch::lock::{Mutex, rank};
@@ -95,7 +95,7 @@ fn answer<'a>(
     if !lease::heard(header.session) {
         return Some(Response::Error(ErrorReply::StaleSession));
     }
-    if let Some(wanted) = Wanted::of(&request) {
+    if let Some(wanted) = BulkRequest::of(&request) {
         return bulk::ask(header, wanted).err().map(Response::Error);
     }
     Some(carry_out(&request, text, after).unwrap_or_else(Response::Error))

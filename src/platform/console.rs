@@ -9,6 +9,7 @@ use crate::arch::lock::{Mutex, rank};
 use crate::arch::{cpu, timer};
 use crate::platform::pl011::{InterruptFor, Pl011};
 use core::fmt::{self, Write};
+use core::ops::ControlFlow;
 
 use log::{LevelFilter, Log, Metadata, Record};
 use spin::Once;
@@ -172,22 +173,13 @@ pub fn flush() {
     console.delivery = Delivery::AtOnce;
 }
 
-/// Whether a receiver of bytes takes another one now.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Appetite {
-    /// It does.
-    More,
-    /// It has had something long to do: later.
-    Enough,
-}
-
-/// The UART's interrupt: gives what was received to `sink`, and sends on. Bounded; what is
+/// The UART's interrupt: gives what was received to `sink` until that has had something long to do, and sends on. Bounded; what is
 /// left keeps the interrupt raised.
-pub fn interrupt(mut sink: impl FnMut(u8) -> Appetite) {
+pub fn interrupt(mut sink: impl FnMut(u8) -> ControlFlow<()>) {
     let Some(uart) = raw_uart() else { return };
     for _ in 0..2 * STEP {
         match uart.receive() {
-            Some(byte) if sink(byte) == Appetite::More => {}
+            Some(byte) if sink(byte).is_continue() => {}
             _ => break,
         }
     }

@@ -24,7 +24,7 @@ const REDISTRIBUTOR: usize = 0x2_0000;
 const REDISTRIBUTOR_VLPI: usize = 0x4_0000;
 
 /// How long a redistributor may take to wake, in microseconds.
-const WAKE_PATIENCE: u64 = 1_000_000;
+const WAKE_TIMEOUT: u64 = 1_000_000;
 
 const PRIORITY: u8 = 0xa0;
 
@@ -101,7 +101,7 @@ impl Gic {
 
     fn wake(&self, frame: Mmio) -> Result<(), RedistributorError> {
         frame.write32(GICR_WAKER, frame.read32(GICR_WAKER) & !0b10);
-        let end = timer::now() + timer::ticks(WAKE_PATIENCE);
+        let end = timer::now() + timer::ticks(WAKE_TIMEOUT);
         let asleep = || frame.read32(GICR_WAKER) & 0b100 != 0;
         while asleep() {
             // Once more when the time is over: this CPU may have been away.

@@ -31,9 +31,9 @@ pub struct Vcpu {
     /// Where it stands with the scheduler, and what is asked of it.
     pub entity: Entity,
     /// The rest of its state, while another vCPU is loaded on its CPU.
-    parked: Mutex<Parked, { rank::PARKED }>,
-    /// What its parked state is to what its CPU still holds of it.
-    parked_is: AtomicU8,
+    saved: Mutex<Saved, { rank::SAVED }>,
+    /// What its saved state is to what its CPU still holds of it.
+    saved_is: AtomicU8,
     /// When its timers want it awake, as a physical count, while it is not loaded.
     pub deadline: AtomicU64,
     /// The emulated physical timer.
@@ -96,14 +96,14 @@ impl PhysicalTimer {
     }
 }
 
-/// What the CPU holds of a vCPU, if anything, is newer than what is parked.
+/// What the CPU holds of a vCPU, if anything, is newer than what is saved.
 const OLDER: u8 = 0;
-/// It is not to be kept: the parked state was set anew.
-const ANOTHER_LIFE: u8 = 1;
+/// It is not to be kept: the saved state was set anew.
+const RESET_SINCE: u8 = 1;
 /// It is to be kept, but for the offsets of its counters.
-const ANOTHER_TIME: u8 = 2;
+const TIME_MOVED: u8 = 2;
 
-struct Parked {
+struct Saved {
     el1: El1State,
     interface: VirtualInterface,
     list_registers: [u64; 16],
@@ -117,12 +117,12 @@ impl Vcpu {
             vm,
             index: VcpuIndex::new(index)?,
             entity: Entity::new(),
-            parked: Mutex::new(Parked {
+            saved: Mutex::new(Saved {
                 el1: El1State::reset(),
                 interface: VirtualInterface::default(),
                 list_registers: [0; 16],
             }),
-            parked_is: AtomicU8::new(OLDER),
+            saved_is: AtomicU8::new(OLDER),
             deadline: AtomicU64::new(NEVER),
             physical_timer: Mutex::new(PhysicalTimer::RESET),
             meter: Meter::new(),
@@ -131,12 +131,12 @@ impl Vcpu {
 
     /// Gives it the state of a CPU that PSCI turns on. It does not run.
     pub fn reset(&self, entry: u64, context: u64) {
-        let mut parked = self.parked.lock();
-        parked.el1 = El1State::reset();
-        parked.interface = VirtualInterface::default();
+        let mut saved = self.saved.lock();
+        saved.el1 = El1State::reset();
+        saved.interface = VirtualInterface::default();
         // Nothing is listed: a vCPU that turns off gives its list registers back, and a
         // restart of the VM clears the books.
-        parked.list_registers = [0; 16];
+        saved.list_registers = [0; 16];
         self.context.reset(entry, context);
         {
             let mut timer = self.physical_timer.lock();
@@ -145,13 +145,13 @@ impl Vcpu {
             let _ = self.vm.vgic.lower_ppi(self.index, PHYSICAL_TIMER);
         }
         self.deadline.store(NEVER, Relaxed);
-        self.parked_is.store(ANOTHER_LIFE, Release);
+        self.saved_is.store(RESET_SINCE, Release);
     }
 
     /// Takes its state out of this CPU, where it was loaded.
     pub fn unload(&self) {
         // First the lock, then the question: a reset takes the same one.
-        let mut parked = self.parked.lock();
+        let mut saved = self.saved.lock();
         if self.is_fresh() {
             // It was reset since: what the CPU holds is of an earlier life.
             El1State::discard();
@@ -159,27 +159,27 @@ impl Vcpu {
             release_timer();
             return;
         }
-        parked.el1.save();
+        saved.el1.save();
         for n in 0..gic::list_register_count() {
-            parked.list_registers[n] = gic::read_list_register(n);
+            saved.list_registers[n] = gic::read_list_register(n);
         }
-        parked.interface = VirtualInterface::save();
+        saved.interface = VirtualInterface::save();
         release_timer();
-        let (control, compare) = parked.el1.virtual_timer();
+        let (control, compare) = saved.el1.virtual_timer();
         let deadline = if control & 0b11 == 0b01 {
             guest_time::deadline(compare, self.vm.counter_offset.load(Relaxed))
         } else {
             NEVER
         };
-        drop(parked);
+        drop(saved);
         let physical = self.physical_timer.lock().deadline().unwrap_or(NEVER);
         self.deadline.store(deadline.min(physical), Relaxed);
     }
 
     /// Puts its state into this CPU.
     pub fn load(&self) {
-        let parked = self.parked.lock();
-        self.parked_is.store(OLDER, Relaxed);
+        let saved = self.saved.lock();
+        self.saved_is.store(OLDER, Relaxed);
         // What ran here before is complete: there was a barrier when it left (`Machine::publish`).
         let (vttbr, flush) = self
             .vm
@@ -201,15 +201,15 @@ impl Vcpu {
             // Before there are walks again (`set_vm`).
             tlb::forget_all();
         }
-        parked.interface.load();
+        saved.interface.load();
         for n in 0..gic::list_register_count() {
-            if let Some(physical) = hardware_link(parked.list_registers[n]) {
+            if let Some(physical) = hardware_link(saved.list_registers[n]) {
                 crate::platform::gic().set_private_active(physical);
             }
-            gic::write_list_register(n, parked.list_registers[n]);
+            gic::write_list_register(n, saved.list_registers[n]);
         }
-        parked.interface.enable();
-        parked.el1.load();
+        saved.interface.enable();
+        saved.el1.load();
         self.deadline.store(NEVER, Relaxed);
     }
 
@@ -242,12 +242,12 @@ impl Vcpu {
 
     /// Whether it was reset since it was loaded: what its CPU holds is of an earlier life.
     pub fn is_fresh(&self) -> bool {
-        self.parked_is.load(Acquire) == ANOTHER_LIFE
+        self.saved_is.load(Acquire) == RESET_SINCE
     }
 
     /// Whether its state must be loaded although this CPU has it loaded.
     pub fn must_be_loaded(&self) -> bool {
-        self.parked_is.load(Acquire) != OLDER
+        self.saved_is.load(Acquire) != OLDER
     }
 
     /// Whether something is known to be new for its list registers.
@@ -292,8 +292,8 @@ impl Vcpu {
         drop(timer);
         // A reset sets the counters as well.
         let _ = self
-            .parked_is
-            .compare_exchange(OLDER, ANOTHER_TIME, AcqRel, Relaxed);
+            .saved_is
+            .compare_exchange(OLDER, TIME_MOVED, AcqRel, Relaxed);
     }
 
     /// What PSCI says of it.
