@@ -83,7 +83,7 @@ serial-test: qemu image guests tools
 	@$(HOST) test $(Q) --test serial -- $(ARGS)
 
 # Some of the same tests on an image that checks the order of its locks at each that is taken (arch/lock.rs)
-LOCK_TESTS := hostile_max session_ quota_ pause_stops slots_ copy_of_flash edk2_to_shell linux_reset kernel_of_noise
+LOCK_TESTS := hostile_max_one_cpu session_ends slots_ copy_of_flash linux_reset
 
 .PHONY: lock-test
 lock-test: qemu image guests tools

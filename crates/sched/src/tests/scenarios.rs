@@ -243,6 +243,27 @@ fn two_vcpus_turn_one_on() {
 }
 
 #[test]
+fn a_vcpu_that_is_turned_on_beside_a_pause() {
+    orders(
+        || World::partly_running(&[&[Act::TurnOn(1)], &[]], 1),
+        |world| {
+            vec![
+                Box::new(|| world.cpu()) as Program<'_>,
+                Box::new(|| {
+                    world.act(World::pause);
+                    world.act(World::resume);
+                    world.cpu();
+                }),
+            ]
+        },
+        |world| {
+            assert_eq!(world.state(), State::Running);
+            assert_eq!(world.run_state(1), RunState::Running);
+        },
+    );
+}
+
+#[test]
 fn a_vcpu_turns_off_and_is_turned_on() {
     beside(&[&[Act::TurnOff], &[Act::TurnOn(0)]], |_| {}, |_| {});
 }
