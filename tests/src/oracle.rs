@@ -75,7 +75,9 @@ impl Ledger {
         while let Some((line, rest)) = self.open.split_once('\n') {
             let (line, rest) = (line.to_owned(), rest.to_owned());
             self.open = rest;
-            let said = Line::parse(&line).map_err(|error| anyhow::anyhow!("{error}"))?;
+            // A restart cuts off the line that was being written.
+            let start = line.find("oracle: ready ").unwrap_or(0);
+            let said = Line::parse(&line[start..]).map_err(|error| anyhow::anyhow!("{error}"))?;
             steps.push(self.take(&said)?);
         }
         Ok(steps)
@@ -550,6 +552,14 @@ mod tests {
         let runs = |iteration| ledger.writes(Vcpu(1), Iteration(iteration));
         assert_eq!(runs(1), runs(2));
         assert_eq!(runs(1).len(), 1);
+    }
+
+    #[test]
+    fn a_line_that_a_restart_cut_hides_nothing() {
+        let mut ledger = Ledger::default();
+        let text = "begin 95\r\nboracle: ready ram=0x40000000+0x2000000 vcpus=2 el=1\r\n";
+        let steps = ledger.push(text).expect("it is read");
+        assert_eq!(steps.last(), Some(&Step::Ready));
     }
 
     #[test]
