@@ -199,14 +199,8 @@ fn components<'a>(edges: &BTreeMap<&'a Module, BTreeSet<&'a Module>>) -> Vec<Vec
 #[cfg(test)]
 mod tests {
     use super::{Found, circles, rooms};
-    use crate::imports::{Crate, File, Module, Target, Use};
-
-    fn module(path: &str) -> Module {
-        path.split("::")
-            .filter(|name| !name.is_empty())
-            .map(str::to_owned)
-            .collect()
-    }
+    use crate::imports::tests::module;
+    use crate::imports::{Crate, File, Target, Use};
 
     /// A crate of modules and what each uses; a name in `<>` is another crate's.
     fn of(files: &[(&str, &[&str])]) -> Crate {

@@ -180,8 +180,8 @@ fn a_reset_by_the_guest_and_a_pause() {
     });
 }
 
-#[test]
-fn a_load_that_ends_and_a_stop() {
+/// One CPU is through with loading the VM, the other asks for `transition`.
+fn a_load_that_ends_and(transition: Transition, conclude: impl FnMut(&World)) {
     orders(
         || {
             let world = World::new(&[&[]]);
@@ -194,38 +194,29 @@ fn a_load_that_ends_and_a_stop() {
                     world.follow(world.sched.loaded(world.vm));
                     world.cpu();
                 }) as Program<'_>,
-                Box::new(|| world.act(|world| world.request(Transition::Stop))),
-            ]
-        },
-        |world| assert_eq!(world.state(), State::Stopped),
-    );
-}
-
-#[test]
-fn a_load_that_ends_and_a_reset() {
-    orders(
-        || {
-            let world = World::new(&[&[]]);
-            world.alone(0, || world.sched.start(world.vm)).unwrap();
-            world
-        },
-        |world| {
-            vec![
-                Box::new(|| {
-                    world.follow(world.sched.loaded(world.vm));
-                    world.cpu();
-                }) as Program<'_>,
-                Box::new(|| {
-                    world.act(|world| world.request(Transition::Reset));
+                Box::new(move || {
+                    world.act(|world| world.request(transition));
                     world.cpu();
                 }),
             ]
         },
-        |world| {
-            assert_eq!(world.state(), State::Running);
-            assert_eq!(world.run_state(0), RunState::Running);
-        },
+        conclude,
     );
+}
+
+#[test]
+fn a_load_that_ends_and_a_stop() {
+    a_load_that_ends_and(Transition::Stop, |world| {
+        assert_eq!(world.state(), State::Stopped);
+    });
+}
+
+#[test]
+fn a_load_that_ends_and_a_reset() {
+    a_load_that_ends_and(Transition::Reset, |world| {
+        assert_eq!(world.state(), State::Running);
+        assert_eq!(world.run_state(0), RunState::Running);
+    });
 }
 
 #[test]
